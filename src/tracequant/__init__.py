@@ -1,0 +1,82 @@
+"""Mixed-precision quantization of PyTorch models, every bit width chosen from the curvature of the loss.
+
+    curvature = tq.estimate_curvature(model, batches, task)
+    sensitivity = tq.measure_sensitivity(model, curvature, batches, task)
+    plan = tq.solve(sensitivity, max_size_mb=8.0)
+    quantized = tq.quantize(model, plan, batches, task)
+    tq.finetune(quantized, loader, task, steps=1000, teacher=model)
+    tq.pack(quantized, "model.safetensors")
+
+Names are loaded on first use: allocation works without importing torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tracequant.allocation import frontier, full_space, monotone_space, solve, uniform_plan
+    from tracequant.convert import quantize
+    from tracequant.curvature import estimate_curvature
+    from tracequant.curvature.result import Curvature, TraceEstimate
+    from tracequant.curvature.spectrum import top_eigenvalues
+    from tracequant.errors import (
+        ArtifactError,
+        BudgetError,
+        DataError,
+        ModelError,
+        RunError,
+        TaskError,
+        TracequantError,
+    )
+    from tracequant.export.packed import load, pack
+    from tracequant.finetune import finetune
+    from tracequant.layers import discover
+    from tracequant.plan import BitPlan
+    from tracequant.points import ActivationPoint, Layer, QuantizationPoints
+    from tracequant.sensitivity import measure_sensitivity
+    from tracequant.sensitivity_result import Sensitivity
+    from tracequant.settings import WeightGrid
+    from tracequant.task import ClassificationTask, Evaluation, Task, TaskSetup
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "tracequant.allocation": ("frontier", "full_space", "monotone_space", "solve", "uniform_plan"),
+    "tracequant.convert": ("quantize",),
+    "tracequant.curvature": ("estimate_curvature",),
+    "tracequant.curvature.result": ("Curvature", "TraceEstimate"),
+    "tracequant.curvature.spectrum": ("top_eigenvalues",),
+    "tracequant.errors": (
+        "ArtifactError", "BudgetError", "DataError", "ModelError", "RunError", "TaskError", "TracequantError",
+    ),
+    "tracequant.export.packed": ("load", "pack"),
+    "tracequant.finetune": ("finetune",),
+    "tracequant.layers": ("discover",),
+    "tracequant.plan": ("BitPlan",),
+    "tracequant.points": ("ActivationPoint", "Layer", "QuantizationPoints"),
+    "tracequant.sensitivity": ("measure_sensitivity",),
+    "tracequant.sensitivity_result": ("Sensitivity",),
+    "tracequant.settings": ("WeightGrid",),
+    "tracequant.task": ("ClassificationTask", "Evaluation", "Task", "TaskSetup"),
+}  # fmt: skip
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = [
+    "ActivationPoint", "ArtifactError", "BitPlan", "BudgetError", "ClassificationTask", "Curvature", "DataError",
+    "Evaluation", "Layer", "ModelError", "QuantizationPoints", "RunError", "Sensitivity", "Task", "TaskError",
+    "TaskSetup", "TraceEstimate", "TracequantError", "WeightGrid", "discover", "estimate_curvature", "finetune",
+    "frontier", "full_space", "load", "measure_sensitivity", "monotone_space", "pack", "quantize", "solve",
+    "top_eigenvalues", "uniform_plan",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tracequant' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

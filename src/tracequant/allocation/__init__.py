@@ -1,0 +1,240 @@
+"""From sensitivities and a budget to a bit plan. No torch: another budget takes no model and no second of import."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from tracequant import cost
+from tracequant.allocation.pareto import Assignment, Unit, pareto_frontier
+from tracequant.allocation.space import full_space, monotone_space
+from tracequant.errors import BudgetError
+from tracequant.plan import MEGABYTE, BitPlan
+from tracequant.sensitivity_result import Sensitivity
+
+Space = Literal["full", "monotone"]
+
+__all__ = ["Budget", "Space", "frontier", "full_space", "monotone_space", "solve", "uniform_plan"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a plan may cost: exactly one of a file size in MB of 2^20 bytes, a compression of the weights, average bits.
+
+    `compression` and `average_bits` count the weights of the quantized layers only, as the paper's W-Comp does;
+    `max_size_mb` counts every byte of the file.
+    """
+
+    max_size_mb: float | None = None
+    compression: float | None = None
+    average_bits: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [v for v in (self.max_size_mb, self.compression, self.average_bits) if v is not None]
+        if len(given) != 1:
+            raise BudgetError(
+                "give exactly one budget: max_size_mb (--max-size-mb), compression (--compression) or average_bits"
+                f" (--average-bits); got {len(given)}"
+            )
+        if not (math.isfinite(given[0]) and given[0] > 0):
+            raise BudgetError(f"the budget must be a positive number, got {given[0]}")
+
+    def __str__(self) -> str:
+        if self.max_size_mb is not None:
+            return f"at most {self.max_size_mb:g} MB on disk"
+        if self.compression is not None:
+            return f"weights compressed at least {self.compression:g}x"
+        return f"at most {self.average_bits:g} bits on average"
+
+
+def solve(
+    sensitivity: Sensitivity,
+    max_size_mb: float | None = None,
+    compression: float | None = None,
+    average_bits: float | None = None,
+    average_activation_bits: float | None = None,
+    method: Literal["pareto"] = "pareto",
+    space: Space = "full",
+) -> BitPlan:
+    """The plan of least Ω within the budget (HAWQ-V2, Section 2.3 and Appendix E).
+
+    Activations take the most bits they are offered, or the plan of least Ω whose average over elements stays within
+    `average_activation_bits`. `space` "monotone" keeps to 𝓑: no layer has fewer bits than one of smaller average trace.
+
+    Raises `BudgetError` if no plan is small enough, naming the smallest, or if even the largest is.
+    """
+    if method != "pareto":
+        raise BudgetError(f"unknown method {method!r}; this version offers 'pareto'")
+    budget = Budget(max_size_mb, compression, average_bits)
+    units, by_size = _weight_units(sensitivity, budget, space), budget.max_size_mb is not None
+    activation_bits = _activation_plan(sensitivity, average_activation_bits)
+    base = _base_bytes(sensitivity, activation_bits)
+    if by_size:
+        limit = math.floor(budget.max_size_mb * MEGABYTE + 1e-6) - base  # type: ignore[operator]
+    else:
+        bits = budget.average_bits if budget.compression is None else 32 / budget.compression
+        # The slack makes "12x" feasible where 32 / 12 was rounded down.
+        limit = math.floor(bits * cost.weight_count(sensitivity.points) * (1 + 1e-12))  # type: ignore[operator]
+    smallest, largest = sum(unit.cost[0] for unit in units), sum(unit.cost[-1] for unit in units)
+    if limit < smallest or limit > largest:
+        _refuse(sensitivity, budget, base, smallest, largest, too_small=limit < smallest)
+    feasible = [a for a in pareto_frontier(units, space == "monotone") if a.cost <= limit]
+    return _plan(
+        sensitivity, units, feasible[-1], activation_bits, base, f"pareto, {space} space", str(budget)
+    )
+
+
+def frontier(
+    sensitivity: Sensitivity, average_activation_bits: float | None = None, space: Space = "full"
+) -> list[BitPlan]:
+    """All plans that Appendix E finds not dominated in file size and Ω, by increasing size."""
+    units = _weight_units(sensitivity, Budget(max_size_mb=1.0), space)
+    activation_bits = _activation_plan(sensitivity, average_activation_bits)
+    base = _base_bytes(sensitivity, activation_bits)
+    return [
+        _plan(sensitivity, units, assignment, activation_bits, base, f"pareto, {space} space", "frontier")
+        for assignment in pareto_frontier(units, space == "monotone")
+    ]
+
+
+def uniform_plan(
+    sensitivity: Sensitivity, num_bits: int, average_activation_bits: float | None = None
+) -> BitPlan:
+    """Every layer at `num_bits`: the direct quantization that a mixed plan is compared with."""
+    offered = sorted({b for options in sensitivity.weight_omega.values() for b in options})
+    if num_bits not in offered:
+        raise BudgetError(f"sensitivities were measured at {offered} bits, not at {num_bits}")
+    units = [
+        Unit(name, (num_bits,), (0,), (omega[num_bits],)) for name, omega in sensitivity.weight_omega.items()
+    ]
+    activation_bits = _activation_plan(sensitivity, average_activation_bits)
+    base = _base_bytes(sensitivity, activation_bits)
+    assignment = Assignment((0,) * len(units), 0, math.fsum(unit.omega[0] for unit in units))
+    return _plan(
+        sensitivity, units, assignment, activation_bits, base, "uniform", f"{num_bits} bits everywhere"
+    )
+
+
+def _weight_units(sensitivity: Sensitivity, budget: Budget, space: Space) -> list[Unit]:
+    """One unit per layer or tie; in the monotone space sorted by average trace, largest first."""
+    points, grid = sensitivity.points, sensitivity.weight_grid
+
+    def layer_cost(name: str, num_bits: int) -> int:
+        layer = points.by_name[name]
+        if budget.max_size_mb is None:
+            return layer.numel * num_bits
+        return cost.code_bytes(layer, num_bits, grid)
+
+    units = []
+    for names in points.weight_units:
+        bits = tuple(sorted(sensitivity.weight_omega[names[0]]))
+        units.append(
+            Unit(
+                names[0],
+                bits,
+                tuple(sum(layer_cost(name, b) for name in names) for b in bits),
+                tuple(math.fsum(sensitivity.weight_omega[name][b] for name in names) for b in bits),
+            )
+        )
+    if space == "monotone":
+        members = {names[0]: names for names in points.weight_units}
+
+        def unit_trace(unit: Unit) -> float:
+            layers = [points.by_name[name] for name in members[unit.name]]
+            total = math.fsum(layer.numel * sensitivity.average_traces[layer.name] for layer in layers)
+            return total / sum(layer.numel for layer in layers)
+
+        units.sort(key=unit_trace, reverse=True)
+    return units
+
+
+def _activation_plan(sensitivity: Sensitivity, average_bits: float | None) -> dict[str, int]:
+    """Bits by activation point: the most that is offered, or the least Ω within an average over elements."""
+    if not sensitivity.activation_omega:
+        return {}
+    points = sensitivity.points.activation_by_name
+    units = [
+        Unit(
+            name,
+            tuple(sorted(omega)),
+            tuple(round(points[name].numel * b) for b in sorted(omega)),
+            tuple(omega[b] for b in sorted(omega)),
+        )
+        for name, omega in sensitivity.activation_omega.items()
+    ]
+    if average_bits is None:
+        return {unit.name: unit.bits[-1] for unit in units}
+    total = math.fsum(points[unit.name].numel for unit in units)
+    smallest = sum(unit.cost[0] for unit in units) / total
+    feasible = [a for a in pareto_frontier(units) if a.cost <= average_bits * total * (1 + 1e-12)]
+    if not feasible:
+        raise BudgetError(
+            f"activations cannot average {average_bits:g} bits: the least is {smallest:.3f} (the model's input keeps 8);"
+            f" ask for at least that, or offer fewer bits with activation_bits (--activation-bits)"
+        )
+    best = feasible[-1]
+    return {unit.name: unit.bits[i] for unit, i in zip(units, best.choice, strict=True)}
+
+
+def _base_bytes(sensitivity: Sensitivity, activation_bits: dict[str, int]) -> int:
+    """The part of the file that no choice of weight bits changes."""
+    points, grid = sensitivity.points, sensitivity.weight_grid
+    one_bit = {layer.name: 1 for layer in points.layers}
+    total = cost.size_bytes(points, one_bit, activation_bits, grid)
+    return total - sum(cost.code_bytes(layer, 1, grid) for layer in points.layers)
+
+
+def _plan(
+    sensitivity: Sensitivity,
+    units: Sequence[Unit],
+    assignment: Assignment,
+    activation_bits: dict[str, int],
+    base: int,
+    method: str,
+    budget: str,
+) -> BitPlan:
+    points, grid = sensitivity.points, sensitivity.weight_grid
+    chosen = {unit.name: unit.bits[i] for unit, i in zip(units, assignment.choice, strict=True)}
+    tied = {name: names[0] for names in points.weight_units for name in names}
+    bits = {layer.name: chosen.get(layer.name, chosen.get(tied[layer.name], 0)) for layer in points.layers}
+    return BitPlan(
+        weight_bits=bits,
+        activation_bits=activation_bits,
+        size_bytes=base + sum(cost.code_bytes(layer, bits[layer.name], grid) for layer in points.layers),
+        weight_code_bits=cost.weight_bits_total(points, bits),
+        weight_count=cost.weight_count(points),
+        omega=math.fsum(sensitivity.weight_omega[name][b] for name, b in bits.items()),
+        activation_omega=math.fsum(sensitivity.activation_omega[n][b] for n, b in activation_bits.items()),
+        weight_grid=grid,
+        fingerprint=points.fingerprint,
+        method=method,
+        budget=budget,
+    )
+
+
+def _refuse(
+    sensitivity: Sensitivity, budget: Budget, base: int, smallest: int, largest: int, too_small: bool
+) -> None:
+    """Raise `BudgetError` in the unit in which the budget was given."""
+    count = cost.weight_count(sensitivity.points)
+    edge = smallest if too_small else largest
+    if budget.max_size_mb is not None:
+        nearest = f"{math.ceil((base + edge) / MEGABYTE * 1e6) / 1e6:.6f} MB"
+        if not too_small:
+            nearest = f"{math.floor((base + edge) / MEGABYTE * 1e6) / 1e6:.6f} MB"
+    elif budget.compression is not None:
+        nearest = f"{32 * count / edge:.4g}x"
+    else:
+        nearest = f"{edge / count:.4g} bits"
+    offered = sorted({b for options in sensitivity.weight_omega.values() for b in options})
+    if too_small:
+        raise BudgetError(
+            f"no plan fits the budget, {budget}: with every layer at its fewest bits of {offered} the smallest is {nearest};"
+            " ask for that or more room, or offer fewer bits (--bits)"
+        )
+    raise BudgetError(
+        f"the budget, {budget}, is above the largest plan: with every layer at its most bits of {offered} it needs"
+        f" {nearest}; ask for less, or offer more bits (--bits)"
+    )

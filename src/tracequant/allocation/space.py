@@ -1,0 +1,23 @@
+"""The size of the search space (HAWQ-V2, Appendix B)."""
+
+from __future__ import annotations
+
+import math
+
+
+def full_space(layers: int, options: int) -> int:
+    """Number of assignments of `options` bit widths to `layers` layers, m^L.
+
+    >>> f"{full_space(50, 4):.1e}"
+    '1.3e+30'
+    """
+    return options**layers
+
+
+def monotone_space(layers: int, options: int) -> int:
+    """Number of assignments in which a layer with a larger average trace never has fewer bits: Σ_j C(m, j) C(L−1, j−1).
+
+    >>> monotone_space(50, 4)
+    23426
+    """
+    return sum(math.comb(options, j) * math.comb(layers - 1, j - 1) for j in range(1, options + 1))

@@ -1,0 +1,81 @@
+"""What an estimator of curvature returns. Plain data, no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tracequant.artifact import Saveable
+from tracequant.points import QuantizationPoints
+
+
+@dataclass(frozen=True)
+class TraceEstimate:
+    """The trace of one diagonal block of the Hessian of the mean loss.
+
+    `trace` is in loss units per squared unit of the tensor; `average_trace` is it divided by `numel`, the number of
+    elements (for activations: of one sample, averaged over the samples). `standard_error` is the error of `trace` due to
+    the random probes, on the samples that were used; it is 0 for an exact method and infinite where one draw leaves it
+    unknown. `sampling_error` is the spread between batches divided by the square root of their number: how far another set of
+    samples of this size may lie, probe error included; infinite for a single batch.
+    """
+
+    trace: float
+    average_trace: float
+    standard_error: float
+    sampling_error: float
+    numel: float
+    draws: int
+    samples: int
+
+    @property
+    def relative_error(self) -> float:
+        """Standard error divided by the absolute value of the trace."""
+        return self.standard_error / abs(self.trace) if self.trace else math.inf
+
+
+@dataclass(frozen=True)
+class Curvature(Saveable):
+    """Traces of all layers (`weights`) and activation points (`activations`), by name, and how they were made.
+
+    `points` are the layers and tensors that were looked at; later stages take them from here.
+
+    `reason` says why `method` was chosen. `top_eigenvalues` holds the largest eigenvalue of each layer's block where it
+    was asked for (`tracequant.top_eigenvalues`), HAWQ's older measure; it serves comparison only.
+    """
+
+    points: QuantizationPoints
+    weights: dict[str, TraceEstimate]
+    activations: dict[str, TraceEstimate]
+    method: str
+    reason: str
+    seed: int
+    samples: int
+    top_eigenvalues: dict[str, float] | None = None
+
+
+def summarize(values: Sequence[Sequence[float]], batch_sizes: Sequence[int], numel: float) -> TraceEstimate:
+    """The estimate from `values[batch][draw]`, each a value of zᵀHz for the mean loss of its batch (Eq. 7).
+
+    Batches are weighted by their samples. Probes are independent between draws and batches, so the variances add.
+    """
+    draws = len(values[0])
+    samples = sum(batch_sizes)
+    weights = [size / samples for size in batch_sizes]
+    means = [math.fsum(row) / draws for row in values]
+    trace = math.fsum(weight * mean for weight, mean in zip(weights, means, strict=True))
+    variance = math.inf
+    if draws > 1:
+        variance = math.fsum(
+            weight**2 * math.fsum((value - mean) ** 2 for value in row) / (draws - 1) / draws
+            for weight, row, mean in zip(weights, values, means, strict=True)
+        )
+    spread = math.inf
+    if len(means) > 1:
+        # The variance of a weighted mean of batches, unbiased for equal sizes.
+        residual = math.fsum(
+            weight**2 * (mean - trace) ** 2 for weight, mean in zip(weights, means, strict=True)
+        )
+        spread = math.sqrt(residual * len(means) / (len(means) - 1))
+    return TraceEstimate(trace, trace / numel, math.sqrt(variance), spread, numel, draws, samples)

@@ -1,0 +1,33 @@
+"""Every error that tracequant raises on purpose.
+
+All of them derive from `TracequantError`, so that `except tq.TracequantError` catches what the library can explain and
+nothing else. The command line prints the message and exits with code 2.
+"""
+
+
+class TracequantError(Exception):
+    """Base of all errors whose message says what was expected, what came and what to try."""
+
+
+class DataError(TracequantError):
+    """The batches cannot be used: none came, values are not finite, targets do not fit the outputs."""
+
+
+class ModelError(TracequantError):
+    """The model cannot be analysed or quantized as asked; the message names the layer."""
+
+
+class TaskError(TracequantError):
+    """A task is unknown, cannot be loaded, or returns something that is not a loss."""
+
+
+class BudgetError(TracequantError):
+    """No plan fits the budget, or every plan does; the message names the nearest sensible budget."""
+
+
+class ArtifactError(TracequantError):
+    """A file is missing, damaged, or of another kind or version than expected."""
+
+
+class RunError(TracequantError):
+    """A run directory does not belong to this request, or a stage that is needed has not been run."""

@@ -1,0 +1,258 @@
+"""Uniform affine quantization, 1 to 8 bits (HAWQ-V2, Appendix A).
+
+A value is `scale * (code - zero_point)` with codes 0 ... 2^k - 1. In the paper's terms `q_0 = -scale * zero_point` and
+`Delta = scale`. Three choices of the zero point:
+
+- asymmetric: an integer chosen so that the grid covers the range and holds 0 exactly, which zero padding and ReLU need;
+- symmetric, 3 bits and more: 2^(k-1), the two's complement grid of integer hardware;
+- symmetric, 1 and 2 bits: (2^k - 1) / 2, the balanced grids {-1, 1} and {-3, -1, 1, 3} times scale / 2. With so few levels
+  one cannot be spent on the asymmetry of two's complement: on Gaussian weights its best 2-bit grid has a 24 % larger
+  squared error (`benchmarks/two_bit_grid.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from tracequant.errors import ModelError
+from tracequant.layers import replace_inputs
+from tracequant.settings import WeightGrid
+
+MAX_BITS = 8
+RangeMethod = Literal["minmax", "percentile", "mse"]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A uniform grid: `scale` and `zero_point` (in units of the scale) broadcast against the tensor they quantize."""
+
+    scale: Tensor
+    zero_point: Tensor
+    num_bits: int
+
+    def quantize(self, values: Tensor) -> Tensor:
+        """Codes 0 ... 2^bits - 1 as floats, shape of `values`."""
+        return torch.round(values / self.scale + self.zero_point).clamp_(0, 2**self.num_bits - 1)
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """The values that codes stand for. `quantize` gives exactly the same codes back."""
+        return (codes - self.zero_point) * self.scale
+
+    def round(self, values: Tensor) -> Tensor:
+        """Each value replaced by its nearest on the grid, values outside the range by the grid's ends."""
+        return self.dequantize(self.quantize(values))
+
+
+def symmetric_zero_point(num_bits: int) -> float:
+    """The zero point of a symmetric grid, in units of its scale.
+
+    >>> [symmetric_zero_point(k) for k in (1, 2, 3, 8)]
+    [0.5, 1.5, 4.0, 128.0]
+    """
+    return (2**num_bits - 1) / 2 if num_bits <= 2 else float(2 ** (num_bits - 1))
+
+
+def check_bits(num_bits: int) -> None:
+    """Raise `ModelError` unless 1 <= num_bits <= 8."""
+    if not 1 <= num_bits <= MAX_BITS:
+        raise ModelError(f"bit widths go from 1 to {MAX_BITS}, got {num_bits}")
+
+
+def grid_for_range(low: Tensor, high: Tensor, num_bits: int, symmetric: bool) -> Grid:
+    """The grid that covers `[low, high]`; ranges are widened to contain 0, and a range of zero width gets scale 1."""
+    check_bits(num_bits)
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    levels = 2**num_bits - 1
+    if symmetric:
+        zero_point = torch.full_like(low, symmetric_zero_point(num_bits))
+        if num_bits <= 2:
+            scale = 2 * torch.maximum(-low, high) / levels
+        else:
+            # Two's complement reaches one step further down than up.
+            scale = torch.maximum(-low / 2 ** (num_bits - 1), high / (2 ** (num_bits - 1) - 1))
+    else:
+        scale = (high - low) / levels
+    # A subnormal scale overflows 1 / scale; such a tensor is zero for every purpose.
+    scale = torch.where(scale > 1e-30, scale, torch.ones_like(scale))
+    if not symmetric:
+        zero_point = torch.round(-low / scale).clamp(0, levels)
+    return Grid(scale, zero_point, num_bits)
+
+
+def choose_grid(
+    values: Tensor,
+    num_bits: int,
+    symmetric: bool = True,
+    channel_axis: int | None = None,
+    method: RangeMethod = "mse",
+    percentile: float = 99.9,
+    candidates: int = 80,
+) -> Grid:
+    """The grid for `values`, one per slice along `channel_axis`, or one for the whole tensor if that is None.
+
+    `method`: "minmax" covers all values; "percentile" covers the central `percentile` % of them; "mse" tries
+    `candidates` fractions of the min-max range and keeps, per channel, the one with the least squared error.
+    """
+    check_bits(num_bits)
+    rows = values.detach().reshape(1, -1) if channel_axis is None else _rows(values.detach(), channel_axis)
+    if rows.numel() == 0:
+        raise ModelError("cannot choose a quantization range for a tensor without elements")
+    low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
+    if method == "percentile":
+        # kthvalue rather than quantile, which refuses tensors of more than 16 million elements.
+        below = max(1, math.ceil(rows.shape[1] * (100 - percentile) / 200))
+        low = rows.kthvalue(below, 1, keepdim=True).values
+        high = rows.kthvalue(rows.shape[1] - below + 1, 1, keepdim=True).values
+    grid = grid_for_range(low, high, num_bits, symmetric)
+    if method == "mse":
+        best = (grid.round(rows) - rows).square().sum(1, keepdim=True)
+        for step in range(1, candidates):
+            shrink = 1 - step / candidates
+            trial = grid_for_range(low * shrink, high * shrink, num_bits, symmetric)
+            error = (trial.round(rows) - rows).square().sum(1, keepdim=True)
+            better = error < best
+            best = torch.where(better, error, best)
+            grid = Grid(
+                torch.where(better, trial.scale, grid.scale),
+                torch.where(better, trial.zero_point, grid.zero_point),
+                num_bits,
+            )
+    shape = [1] * values.ndim
+    if channel_axis is not None:
+        shape[channel_axis] = -1
+    return Grid(grid.scale.reshape(shape), grid.zero_point.reshape(shape), num_bits)
+
+
+def choose_weight_grid(weight: Tensor, num_bits: int, channel_axis: int, settings: WeightGrid) -> Grid:
+    """The grid for a weight tensor under `settings`."""
+    axis = channel_axis if settings.per_channel else None
+    return choose_grid(weight, num_bits, settings.symmetric, axis, settings.range)
+
+
+def _rows(values: Tensor, axis: int) -> Tensor:
+    return values.movedim(axis, 0).flatten(1) if values.ndim > 1 else values.reshape(-1, 1)
+
+
+class FakeQuantize(torch.autograd.Function):
+    """Rounding to a grid with a straight-through gradient inside the range and none outside (Appendix A).
+
+    The gradient of the scale is that of learned step size quantization (Esser et al. 2020, Eq. 3): code minus
+    position inside the range, the end code outside, in units relative to the zero point.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int) -> Tensor:
+        """`Grid.round`, operation by operation the same, so that training and packing see the same bits."""
+        position = values / scale + zero_point
+        codes = torch.round(position).clamp_(0, 2**num_bits - 1)
+        inside = (position >= 0) & (position <= 2**num_bits - 1)
+        ctx.scale_shape = scale.shape
+        if ctx.needs_input_grad[1]:
+            # Position and code both count from the zero point, which cancels inside the range.
+            slope = torch.where(inside, codes - position, codes - zero_point)
+            ctx.save_for_backward(inside, slope)
+        else:
+            ctx.save_for_backward(inside)
+        return (codes - zero_point) * scale
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        """Gradients of values and scale."""
+        (grad,) = grad_outputs
+        inside = ctx.saved_tensors[0]
+        grad_values = grad * inside if ctx.needs_input_grad[0] else None
+        grad_scale = None
+        if ctx.needs_input_grad[1]:
+            grad_scale = (grad * ctx.saved_tensors[1]).sum_to_size(ctx.scale_shape)
+        return grad_values, grad_scale, None, None
+
+
+class Quantizer(nn.Module):
+    """Fake quantization with a learnable scale. `enabled = False` lets values through unchanged."""
+
+    zero_point: Tensor
+
+    def __init__(self, grid: Grid) -> None:
+        super().__init__()
+        self.num_bits = grid.num_bits
+        self.scale = nn.Parameter(grid.scale.detach().clone())
+        self.register_buffer("zero_point", grid.zero_point.detach().clone())
+        self.enabled = True
+
+    @property
+    def grid(self) -> Grid:
+        """The grid at its present scale."""
+        return Grid(self.scale.detach(), self.zero_point, self.num_bits)
+
+    def set_grid(self, grid: Grid) -> None:
+        """Move to another grid of the same bits and shape."""
+        with torch.no_grad():
+            self.scale.copy_(grid.scale)
+            self.zero_point.copy_(grid.zero_point)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """`values` rounded to the grid."""
+        if not self.enabled:
+            return values
+        return cast(Tensor, FakeQuantize.apply(values, self.scale, self.zero_point, self.num_bits))
+
+    def extra_repr(self) -> str:
+        """Bits, for printing the model."""
+        return f"num_bits={self.num_bits}"
+
+
+class WeightQuantizer(Quantizer):
+    """The parametrization of a quantized weight; `axis` is that of the scales, None for one scale."""
+
+    def __init__(self, grid: Grid, axis: int | None, symmetric: bool) -> None:
+        super().__init__(grid)
+        self.axis = axis
+        self.symmetric = symmetric
+
+
+class ActivationQuantizer(Quantizer):
+    """Quantizes the tensor that its consumers read; one instance is a child of every consumer of the point."""
+
+    def __init__(self, name: str, grid: Grid) -> None:
+        super().__init__(grid)
+        self.point = name
+        # Elements that the last call quantized, which the gradient of the scale sums over.
+        self.last_numel = 1
+
+    def forward(self, values: Tensor) -> Tensor:
+        """`values` rounded to the grid."""
+        self.last_numel = values.numel()
+        return super().forward(values)
+
+    def attach(self, module: nn.Module) -> None:
+        """Make `module` read its input through this quantizer."""
+        module.add_module("input_quantizer", self)
+        # A bound method, not a closure: deepcopy of the model then binds the copy's own quantizer.
+        module.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+
+    def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return replace_inputs(module, args, kwargs, self)
+
+
+def weight_quantizers(model: nn.Module) -> dict[tuple[str, str], WeightQuantizer]:
+    """(module name, parameter name) → quantizer of every quantized weight, in the order of registration."""
+    found = {}
+    for module_name, module in model.named_modules():
+        if parametrize.is_parametrized(module):
+            parametrizations = cast(nn.ModuleDict, module.parametrizations)
+            for parameter, chain in parametrizations.items():
+                for item in cast(nn.ModuleList, chain):
+                    if isinstance(item, WeightQuantizer):
+                        found[module_name, parameter] = item
+    return found
+
+
+def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
+    """Point name → quantizer, in the order of the first consumer."""
+    return {module.point: module for module in model.modules() if isinstance(module, ActivationQuantizer)}

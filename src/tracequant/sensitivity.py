@@ -1,0 +1,148 @@
+"""Ω for every layer and activation point at every bit width: average Hessian trace times squared perturbation (Eq. 10)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from tracequant.curvature.result import Curvature
+from tracequant.errors import ModelError
+from tracequant.layers import reading, weight_parameter
+from tracequant.model_state import frozen_evaluation
+from tracequant.points import QuantizationPoints
+from tracequant.progress import track
+from tracequant.quantizer import Grid, check_bits, choose_grid, choose_weight_grid
+from tracequant.sensitivity_result import MODEL_INPUT_BITS, Sensitivity, combine
+from tracequant.settings import WeightGrid
+from tracequant.task import Batches, Task, checked, reusable
+
+# Values kept of each batch to choose an activation's range from; the error at that range is measured on all values.
+RANGE_SAMPLE = 1 << 16
+
+
+def measure_sensitivity(
+    model: nn.Module,
+    curvature: Curvature,
+    batches: Batches,
+    task: Task,
+    weight_bits: Sequence[int] = (2, 3, 4, 8),
+    activation_bits: Sequence[int] = (4, 8),
+    metric: Literal["trace", "l2"] = "trace",
+    weight_grid: WeightGrid | None = None,
+    progress: bool = False,
+) -> Sensitivity:
+    """Perturbations and Ω (HAWQ-V2, Eq. 10) of every layer at `weight_bits` and every point at `activation_bits`.
+
+    Weights: ‖Q(W) − W‖² with the grid that conversion will use (`weight_grid`). Activations: the mean over samples of
+    ‖Q(a) − a‖², with ranges chosen on `batches`. `metric` "trace" weights them by the average trace; "l2" leaves the
+    trace out (the paper's ablation, Table 3b). With `activation_bits=()` activations stay in float. The tensor that the
+    caller hands to the model is offered 8 bits only: images arrive that way.
+
+    Raises `ModelError` for bit widths outside 1 to 8, weights that are not finite, and a curvature without activations.
+    """
+    batches = reusable(batches)
+    points = curvature.points
+    weight_grid = weight_grid or WeightGrid()
+    weight_bits, activation_bits = sorted(set(weight_bits)), sorted(set(activation_bits))
+    if not weight_bits:
+        raise ModelError("weight_bits is empty; name at least one bit width from 1 to 8")
+    for num_bits in (*weight_bits, *activation_bits):
+        check_bits(num_bits)
+    if activation_bits and points.activations and not curvature.activations:
+        raise ModelError(
+            "the curvature was measured for weights only; estimate it with activations=True, or pass activation_bits=()"
+        )
+
+    weight_errors: dict[str, dict[int, float]] = {}
+    for layer in points.layers:
+        weight = weight_parameter(model, layer).detach()
+        if not torch.isfinite(weight).all():
+            raise ModelError(f"layer {layer.name} holds weights that are NaN or infinite")
+        weight_errors[layer.name] = {
+            num_bits: _squared_error(
+                weight, choose_weight_grid(weight, num_bits, layer.channel_axis, weight_grid)
+            )
+            for num_bits in weight_bits
+        }
+    activation_errors: dict[str, dict[int, float]] = {}
+    if activation_bits:
+        options = {
+            point.name: [MODEL_INPUT_BITS] if point.is_model_input else list(activation_bits)
+            for point in points.activations
+        }
+        grids = calibrate(model, batches, task, points, options, progress)
+        activation_errors = _activation_errors(model, batches, task, points, grids, progress)
+    return combine(curvature, weight_errors, activation_errors, weight_grid, metric)
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Batches,
+    task: Task,
+    points: QuantizationPoints,
+    bits: dict[str, list[int]],
+    progress: bool = False,
+) -> dict[str, dict[int, Grid]]:
+    """Grids for activation points, point name → bits → grid, from one pass over `batches`.
+
+    Ranges are those of least squared error on a sample of the values that contains the extremes. A tensor that is never
+    negative gets the full grid above 0.
+    """
+    samples: dict[str, list[Tensor]] = {name: [] for name in bits}
+
+    def read(name: str, tensor: Tensor) -> None:
+        if name in samples:
+            flat = tensor.detach().flatten()
+            step = max(1, flat.numel() // RANGE_SAMPLE)
+            samples[name].append(torch.cat([flat[::step], flat.amin()[None], flat.amax()[None]]))
+
+    with frozen_evaluation(model), torch.no_grad():
+        for batch in track(checked(batches, task, model), "Activation ranges", progress):
+            with reading(model, points, read):
+                task.outputs(model, batch)
+    grids: dict[str, dict[int, Grid]] = {}
+    for name, parts in samples.items():
+        if not parts:
+            raise ModelError(
+                f"activation of layer {name} was never seen: the layer is not called on these batches; exclude it"
+            )
+        values = torch.cat(parts)
+        if not torch.isfinite(values).all():
+            raise ModelError(f"the input of layer {name} is NaN or infinite on some batch")
+        grids[name] = {num_bits: choose_grid(values, num_bits, symmetric=False) for num_bits in bits[name]}
+    return grids
+
+
+def _activation_errors(
+    model: nn.Module,
+    batches: Batches,
+    task: Task,
+    points: QuantizationPoints,
+    grids: dict[str, dict[int, Grid]],
+    progress: bool,
+) -> dict[str, dict[int, float]]:
+    """Mean over samples of ‖Q(a) − a‖² for every point and bit width, in one pass."""
+    sums = {name: dict.fromkeys(options, 0.0) for name, options in grids.items()}
+    total = 0
+    seen: dict[int, Tensor] = {}
+
+    def read(name: str, tensor: Tensor) -> None:
+        if id(tensor) not in seen:  # consumers that share the tensor do not make it count twice
+            seen[id(tensor)] = tensor
+            for num_bits, grid in grids[name].items():
+                sums[name][num_bits] += _squared_error(tensor, grid)
+
+    with frozen_evaluation(model), torch.no_grad():
+        for batch in track(checked(batches, task, model), "Activation errors", progress):
+            with reading(model, points, read):
+                task.outputs(model, batch)
+            seen.clear()
+            total += task.batch_size(batch)
+    return {name: {b: value / total for b, value in options.items()} for name, options in sums.items()}
+
+
+def _squared_error(values: Tensor, grid: Grid) -> float:
+    return float((grid.round(values) - values).double().square().sum())

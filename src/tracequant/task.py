@@ -1,0 +1,272 @@
+"""The one interface between tracequant and a user's model, data, loss and metric."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from tracequant.artifact import Saveable
+from tracequant.errors import DataError, TaskError
+from tracequant.model_state import frozen_evaluation
+from tracequant.progress import track
+
+Batch = Any
+Batches = Iterable[Batch]
+
+
+@dataclass(frozen=True)
+class Evaluation(Saveable):
+    """A model's metric and mean loss over `samples` inputs; the metric in the unit that its name gives."""
+
+    metric_name: str
+    metric: float
+    loss: float
+    samples: int
+
+
+class Task(abc.ABC):
+    """What a model is asked to do. Implement `outputs`, `loss`, `metric` and `batch_size`; the rest has defaults.
+
+    A batch is whatever your loader yields. Outputs and loss are kept apart because curvature needs the derivative of the
+    loss with respect to the outputs alone. Nothing here assumes tensors of one size: a batch may be a list of images of
+    different sizes, the outputs any nesting of tensors, the loss a dictionary of terms.
+    """
+
+    metric_name: str = "metric"
+    higher_is_better: bool = True
+
+    @abc.abstractmethod
+    def outputs(self, model: nn.Module, batch: Batch) -> Any:
+        """The model's raw outputs for one batch."""
+
+    @abc.abstractmethod
+    def loss(self, outputs: Any, batch: Batch) -> Tensor | Mapping[str, Tensor]:
+        """The loss, averaged over the samples of the batch: a scalar, or named scalars to be summed."""
+
+    @abc.abstractmethod
+    def metric(self, outputs: Any, batch: Batch) -> float:
+        """The metric of one batch, averaged over its samples. For a metric of a whole data set override `evaluate`."""
+
+    @abc.abstractmethod
+    def batch_size(self, batch: Batch) -> int:
+        """Number of samples in the batch."""
+
+    def to_device(self, batch: Batch, device: torch.device) -> Batch:
+        """The batch with every tensor in it moved to `device`."""
+        return pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
+
+    def check(self, outputs: Any, batch: Batch) -> None:  # noqa: B027 - optional to override
+        """Raise `DataError` if the batch does not fit the outputs; called before the loss."""
+
+    def distillation_loss(self, outputs: Any, teacher_outputs: Any) -> Tensor:
+        """Distance of a student's outputs to its teacher's, for fine-tuning with `teacher=`."""
+        raise TaskError(
+            f"{type(self).__name__} has no distillation_loss(outputs, teacher_outputs); implement it or fine-tune"
+            " without a teacher"
+        )
+
+    def evaluate(self, model: nn.Module, batches: Batches, progress: bool = False) -> Evaluation:
+        """Metric and loss of `model` over `batches`, in evaluation mode, the model left as it was."""
+        metric_sum = loss_sum = 0.0
+        samples = 0
+        with frozen_evaluation(model), torch.no_grad():
+            for batch in track(checked(batches, self, model), "Evaluating", progress):
+                outputs, loss = forward(self, model, batch)
+                size = self.batch_size(batch)
+                metric_sum += size * float(self.metric(outputs, batch))
+                loss_sum += size * loss.item()
+                samples += size
+        return Evaluation(self.metric_name, metric_sum / samples, loss_sum / samples, samples)
+
+
+class ClassificationTask(Task):
+    """Classification of `(inputs, targets)` batches by a model that maps inputs to logits `[N, C]` (or `[N, C, ...]`).
+
+    `loss(logits, targets)` is your own loss, averaged over the batch; it is the function whose curvature is measured.
+    `forward(model, inputs)` is for models that are not called with one tensor; the default is `model(inputs)`, or
+    `model(**inputs)` where the inputs are a mapping. The metric is top-1 accuracy in percent.
+    """
+
+    metric_name = "accuracy %"
+
+    def __init__(
+        self,
+        loss: Callable[[Any, Any], Tensor] = F.cross_entropy,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
+    ) -> None:
+        self._loss = loss
+        self._forward = forward
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Any:
+        """The logits."""
+        inputs, _ = self._split(batch)
+        if self._forward is not None:
+            return self._forward(model, inputs)
+        outputs = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+        return getattr(outputs, "logits", outputs)
+
+    def loss(self, outputs: Any, batch: Batch) -> Tensor:
+        """The user's loss of logits and targets."""
+        return self._loss(outputs, self._split(batch)[1])
+
+    def metric(self, outputs: Any, batch: Batch) -> float:
+        """Top-1 accuracy in percent."""
+        targets = self._split(batch)[1]
+        hits = outputs.argmax(dim=1) == (targets.argmax(dim=1) if targets.ndim == outputs.ndim else targets)
+        return 100.0 * hits.float().mean().item()
+
+    def batch_size(self, batch: Batch) -> int:
+        """Length of the targets."""
+        return len(self._split(batch)[1])
+
+    def check(self, outputs: Any, batch: Batch) -> None:
+        """Targets must be one per row of logits and name a class that exists (or be -100, which is ignored)."""
+        targets = self._split(batch)[1]
+        if not isinstance(outputs, Tensor) or outputs.ndim < 2:
+            raise TaskError(
+                f"the model returned {_describe(outputs)}, expected logits of shape [N, classes]; pass"
+                " ClassificationTask(forward=...) to pick them"
+            )
+        if len(targets) != len(outputs):
+            raise DataError(f"{len(targets)} targets came with {len(outputs)} rows of logits")
+        if targets.dtype.is_floating_point or targets.ndim != outputs.ndim - 1 or targets.numel() == 0:
+            return
+        classes = outputs.shape[1]
+        wrong = targets[(targets != -100) & ((targets < 0) | (targets >= classes))]
+        if wrong.numel() > 0:
+            raise DataError(
+                f"target {int(wrong[0])} is out of range: the model has {classes} classes, numbered 0 to {classes - 1};"
+                " check the labels, or the model's last layer"
+            )
+
+    def distillation_loss(self, outputs: Any, teacher_outputs: Any) -> Tensor:
+        """Kullback-Leibler divergence from the teacher's class probabilities, averaged over the batch."""
+        return F.kl_div(
+            outputs.flatten(2).log_softmax(1) if outputs.ndim > 2 else outputs.log_softmax(1),
+            teacher_outputs.flatten(2).log_softmax(1) if outputs.ndim > 2 else teacher_outputs.log_softmax(1),
+            reduction="batchmean",
+            log_target=True,
+        )
+
+    @staticmethod
+    def _split(batch: Batch) -> tuple[Any, Tensor]:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise TaskError(
+                f"ClassificationTask expects batches (inputs, targets), got {_describe(batch)}; write a Task of your own"
+                " for other batches"
+            )
+        return batch[0], batch[1]
+
+
+@dataclass
+class TaskSetup:
+    """What a task module gives the command line: a trained model, its task, and the data of each stage.
+
+    `calibration` (a few hundred inputs) serves curvature and activation ranges; `train` is iterated again and again by
+    fine-tuning; `evaluation` measures every accuracy that is reported.
+    """
+
+    model: nn.Module
+    task: Task
+    calibration: Batches
+    train: Batches
+    evaluation: Batches
+    device: torch.device | str | None = None
+
+
+def total_loss(task: Task, outputs: Any, batch: Batch) -> Tensor:
+    """The task's loss as one scalar; the terms of a dictionary are summed."""
+    loss = task.loss(outputs, batch)
+    if isinstance(loss, Mapping):
+        terms = list(loss.values())
+        loss = torch.stack([term.reshape(()) for term in terms]).sum() if terms else loss
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise TaskError(
+            f"{type(task).__name__}.loss returned {_describe(loss)}, expected a scalar tensor (the mean over the batch) or"
+            " a dictionary of them"
+        )
+    return loss.reshape(())
+
+
+def forward(task: Task, model: nn.Module, batch: Batch) -> tuple[Any, Tensor]:
+    """Outputs and loss of one batch, the outputs checked against the batch and the loss for finiteness."""
+    outputs = task.outputs(model, batch)
+    task.check(outputs, batch)
+    loss = total_loss(task, outputs, batch)
+    if not torch.isfinite(loss):
+        raise DataError(
+            f"the loss is {loss.item()}: the inputs are finite, so the model or the loss overflows; check the"
+            " normalisation of the inputs, the loss, and that the weights are trained and finite"
+        )
+    return outputs, loss
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter or buffer; the CPU for a model without any."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        return tensor.device
+    return torch.device("cpu")
+
+
+def reusable(batches: Batches) -> Batches:
+    """`batches` if it can be iterated again, else a list of what a one-shot iterator yields."""
+    return list(batches) if isinstance(batches, Iterator) else batches
+
+
+def checked(batches: Batches, task: Task, model: nn.Module) -> Iterable[Batch]:
+    """The batches on the model's device; `DataError` for an empty loader, empty batches and inputs not finite."""
+    device = model_device(model)
+
+    def generate() -> Iterator[Batch]:
+        count = 0
+        for batch in batches:
+            moved = task.to_device(batch, device)
+            if task.batch_size(moved) == 0:
+                raise DataError(f"batch {count} has no samples")
+            check_finite(moved, count)
+            count += 1
+            yield moved
+        if count == 0:
+            raise DataError("the loader yielded no batches; pass at least one batch (is the data set empty?)")
+
+    return _Sized(generate, batches)
+
+
+def check_finite(batch: Batch, index: int) -> None:
+    """Raise `DataError` if any floating-point tensor of the batch holds NaN or infinity."""
+    for path, leaf in pytree.tree_flatten_with_path(batch)[0]:
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and not torch.isfinite(leaf).all():
+            bad = int((~torch.isfinite(leaf)).sum())
+            raise DataError(
+                f"batch {index}{pytree.keystr(path)} holds {bad} values that are NaN or infinite"
+                f" (shape {list(leaf.shape)}); clean the data or its normalisation"
+            )
+
+
+class _Sized:
+    """A generator that also knows its length where its source does, for progress bars."""
+
+    def __init__(self, generate: Callable[[], Iterator[Batch]], source: Batches) -> None:
+        self._generate = generate
+        self._source = source
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._generate()
+
+    def __len__(self) -> int:
+        return len(self._source)  # type: ignore[arg-type]
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__}"
