@@ -61,9 +61,7 @@ def read_json(path: str | Path) -> Any:
     except FileNotFoundError:
         raise ArtifactError(f"{path} does not exist") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ArtifactError(
-            f"{path} cannot be read as JSON ({error}); delete it to have it made anew"
-        ) from None
+        raise ArtifactError(f"{path} cannot be read as JSON ({error}); delete it to have it made anew") from None
 
 
 class Saveable:

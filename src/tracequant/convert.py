@@ -17,14 +17,12 @@ from tracequant.sensitivity import calibrate
 from tracequant.task import Batches, Task, reusable
 
 
-def quantize(
-    model: nn.Module, plan: BitPlan, batches: Batches, task: Task, progress: bool = False
-) -> nn.Module:
+def quantize(model: nn.Module, plan: BitPlan, batches: Batches, task: Task, progress: bool = False) -> nn.Module:
     """A copy of `model` whose weights and activations are rounded as `plan` says; `model` itself is untouched.
 
-    Module classes stay what they are: a weight is quantized by a parametrization, an activation by a forward pre-hook of
-    its consumers. Activation ranges are chosen on `batches` with the weights already quantized. Layers and activations
-    that the plan does not name stay in float.
+    Module classes stay what they are: a weight is quantized by a parametrization, an activation by a forward pre-hook
+    of its consumers. Activation ranges are chosen on `batches` with the weights already quantized. Layers and
+    activations that the plan does not name stay in float.
 
     Raises `ModelError` if the plan names something that the model does not have.
     """
@@ -76,9 +74,7 @@ def dequantized_state(model: nn.Module) -> dict[str, torch.Tensor]:
             if parts[-1] != "original":
                 continue
             owner, parameter = ".".join(parts[:index]), parts[index + 1]
-            state[".".join(filter(None, (owner, parameter)))] = getattr(
-                model.get_submodule(owner), parameter
-            ).detach()
+            state[".".join(filter(None, (owner, parameter)))] = getattr(model.get_submodule(owner), parameter).detach()
         elif "input_quantizer" not in parts:
             state[name] = tensor
     return state

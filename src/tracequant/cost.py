@@ -34,14 +34,10 @@ def weight_count(points: QuantizationPoints) -> int:
     return sum(layer.numel for layer in points.layers)
 
 
-def bit_operations(
-    points: QuantizationPoints, weight_bits: dict[str, int], activation_bits: dict[str, int]
-) -> int:
+def bit_operations(points: QuantizationPoints, weight_bits: dict[str, int], activation_bits: dict[str, int]) -> int:
     """BOPs for one sample: multiply-accumulates times weight bits times activation bits, 32 where a side is float."""
     return sum(
-        layer.macs
-        * weight_bits.get(layer.name, FLOAT_BITS)
-        * activation_bits.get(layer.activation or "", FLOAT_BITS)
+        layer.macs * weight_bits.get(layer.name, FLOAT_BITS) * activation_bits.get(layer.activation or "", FLOAT_BITS)
         for layer in points.layers
     )
 

@@ -60,19 +60,20 @@ def finetune(
 ) -> FinetuneResult:
     """Train a fake-quantized model in place for `steps` batches, cosine schedule from `learning_rate` to zero.
 
-    Weights move under the straight-through estimator (Appendix A); with `learn_scales` the quantizers' scales move too, by
-    the gradient of learned step size quantization, scaled by 1 / sqrt(numel · levels). With a `teacher`, the float model
-    as a rule, the loss is (1 − distillation) · loss + distillation · task.distillation_loss. On a GPU the forward pass
-    runs under bfloat16 autocast.
+    Weights move under the straight-through estimator (Appendix A); with `learn_scales` the quantizers' scales move
+    too, by the gradient of learned step size quantization, scaled by 1 / sqrt(numel · levels). With a `teacher`, the
+    float model as a rule, the loss is (1 − distillation) · loss + distillation · task.distillation_loss. On a GPU the
+    forward pass runs under bfloat16 autocast.
 
     `order`: "all" quantizes everything from the first step; "sensitive_first" and "sensitive_last" switch weights on in
     `stages` groups by `omega` (Ω by layer), as HAWQ does, and activations with the last group.
 
-    Given a `checkpoint` path, state is saved there every `checkpoint_every` steps and a later call with the same arguments
-    goes on from it; on the CPU it ends with the same bits as an undisturbed run, provided that `batches` draw their
-    randomness from torch's global generator, as a DataLoader does. The global RNG is left as it was.
+    Given a `checkpoint` path, state is saved there every `checkpoint_every` steps and a later call with the same
+    arguments goes on from it; on the CPU it ends with the same bits as an undisturbed run, provided that `batches`
+    draw their randomness from torch's global generator, as a DataLoader does. The global RNG is left as it was.
 
-    Raises `ModelError` if the model is not quantized, `DataError` if the loader is empty or the loss stops being finite.
+    Raises `ModelError` if the model is not quantized, `DataError` if the loader is empty or the loss stops being
+    finite.
     """
     quantizers = _quantizers(model)
     if steps < 0 or stages < 1 or not 0 <= distillation <= 1:
@@ -204,9 +205,7 @@ def _set_learning_rate(trainer: torch.optim.Optimizer, peak: float, step: int, s
 _Schedule = list[tuple[int, list[tuple[Quantizer, nn.Module | None]]]]
 
 
-def _stages(
-    model: nn.Module, order: Order, omega: dict[str, float] | None, stages: int, steps: int
-) -> _Schedule:
+def _stages(model: nn.Module, order: Order, omega: dict[str, float] | None, stages: int, steps: int) -> _Schedule:
     """(first step, quantizers that are switched on there), the weights with the chain that holds their parameter."""
     weights: list[tuple[str, Quantizer, nn.Module | None]] = []
     for (module_name, parameter), quantizer in weight_quantizers(model).items():
@@ -286,9 +285,7 @@ class _teaching(AbstractContextManager[None]):
     def __init__(self, teacher: nn.Module | None, device: torch.device) -> None:
         self._context = frozen_evaluation(teacher) if teacher is not None else nullcontext()
         if teacher is not None and model_device(teacher) != device:
-            raise ModelError(
-                f"the teacher is on {model_device(teacher)}, the model on {device}; move one of them"
-            )
+            raise ModelError(f"the teacher is on {model_device(teacher)}, the model on {device}; move one of them")
 
     def __enter__(self) -> None:
         self._context.__enter__()

@@ -59,9 +59,7 @@ def discover(
         )
     kept = set(match_names(include, names, "include")) - set(match_names(exclude, names, "exclude"))
     if not kept:
-        raise ModelError(
-            f"no layer is left: include {list(include)}, exclude {list(exclude)}, layers {_some(names)}"
-        )
+        raise ModelError(f"no layer is left: include {list(include)}, exclude {list(exclude)}, layers {_some(names)}")
     candidates = {name: sites for name, sites in candidates.items() if name in kept}
 
     calls = _record_calls(model, batches, task, candidates)
@@ -103,9 +101,7 @@ def match_names(patterns: Iterable[str], names: Sequence[str], purpose: str) -> 
     for pattern in patterns:
         hits = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
         if not hits:
-            warnings.warn(
-                f"{purpose} pattern {pattern!r} matches no layer; layers are {_some(names)}", stacklevel=3
-            )
+            warnings.warn(f"{purpose} pattern {pattern!r} matches no layer; layers are {_some(names)}", stacklevel=3)
         matched.update(hits)
     return [name for name in names if name in matched]
 
@@ -198,9 +194,7 @@ def _candidate_weights(model: nn.Module) -> dict[str, tuple[tuple[str, str], ...
     first: dict[int, str] = {}
     for name, module_name, parameter, weight in found:
         if isinstance(weight, nn.parameter.UninitializedParameter):
-            raise ModelError(
-                f"layer {name} is lazy and has no weight yet; run the model once on real data first"
-            )
+            raise ModelError(f"layer {name} is lazy and has no weight yet; run the model once on real data first")
         if not isinstance(weight, nn.Parameter):
             raise ModelError(
                 f"layer {name} computes its weight from other parameters (old-style weight normalisation?); call"
@@ -250,9 +244,7 @@ def _record_calls(
                 out = f"{module_name}.out_proj" if module_name else "out_proj"
                 if out in candidates:
                     # The attention function reads out_proj's weight itself and never calls the module.
-                    handles.append(
-                        module.register_forward_hook(_count_out_proj(calls, out), with_kwargs=True)
-                    )
+                    handles.append(module.register_forward_hook(_count_out_proj(calls, out), with_kwargs=True))
         with frozen_evaluation(model), torch.no_grad():
             for batch in checked(batches, task, model):
                 calls.batch = batch
@@ -330,9 +322,7 @@ def _tie_groups(patterns: Sequence[str], names: list[str]) -> tuple[tuple[str, .
         group = tuple(match_names([pattern], names, "tie"))
         for name in group:
             if name in taken:
-                raise ModelError(
-                    f"layer {name} is in two ties, {taken[name]!r} and {pattern!r}; make them one pattern"
-                )
+                raise ModelError(f"layer {name} is in two ties, {taken[name]!r} and {pattern!r}; make them one pattern")
             taken[name] = pattern
         if len(group) > 1:
             groups.append(group)

@@ -93,10 +93,7 @@ class PackedLayout:
 
     def manifest(self) -> str:
         """The JSON text that names what the sections hold."""
-        weights = [
-            [w.name, sites_field(w), list(w.shape), w.num_bits, w.axis, int(w.symmetric)]
-            for w in self.weights
-        ]
+        weights = [[w.name, sites_field(w), list(w.shape), w.num_bits, w.axis, int(w.symmetric)] for w in self.weights]
         activations = [[*a.consumers, a.num_bits] for a in self.activations]
         tensors: dict[str, list[object]] = {}
         for name, dtype, shape in self.tensors:
@@ -109,8 +106,8 @@ class PackedLayout:
     def header_bytes(self) -> int:
         """Bytes of the header, its 8 length bytes included, the same for every choice of bits.
 
-        Bits are one digit each, so only the lengths and offsets of sections vary in width; room is kept for the widest that
-        8 bits everywhere could need, and the packer fills the difference with spaces.
+        Bits are one digit each, so only the lengths and offsets of sections vary in width; room is kept for the widest
+        that 8 bits everywhere could need, and the packer fills the difference with spaces.
         """
         widest = PackedLayout(
             tuple(replace(weight, num_bits=8) for weight in self.weights), self.activations, self.tensors

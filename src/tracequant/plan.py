@@ -15,8 +15,8 @@ class BitPlan(Saveable):
     """Bit widths by layer and activation point, with what they cost.
 
     `size_bytes` is the exact size of the packed file, header, scales, biases and everything else included.
-    `weight_code_bits` counts the weights' bits alone and `weight_count` the weights, the paper's accounting. `omega` is the sum of
-    Ω over layers, `activation_omega` that over activation points. `budget` repeats what was asked.
+    `weight_code_bits` counts the weights' bits alone and `weight_count` the weights, the paper's accounting. `omega`
+    is the sum of Ω over layers, `activation_omega` that over activation points. `budget` repeats what was asked.
     """
 
     weight_bits: dict[str, int]

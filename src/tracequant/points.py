@@ -1,7 +1,7 @@
 """Quantization points: which weights and which tensors get a bit width. Plain data, no torch.
 
-Defined once, by `tracequant.layers.discover`, and used unchanged by curvature, sensitivity, plan, conversion and packing:
-what is analysed is what is trained, and what is trained is what runs.
+Defined once, by `tracequant.layers.discover`, and used unchanged by curvature, sensitivity, plan, conversion and
+packing: what is analysed is what is trained, and what is trained is what runs.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ class Layer:
 class ActivationPoint:
     """One tensor that a quantizer replaces for all modules that read it.
 
-    `consumers` are qualified module names; `name` is the first of them, for most modules the layer's name too. Consumers
-    of one tensor (a residual branch point, the query/key/value projections) share the quantizer; so do the tensors of a
-    module that is called several times (a head applied to every pyramid level). `numel` counts elements for one sample, averaged over the inputs seen. `is_model_input` marks the
-    tensor that the caller hands to the model, which arrives in 8 bits as a rule and keeps 8 in every plan.
+    `consumers` are qualified module names; `name` is the first of them, for most modules the layer's name too.
+    Consumers of one tensor (a residual branch point, the query/key/value projections) share the quantizer; so do the
+    tensors of a module that is called several times (a head applied to every pyramid level). `numel` counts elements
+    for one sample, averaged over the inputs seen. `is_model_input` marks the tensor that the caller hands to the model, which arrives in 8 bits as a rule and keeps 8 in every plan.
     """
 
     name: str

@@ -5,9 +5,9 @@ A value is `scale * (code - zero_point)` with codes 0 ... 2^k - 1. In the paper'
 
 - asymmetric: an integer chosen so that the grid covers the range and holds 0 exactly, which zero padding and ReLU need;
 - symmetric, 3 bits and more: 2^(k-1), the two's complement grid of integer hardware;
-- symmetric, 1 and 2 bits: (2^k - 1) / 2, the balanced grids {-1, 1} and {-3, -1, 1, 3} times scale / 2. With so few levels
-  one cannot be spent on the asymmetry of two's complement: on Gaussian weights its best 2-bit grid has a 24 % larger
-  squared error (`benchmarks/two_bit_grid.py`).
+- symmetric, 1 and 2 bits: (2^k - 1) / 2, the balanced grids {-1, 1} and {-3, -1, 1, 3} times scale / 2. With so few
+  levels one cannot be spent on the asymmetry of two's complement: on Gaussian weights its best 2-bit grid has a 24 %
+  larger squared error (`benchmarks/two_bit_grid.py`).
 """
 
 from __future__ import annotations

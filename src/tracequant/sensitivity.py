@@ -62,9 +62,7 @@ def measure_sensitivity(
         if not torch.isfinite(weight).all():
             raise ModelError(f"layer {layer.name} holds weights that are NaN or infinite")
         weight_errors[layer.name] = {
-            num_bits: _squared_error(
-                weight, choose_weight_grid(weight, num_bits, layer.channel_axis, weight_grid)
-            )
+            num_bits: _squared_error(weight, choose_weight_grid(weight, num_bits, layer.channel_axis, weight_grid))
             for num_bits in weight_bits
         }
     activation_errors: dict[str, dict[int, float]] = {}

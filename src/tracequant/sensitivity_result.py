@@ -18,8 +18,8 @@ class Sensitivity(Saveable):
     """Ω and squared perturbations by layer and bit width, and all that a plan needs to know about the model.
 
     `weight_omega[layer][bits]` and `activation_omega[point][bits]` are in units of the loss; `*_errors` are the squared
-    perturbations ‖Q(W) − W‖² and, averaged over samples, ‖Q(a) − a‖². Saved and loaded, it answers any budget without the
-    model.
+    perturbations ‖Q(W) − W‖² and, averaged over samples, ‖Q(a) − a‖². Saved and loaded, it answers any budget without
+    the model.
     """
 
     points: QuantizationPoints
@@ -46,9 +46,7 @@ def combine(
     if metric not in ("trace", "l2"):
         raise ValueError(f"unknown metric {metric!r}; choose trace or l2")
 
-    def weighted(
-        errors: dict[str, dict[int, float]], traces: dict[str, float]
-    ) -> dict[str, dict[int, float]]:
+    def weighted(errors: dict[str, dict[int, float]], traces: dict[str, float]) -> dict[str, dict[int, float]]:
         return {
             name: {
                 num_bits: error * (max(traces[name], 0.0) if metric == "trace" else 1.0)

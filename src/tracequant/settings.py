@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from tracequant.artifact import Saveable
+
 
 @dataclass(frozen=True)
 class WeightGrid:
@@ -17,3 +19,75 @@ class WeightGrid:
     per_channel: bool = True
     symmetric: bool = True
     range: Literal["minmax", "percentile", "mse"] = "mse"
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """What the command line passes on to a task; None where the user said nothing and the task's default holds.
+
+    `samples` is the number of calibration inputs, `batch_size` that of calibration and fine-tuning batches.
+    """
+
+    data_dir: str | None = None
+    weights: str | None = None
+    model: str | None = None
+    samples: int | None = None
+    batch_size: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class AnalyzeSettings:
+    """What to measure: the task, the estimator, the layers, the bit widths on offer."""
+
+    task: str
+    options: TaskOptions
+    device: str = "auto"
+    method: str = "auto"
+    draws: int = 16
+    probes: Literal["per_layer", "shared"] = "per_layer"
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    ties: tuple[str, ...] = ()
+    weight_bits: tuple[int, ...] = (2, 3, 4, 8)
+    activation_bits: tuple[int, ...] = (4, 8)
+    metric: Literal["trace", "l2"] = "trace"
+    weight_grid: WeightGrid = WeightGrid()
+    eigenvalues: bool = True
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """The budget, one of the first three, and the space that is searched."""
+
+    max_size_mb: float | None = None
+    compression: float | None = None
+    average_bits: float | None = None
+    average_activation_bits: float | None = None
+    space: Literal["full", "monotone"] = "full"
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """The fine-tuning recipe; `distillation` is the weight of the float teacher's loss, 0 for no teacher.
+
+    `uniform_too` fine-tunes the uniform plan of the nearest size as well, for a fair comparison at twice the time.
+    """
+
+    steps: int = 400
+    learning_rate: float = 0.01
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    distillation: float = 0.5
+    order: Literal["all", "sensitive_first", "sensitive_last"] = "all"
+    learn_scales: bool = True
+    freeze_batchnorm: bool = False
+    uniform_too: bool = False
+
+
+@dataclass(frozen=True)
+class RunSettings(Saveable):
+    """Everything that a run directory was asked for so far."""
+
+    analyze: AnalyzeSettings
+    plan: PlanSettings | None = None
+    finetune: FinetuneSettings | None = None

@@ -34,9 +34,9 @@ class Evaluation(Saveable):
 class Task(abc.ABC):
     """What a model is asked to do. Implement `outputs`, `loss`, `metric` and `batch_size`; the rest has defaults.
 
-    A batch is whatever your loader yields. Outputs and loss are kept apart because curvature needs the derivative of the
-    loss with respect to the outputs alone. Nothing here assumes tensors of one size: a batch may be a list of images of
-    different sizes, the outputs any nesting of tensors, the loss a dictionary of terms.
+    A batch is whatever your loader yields. Outputs and loss are kept apart because curvature needs the derivative of
+    the loss with respect to the outputs alone. Nothing here assumes tensors of one size: a batch may be a list of
+    images of different sizes, the outputs any nesting of tensors, the loss a dictionary of terms.
     """
 
     metric_name: str = "metric"
@@ -120,7 +120,7 @@ class ClassificationTask(Task):
         """Top-1 accuracy in percent."""
         targets = self._split(batch)[1]
         hits = outputs.argmax(dim=1) == (targets.argmax(dim=1) if targets.ndim == outputs.ndim else targets)
-        return 100.0 * hits.float().mean().item()
+        return 100.0 * int(hits.sum()) / hits.numel()
 
     def batch_size(self, batch: Batch) -> int:
         """Length of the targets."""

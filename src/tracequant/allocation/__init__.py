@@ -57,18 +57,20 @@ def solve(
     average_activation_bits: float | None = None,
     method: Literal["pareto"] = "pareto",
     space: Space = "full",
+    ranking: dict[str, float] | None = None,
 ) -> BitPlan:
     """The plan of least Ω within the budget (HAWQ-V2, Section 2.3 and Appendix E).
 
     Activations take the most bits they are offered, or the plan of least Ω whose average over elements stays within
-    `average_activation_bits`. `space` "monotone" keeps to 𝓑: no layer has fewer bits than one of smaller average trace.
+    `average_activation_bits`. `space` "monotone" keeps to 𝓑: no layer has fewer bits than one of smaller average trace, or
+    of smaller `ranking` (a value per layer, such as HAWQ's λ/n) where that is given.
 
     Raises `BudgetError` if no plan is small enough, naming the smallest, or if even the largest is.
     """
     if method != "pareto":
         raise BudgetError(f"unknown method {method!r}; this version offers 'pareto'")
     budget = Budget(max_size_mb, compression, average_bits)
-    units, by_size = _weight_units(sensitivity, budget, space), budget.max_size_mb is not None
+    units, by_size = _weight_units(sensitivity, budget, space, ranking), budget.max_size_mb is not None
     activation_bits = _activation_plan(sensitivity, average_activation_bits)
     base = _base_bytes(sensitivity, activation_bits)
     if by_size:
@@ -81,16 +83,14 @@ def solve(
     if limit < smallest or limit > largest:
         _refuse(sensitivity, budget, base, smallest, largest, too_small=limit < smallest)
     feasible = [a for a in pareto_frontier(units, space == "monotone") if a.cost <= limit]
-    return _plan(
-        sensitivity, units, feasible[-1], activation_bits, base, f"pareto, {space} space", str(budget)
-    )
+    return _plan(sensitivity, units, feasible[-1], activation_bits, base, f"pareto, {space} space", str(budget))
 
 
 def frontier(
     sensitivity: Sensitivity, average_activation_bits: float | None = None, space: Space = "full"
 ) -> list[BitPlan]:
     """All plans that Appendix E finds not dominated in file size and Ω, by increasing size."""
-    units = _weight_units(sensitivity, Budget(max_size_mb=1.0), space)
+    units = _weight_units(sensitivity, Budget(max_size_mb=1.0), space, None)
     activation_bits = _activation_plan(sensitivity, average_activation_bits)
     base = _base_bytes(sensitivity, activation_bits)
     return [
@@ -99,26 +99,22 @@ def frontier(
     ]
 
 
-def uniform_plan(
-    sensitivity: Sensitivity, num_bits: int, average_activation_bits: float | None = None
-) -> BitPlan:
+def uniform_plan(sensitivity: Sensitivity, num_bits: int, average_activation_bits: float | None = None) -> BitPlan:
     """Every layer at `num_bits`: the direct quantization that a mixed plan is compared with."""
     offered = sorted({b for options in sensitivity.weight_omega.values() for b in options})
     if num_bits not in offered:
         raise BudgetError(f"sensitivities were measured at {offered} bits, not at {num_bits}")
-    units = [
-        Unit(name, (num_bits,), (0,), (omega[num_bits],)) for name, omega in sensitivity.weight_omega.items()
-    ]
+    units = [Unit(name, (num_bits,), (0,), (omega[num_bits],)) for name, omega in sensitivity.weight_omega.items()]
     activation_bits = _activation_plan(sensitivity, average_activation_bits)
     base = _base_bytes(sensitivity, activation_bits)
     assignment = Assignment((0,) * len(units), 0, math.fsum(unit.omega[0] for unit in units))
-    return _plan(
-        sensitivity, units, assignment, activation_bits, base, "uniform", f"{num_bits} bits everywhere"
-    )
+    return _plan(sensitivity, units, assignment, activation_bits, base, "uniform", f"{num_bits} bits everywhere")
 
 
-def _weight_units(sensitivity: Sensitivity, budget: Budget, space: Space) -> list[Unit]:
-    """One unit per layer or tie; in the monotone space sorted by average trace, largest first."""
+def _weight_units(
+    sensitivity: Sensitivity, budget: Budget, space: Space, ranking: dict[str, float] | None
+) -> list[Unit]:
+    """One unit per layer or tie; in the monotone space sorted by rank (average trace), largest first."""
     points, grid = sensitivity.points, sensitivity.weight_grid
 
     def layer_cost(name: str, num_bits: int) -> int:
@@ -140,13 +136,13 @@ def _weight_units(sensitivity: Sensitivity, budget: Budget, space: Space) -> lis
         )
     if space == "monotone":
         members = {names[0]: names for names in points.weight_units}
+        ranks = sensitivity.average_traces if ranking is None else ranking
 
-        def unit_trace(unit: Unit) -> float:
+        def unit_rank(unit: Unit) -> float:
             layers = [points.by_name[name] for name in members[unit.name]]
-            total = math.fsum(layer.numel * sensitivity.average_traces[layer.name] for layer in layers)
-            return total / sum(layer.numel for layer in layers)
+            return math.fsum(n.numel * ranks[n.name] for n in layers) / sum(n.numel for n in layers)
 
-        units.sort(key=unit_trace, reverse=True)
+        units.sort(key=unit_rank, reverse=True)
     return units
 
 
@@ -214,9 +210,7 @@ def _plan(
     )
 
 
-def _refuse(
-    sensitivity: Sensitivity, budget: Budget, base: int, smallest: int, largest: int, too_small: bool
-) -> None:
+def _refuse(sensitivity: Sensitivity, budget: Budget, base: int, smallest: int, largest: int, too_small: bool) -> None:
     """Raise `BudgetError` in the unit in which the budget was given."""
     count = cost.weight_count(sensitivity.points)
     edge = smallest if too_small else largest

@@ -1,8 +1,8 @@
 """The Pareto frontier of cost against Ω, found as in HAWQ-V2's Appendix E.
 
-Layers are taken in groups of `group` (a). After each group the cost axis is cut into `intervals` (b), and in each interval
-only the `keep` (t) partial assignments of least Ω go on. The result is exact where nothing had to be dropped and close to
-it otherwise; the paper uses a = 5, b = 200, t = 5.
+Layers are taken in groups of `group` (a). After each group the cost axis is cut into `intervals` (b), and in each
+interval only the `keep` (t) partial assignments of least Ω go on. The result is exact where nothing had to be dropped
+and close to it otherwise; the paper uses a = 5, b = 200, t = 5.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def pareto_frontier(
 ) -> list[Assignment]:
     """Non-dominated assignments by increasing cost and decreasing Ω.
 
-    With `monotone`, bits never increase along `units`, which the caller has sorted by decreasing average trace (the space
-    𝓑 of Section 2.3); otherwise all of m^L is searched. The cheapest assignment is always among the result.
+    With `monotone`, bits never increase along `units`, which the caller has sorted by decreasing average trace (the
+    space 𝓑 of Section 2.3); otherwise all of m^L is searched. The cheapest assignment is always among the result.
     """
     if not units:
         return [Assignment((), 0, 0.0)]
@@ -128,7 +128,7 @@ def _frontier_order(cost: NDArray[np.int64], omega: NDArray[np.float64]) -> NDAr
     order = np.lexsort((omega, cost))
     best = np.minimum.accumulate(omega[order])
     strictly = np.concatenate([[True], best[1:] < best[:-1]])
-    return order[strictly]
+    return np.asarray(order[strictly], dtype=np.int64)
 
 
 def _thin_out(

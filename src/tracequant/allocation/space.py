@@ -11,7 +11,7 @@ def full_space(layers: int, options: int) -> int:
     >>> f"{full_space(50, 4):.1e}"
     '1.3e+30'
     """
-    return options**layers
+    return int(options**layers)
 
 
 def monotone_space(layers: int, options: int) -> int:

@@ -29,9 +29,10 @@ def estimate_curvature(
 ) -> Curvature:
     """Average Hessian traces of all layers and activation points of `model` under `task`'s loss.
 
-    `batches` are a few hundred samples, labelled. `points` come from `discover` (called here if None). `method` names an
-    estimator; "auto" takes the one that suits the model and says why in the result's `reason`. Further `options` go to
-    the estimator: `probes`, `distribution`, `weights`, `activations`, `progress`. The model is left exactly as it was.
+    `batches` are a few hundred samples, labelled. `points` come from `discover` (called here if None). `method` names
+    an estimator; "auto" takes the one that suits the model and says why in the result's `reason`. Further `options` go
+    to the estimator: `probes`, `distribution`, `weights`, `activations`, `progress`. The model is left exactly as it
+    was.
     """
     if draws < 1:
         raise DataError(f"draws must be at least 1, got {draws}")

@@ -1,16 +1,16 @@
 """Hutchinson's estimator of Hessian traces, for weights and activations (HAWQ-V2, Sections 2.1 and 2.2).
 
-For a random z with E[z zᵀ] = I the trace of a symmetric H is E[zᵀHz] (Eq. 6), estimated by the mean over draws (Eq. 7). Hz
-is had without forming H, by differentiating gᵀz once more. Any twice-differentiable model and loss will do, and the
-Hessian is the exact one.
+For a random z with E[z zᵀ] = I the trace of a symmetric H is E[zᵀHz] (Eq. 6), estimated by the mean over draws (Eq.
+7). Hz is had without forming H, by differentiating gᵀz once more. Any twice-differentiable model and loss will do, and
+the Hessian is the exact one.
 
-Weights: H is the block of one layer. A *shared* probe draws z for all layers at once and reads z_iᵀ(Hz)_i; that costs one
-product for all layers but adds the variance Σ_j ‖H_ij‖_F² of the blocks beside the diagonal to the layer's own
+Weights: H is the block of one layer. A *shared* probe draws z for all layers at once and reads z_iᵀ(Hz)_i; that costs
+one product for all layers but adds the variance Σ_j ‖H_ij‖_F² of the blocks beside the diagonal to the layer's own
 2‖offdiag H_ii‖_F² (Rademacher) or 2‖H_ii‖_F² (Gaussian). A probe *per layer* has its own variance only.
 
 Activations (Eq. 8-9): samples do not interact, so the Hessian with respect to the activations of a batch is block
-diagonal, one block per input. A z drawn for the whole batch therefore gives the mean over the inputs of each input's own
-zᵢᵀHᵢzᵢ, at the price of one product; inputs of different sizes need no padding and no special case.
+diagonal, one block per input. A z drawn for the whole batch therefore gives the mean over the inputs of each input's
+own zᵢᵀHᵢzᵢ, at the price of one product; inputs of different sizes need no padding and no special case.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def hutchinson(
 ) -> Curvature:
     """Traces of every layer and activation point over all samples of `batches`, `draws` probes for each batch.
 
-    Each batch gets probes of its own: for the same work the mean over batches is then less noisy than with one z for the
-    whole set. The graph of a batch is built once and serves all draws. The model is given back as it came.
+    Each batch gets probes of its own: for the same work the mean over batches is then less noisy than with one z for
+    the whole set. The graph of a batch is built once and serves all draws. The model is given back as it came.
 
     Raises `ModelError` naming layers that the loss does not depend on, or saying that a second derivative is missing.
     """
@@ -109,8 +109,8 @@ def require_grad(model: nn.Module, points: QuantizationPoints) -> dict[str, Tens
 def reading_variables(model: nn.Module, points: QuantizationPoints) -> Iterator[dict[str, list[Tensor]]]:
     """Yield a dictionary that fills, during a forward pass, with the tensors each point's consumers read.
 
-    Every tensor becomes a node of its own, the same for all its consumers, so that a derivative with respect to it takes
-    in all of them and nothing that reads the original beside them (the identity path of a residual block).
+    Every tensor becomes a node of its own, the same for all its consumers, so that a derivative with respect to it
+    takes in all of them and nothing that reads the original beside them (the identity path of a residual block).
     """
     variables: dict[str, list[Tensor]] = {point.name: [] for point in points.activations}
     nodes: dict[int, tuple[Tensor, Tensor]] = {}
@@ -128,9 +128,7 @@ def reading_variables(model: nn.Module, points: QuantizationPoints) -> Iterator[
     nodes.clear()
 
 
-def first_derivatives(
-    loss: Tensor, families: dict[str, dict[str, list[Tensor]]]
-) -> dict[str, dict[str, list[Tensor]]]:
+def first_derivatives(loss: Tensor, families: dict[str, dict[str, list[Tensor]]]) -> dict[str, dict[str, list[Tensor]]]:
     """Gradients of the loss with respect to all targets, differentiable once more, in the shape of `families`."""
     flat = [tensor for targets in families.values() for tensors in targets.values() for tensor in tensors]
     try:
@@ -162,9 +160,7 @@ def first_derivatives(
     return result
 
 
-def hessian_vector_product(
-    gradients: list[Tensor], targets: list[Tensor], vectors: list[Tensor]
-) -> list[Tensor]:
+def hessian_vector_product(gradients: list[Tensor], targets: list[Tensor], vectors: list[Tensor]) -> list[Tensor]:
     """H v for the block of `targets`, from their differentiable gradients; the graph is kept for further products."""
     # A gradient without a graph is constant in the targets: its second derivative is zero.
     pairs = [(g, v) for g, v in zip(gradients, vectors, strict=True) if g.requires_grad]

@@ -15,10 +15,10 @@ class TraceEstimate:
     """The trace of one diagonal block of the Hessian of the mean loss.
 
     `trace` is in loss units per squared unit of the tensor; `average_trace` is it divided by `numel`, the number of
-    elements (for activations: of one sample, averaged over the samples). `standard_error` is the error of `trace` due to
-    the random probes, on the samples that were used; it is 0 for an exact method and infinite where one draw leaves it
-    unknown. `sampling_error` is the spread between batches divided by the square root of their number: how far another set of
-    samples of this size may lie, probe error included; infinite for a single batch.
+    elements (for activations: of one sample, averaged over the samples). `standard_error` is the error of `trace` due
+    to the random probes, on the samples that were used; it is 0 for an exact method and infinite where one draw leaves
+    it unknown. `sampling_error` is the spread between batches divided by the square root of their number: how far
+    another set of samples of this size may lie, probe error included; infinite for a single batch.
     """
 
     trace: float
@@ -74,8 +74,6 @@ def summarize(values: Sequence[Sequence[float]], batch_sizes: Sequence[int], num
     spread = math.inf
     if len(means) > 1:
         # The variance of a weighted mean of batches, unbiased for equal sizes.
-        residual = math.fsum(
-            weight**2 * (mean - trace) ** 2 for weight, mean in zip(weights, means, strict=True)
-        )
+        residual = math.fsum(weight**2 * (mean - trace) ** 2 for weight, mean in zip(weights, means, strict=True))
         spread = math.sqrt(residual * len(means) / (len(means) - 1))
     return TraceEstimate(trace, trace / numel, math.sqrt(variance), spread, numel, draws, samples)

@@ -52,10 +52,7 @@ def pack(model: nn.Module, path: str | Path) -> int:
     floats = dict(_float_state(model, weights))
     layout = PackedLayout(
         tuple(weights),
-        tuple(
-            PackedActivation(_consumers(model, quantizer), quantizer.num_bits)
-            for quantizer in activations.values()
-        ),
+        tuple(PackedActivation(_consumers(model, quantizer), quantizer.num_bits) for quantizer in activations.values()),
         tuple((name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in floats.items()),
     )
     codes, scales, zero_points = [], [], []
@@ -73,9 +70,7 @@ def pack(model: nn.Module, path: str | Path) -> int:
     sections = {
         "codes": torch.from_numpy(np.concatenate(codes)),
         "scales": torch.cat(scales).cpu(),
-        "zero_points": torch.cat([*zero_points, torch.zeros(0, device=_device(zero_points))])
-        .to(torch.uint8)
-        .cpu(),
+        "zero_points": torch.cat([*zero_points, torch.zeros(0, device=_device(zero_points))]).to(torch.uint8).cpu(),
     }
     for dtype in dict.fromkeys(dtype for _, dtype, _ in layout.tensors):
         parts = [t.detach().flatten().cpu() for t in floats.values() if DTYPE_NAMES[t.dtype] == dtype]
@@ -151,9 +146,7 @@ class PackedContents:
         byte = row = zero = 0
         for weight in self.layout.weights:
             packed = self.sections["codes"][byte : byte + weight.code_bytes].numpy()
-            codes = unpack_codes(
-                packed.reshape(weight.rows, weight.row_bytes), weight.num_bits, _row_length(weight)
-            )
+            codes = unpack_codes(packed.reshape(weight.rows, weight.row_bytes), weight.num_bits, _row_length(weight))
             byte += weight.code_bytes
             shape = [1] * len(weight.shape)
             if weight.axis is not None:
@@ -199,9 +192,7 @@ def read_packed(path: str | Path) -> PackedContents:
     expected = layout.sections()
     found = {name: (DTYPE_NAMES.get(t.dtype), t.numel()) for name, t in sections.items()}
     if found != expected or path.stat().st_size != layout.file_bytes():
-        raise ArtifactError(
-            f"{path} is damaged: its contents do not have the lengths that its manifest gives"
-        )
+        raise ArtifactError(f"{path} is damaged: its contents do not have the lengths that its manifest gives")
     tensors: dict[str, Tensor] = {}
     offsets: dict[str, int] = {}
     for name, dtype, shape in layout.tensors:
@@ -248,9 +239,7 @@ def _weights_of(model: nn.Module) -> list[PackedWeight]:
         name = site[0] if site[1] == "weight" else ".".join(filter(None, site))
         name = name or "weight"
         if original.dtype != torch.float32:
-            raise ModelError(
-                f"layer {name} is of type {original.dtype}; packing needs float32, call model.float()"
-            )
+            raise ModelError(f"layer {name} is of type {original.dtype}; packing needs float32, call model.float()")
         if not quantizer.enabled:
             raise ModelError(f"layer {name} is not quantized yet: progressive fine-tuning has not reached it")
         weights.append(
@@ -269,9 +258,7 @@ def _weights_of(model: nn.Module) -> list[PackedWeight]:
 def _consumers(model: nn.Module, quantizer: ActivationQuantizer) -> tuple[str, ...]:
     """Names of the modules that read a quantized activation."""
     return tuple(
-        name
-        for name, module in model.named_modules()
-        if getattr(module, "input_quantizer", None) is quantizer
+        name for name, module in model.named_modules() if getattr(module, "input_quantizer", None) is quantizer
     )
 
 
@@ -306,9 +293,7 @@ def _load_floats(model: nn.Module, tensors: dict[str, Tensor], path: str | Path)
         reached.add(id(target))
     missing = [name for name, tensor in targets.items() if id(tensor) not in reached]
     if missing:
-        raise ModelError(
-            f"{path} does not hold {missing[0]}, which the model has; pass the model that was packed"
-        )
+        raise ModelError(f"{path} does not hold {missing[0]}, which the model has; pass the model that was packed")
 
 
 def _parse_manifest(manifest: Any) -> PackedLayout:
@@ -328,9 +313,7 @@ def _parse_manifest(manifest: Any) -> PackedLayout:
             raise ValueError(f"activation {consumers}")
         activations.append(PackedActivation(tuple(str(name) for name in consumers), num_bits))
     tensors = [
-        (entry[0], dtype, tuple(entry[1:]))
-        for dtype, entries in manifest["tensors"].items()
-        for entry in entries
+        (entry[0], dtype, tuple(entry[1:])) for dtype, entries in manifest["tensors"].items() for entry in entries
     ]
     for name, dtype, shape in tensors:
         if dtype not in _DTYPES or not all(isinstance(n, int) and n >= 0 for n in shape):

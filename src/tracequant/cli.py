@@ -1,0 +1,489 @@
+"""The command line: parse, call one public function, print."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tracequant import __version__
+from tracequant.errors import TracequantError
+from tracequant.explain import explain
+from tracequant.plan import MEGABYTE, BitPlan
+from tracequant.run import Measured, Run
+from tracequant.sensitivity_result import Sensitivity
+from tracequant.settings import AnalyzeSettings, FinetuneSettings, PlanSettings, TaskOptions, WeightGrid
+
+app = typer.Typer(
+    name="tracequant",
+    help=(
+        "Choose the bit width of every layer from the curvature of the loss, then quantize, fine-tune, pack and report.\n\n"
+        "Try it: tracequant demo. Your own model: write a function that returns a tracequant.TaskSetup and pass"
+        " --task path/to/file.py:function."
+    ),
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+_err = Console(stderr=True, highlight=False)
+
+# Options that several commands share.
+TaskName = Annotated[str, typer.Option("--task", help="digits, cifar10, or path/to/file.py:function", metavar="TASK")]
+Out = Annotated[Path, typer.Option("--out", help="run directory to make or go on with", metavar="RUN")]
+RunPath = Annotated[Path, typer.Argument(help="run directory", metavar="RUN")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars and no tables")]
+AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON on standard output")]
+DataDir = Annotated[str | None, typer.Option(help="the task's data set", metavar="DIR")]
+Weights = Annotated[str | None, typer.Option(help="trained weights of the task's model (safetensors)", metavar="FILE")]
+ModelName = Annotated[str | None, typer.Option("--model", help="which of the task's models, e.g. resnet20")]
+Samples = Annotated[int | None, typer.Option(min=1, help="calibration inputs for curvature and ranges [512]")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="inputs in a batch, for analysis and fine-tuning")]
+Seed = Annotated[int, typer.Option(help="seed of probes and fine-tuning; the same seed gives the same plan")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Draws = Annotated[int, typer.Option(min=1, help="random probes for each batch (Eq. 7)")]
+Probes = Annotated[
+    Literal["per_layer", "shared"],
+    typer.Option(help="one probe for each layer, or one for all: faster but far noisier"),
+]
+Bits = Annotated[str, typer.Option(help="weight bit widths on offer, 1 to 8", metavar="LIST")]
+ActivationBits = Annotated[
+    str, typer.Option(help="activation bit widths on offer; 'none' leaves activations in float", metavar="LIST")
+]
+Include = Annotated[list[str] | None, typer.Option(help="quantize only layers matching this pattern; may be repeated")]
+Exclude = Annotated[list[str] | None, typer.Option(help="keep layers matching this pattern in float; may be repeated")]
+Tie = Annotated[list[str] | None, typer.Option(help="layers matching this pattern share one bit width; may be repeated")]
+Metric = Annotated[
+    Literal["trace", "l2"], typer.Option(help="trace: HAWQ-V2's Eq. 10; l2: the perturbation alone (ablation)")
+]
+PerTensor = Annotated[bool, typer.Option("--per-tensor", help="one scale for a whole weight instead of one per channel")]
+Asymmetric = Annotated[bool, typer.Option("--asymmetric", help="weight ranges that need not be centred on zero")]
+Range = Annotated[Literal["mse", "percentile", "minmax"], typer.Option("--range", help="how weight ranges are chosen")]
+Eigenvalues = Annotated[bool, typer.Option(help="also compute each layer's top eigenvalue, to draw HAWQ's point")]
+MaxSize = Annotated[
+    float | None, typer.Option("--max-size-mb", help="size of the packed file, in MB of 2^20 bytes", metavar="MB")
+]
+Compression = Annotated[
+    float | None, typer.Option(help="float32 over quantized weights, the paper's W-Comp", metavar="X")
+]
+AverageBits = Annotated[float | None, typer.Option(help="bits per weight on average", metavar="BITS")]
+AverageActivationBits = Annotated[
+    float | None, typer.Option(help="bits per activation on average [the most offered]", metavar="BITS")
+]
+Space = Annotated[
+    Literal["full", "monotone"],
+    typer.Option(help="all assignments, or only those that never give a layer of larger trace fewer bits"),
+]
+Steps = Annotated[int, typer.Option("--finetune-steps", min=0, help="fine-tuning steps; 0 for none")]
+LearningRate = Annotated[float, typer.Option(help="peak learning rate, cosine to zero")]
+Optimizer = Annotated[Literal["sgd", "adamw"], typer.Option()]
+Distillation = Annotated[float, typer.Option(min=0, max=1, help="weight of the float teacher's loss; 0 for none")]
+Order = Annotated[
+    Literal["all", "sensitive_first", "sensitive_last"],
+    typer.Option(help="quantize all layers at once, or in four groups by Ω"),
+]
+FreezeBatchnorm = Annotated[bool, typer.Option(help="keep BatchNorm statistics as they are in fine-tuning")]
+UniformToo = Annotated[bool, typer.Option(help="fine-tune the uniform plan of the nearest size as well")]
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", help="print the version and exit", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(f"tracequant {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def analyze(
+    task: TaskName,
+    out: Out,
+    data_dir: DataDir = None,
+    weights: Weights = None,
+    model: ModelName = None,
+    samples: Samples = None,
+    batch_size: BatchSize = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    draws: Draws = 16,
+    probes: Probes = "per_layer",
+    bits: Bits = "2,3,4,8",
+    activation_bits: ActivationBits = "4,8",
+    include: Include = None,
+    exclude: Exclude = None,
+    tie: Tie = None,
+    metric: Metric = "trace",
+    per_tensor: PerTensor = False,
+    asymmetric: Asymmetric = False,
+    range_method: Range = "mse",
+    eigenvalues: Eigenvalues = True,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the curvature and sensitivity of every layer. Takes minutes; every budget after it takes none."""
+    settings = _analyze_settings(locals())
+    run = _open(out, quiet)
+    run.ask(analyze=settings)
+    run.analyze()
+    if as_json:
+        _print_json(run.sensitivity().to_json())
+    elif not quiet:
+        _print_sensitivity(run)
+
+
+@app.command()
+def plan(
+    run_path: RunPath,
+    max_size_mb: MaxSize = None,
+    compression: Compression = None,
+    average_bits: AverageBits = None,
+    average_activation_bits: AverageActivationBits = None,
+    space: Space = "full",
+    out: Annotated[Path | None, typer.Option(help="also save the plan here (JSON)", metavar="FILE")] = None,
+    apply: Annotated[bool, typer.Option("--apply", help="make it the run's plan even if a later stage is done")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Answer a budget from a finished analysis, in seconds and without the model.
+
+    The first plan becomes the run's. Once the run is quantized, further plans are only shown, unless --apply is given.
+    """
+    run = _open(run_path, quiet)
+    settings = PlanSettings(max_size_mb, compression, average_bits, average_activation_bits, space)
+    solved = run.solve(settings)
+    if out is not None:
+        solved.save(out)
+    keep = apply or not run.done("quantize")
+    if keep:
+        run.ask(plan=settings)
+        run.make_plan()
+    if as_json:
+        _print_json(solved.to_json())
+    elif not quiet:
+        _print_plan(run.sensitivity(), solved)
+        if not keep:
+            _err.print("The run is quantized by another plan and keeps it; add --apply to replace it.", style="yellow")
+
+
+@app.command()
+def quantize(run_path: RunPath, quiet: Quiet = False, as_json: AsJson = False) -> None:
+    """Quantize by the run's plan and uniformly, and evaluate both beside the float model."""
+    run = _open(run_path, quiet)
+    run.quantize()
+    _print_results(run, quiet, as_json)
+
+
+@app.command()
+def finetune(
+    run_path: RunPath,
+    steps: Annotated[int, typer.Option(min=0, help="fine-tuning steps")] = 400,
+    learning_rate: LearningRate = 0.01,
+    optimizer: Optimizer = "sgd",
+    distillation: Distillation = 0.5,
+    order: Order = "all",
+    freeze_batchnorm: FreezeBatchnorm = False,
+    uniform_too: UniformToo = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune the quantized model. Interrupted, the same command goes on from the last checkpoint."""
+    run = _open(run_path, quiet)
+    run.ask(
+        finetune=FinetuneSettings(
+            steps=steps,
+            learning_rate=learning_rate,
+            optimizer=optimizer,
+            distillation=distillation,
+            order=order,
+            freeze_batchnorm=freeze_batchnorm,
+            uniform_too=uniform_too,
+        )
+    )
+    run.finetune()
+    _print_results(run, quiet, as_json)
+
+
+@app.command()
+def evaluate(
+    run_path: RunPath,
+    file: Annotated[Path | None, typer.Option(help="a packed file [RUN/model.safetensors]", metavar="FILE")] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Load the run's packed file and measure it on the evaluation data."""
+    run = _open(run_path, quiet)
+    row = run.evaluate_file(file)
+    if as_json:
+        _print_json({"file": row.name, "metric": row.metric, "loss": row.loss, "size_bytes": row.size_bytes})
+    else:
+        print(f"{row.name}: {row.metric:.2f}, loss {row.loss:.6f}, {row.size_bytes:,} bytes on disk")
+
+
+@app.command()
+def pack(run_path: RunPath, quiet: Quiet = False, as_json: AsJson = False) -> None:
+    """Write the quantized model, fine-tuned if it was, to RUN/model.safetensors and load it back to check."""
+    run = _open(run_path, quiet)
+    run.pack()
+    if as_json:
+        _print_json(run.pack_result().to_json())
+    elif not quiet:
+        _print_packed(run)
+
+
+@app.command()
+def report(run_path: RunPath, quiet: Quiet = False, as_json: AsJson = False) -> None:
+    """Write RUN/report.html and its figures from whatever stages are finished."""
+    run = _open(run_path, quiet)
+    path = run.report()
+    if as_json:
+        _print_json({"report": str(path)})
+    elif not quiet:
+        print(f"Report: {path}")
+
+
+@app.command(name="run")
+def run_all(
+    task: TaskName,
+    out: Out,
+    max_size_mb: MaxSize = None,
+    compression: Compression = None,
+    average_bits: AverageBits = None,
+    average_activation_bits: AverageActivationBits = None,
+    space: Space = "full",
+    data_dir: DataDir = None,
+    weights: Weights = None,
+    model: ModelName = None,
+    samples: Samples = None,
+    batch_size: BatchSize = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    draws: Draws = 16,
+    probes: Probes = "per_layer",
+    bits: Bits = "2,3,4,8",
+    activation_bits: ActivationBits = "4,8",
+    include: Include = None,
+    exclude: Exclude = None,
+    tie: Tie = None,
+    metric: Metric = "trace",
+    per_tensor: PerTensor = False,
+    asymmetric: Asymmetric = False,
+    range_method: Range = "mse",
+    eigenvalues: Eigenvalues = True,
+    steps: Steps = 400,
+    learning_rate: LearningRate = 0.01,
+    optimizer: Optimizer = "sgd",
+    distillation: Distillation = 0.5,
+    order: Order = "all",
+    freeze_batchnorm: FreezeBatchnorm = False,
+    uniform_too: UniformToo = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """All stages: analyze, plan, quantize, fine-tune, pack, report. Run again, it goes on at the first missing stage."""
+    _run_stages(
+        _open(out, quiet),
+        _analyze_settings(locals()),
+        PlanSettings(max_size_mb, compression, average_bits, average_activation_bits, space),
+        FinetuneSettings(
+            steps=steps,
+            learning_rate=learning_rate,
+            optimizer=optimizer,
+            distillation=distillation,
+            order=order,
+            freeze_batchnorm=freeze_batchnorm,
+            uniform_too=uniform_too,
+        ),
+        quiet,
+        as_json,
+    )
+
+
+@app.command()
+def demo(
+    out: Out = Path("demo-run"),
+    average_bits: AverageBits = 2.0,
+    steps: Steps = 300,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """The whole flow on scikit-learn's digits: no data to bring, a few minutes on two cores."""
+    _run_stages(
+        _open(out, quiet),
+        AnalyzeSettings("digits", TaskOptions(), weight_bits=(1, 2, 3, 4, 8), activation_bits=(4,)),
+        PlanSettings(average_bits=average_bits),
+        FinetuneSettings(steps=steps, uniform_too=True),
+        quiet,
+        as_json,
+    )
+
+
+def _run_stages(
+    run: Run,
+    analyze: AnalyzeSettings,
+    plan: PlanSettings,
+    finetune: FinetuneSettings,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    from tracequant.allocation import Budget
+
+    Budget(plan.max_size_mb, plan.compression, plan.average_bits)  # a bad budget should not cost an analysis
+    run.ask(analyze, plan, finetune)
+    run.analyze()
+    run.make_plan()
+    if not (quiet or as_json):
+        _print_plan(run.sensitivity(), run.plan())
+    run.quantize()
+    run.finetune()
+    run.pack()
+    path = run.report()
+    _print_results(run, quiet, as_json)
+    if not (quiet or as_json):
+        _print_packed(run)
+        print(f"Report: {path}")
+
+
+def main() -> None:
+    """Entry point: our own errors become one message and exit code 2."""
+    sys.exit(run_guarded(app))
+
+
+def run_guarded(command: Callable[[], Any]) -> int:
+    """Run a command and return its exit code; what tracequant can explain is printed without a traceback."""
+    warnings.showwarning = _show_warning
+    try:
+        command()
+    except TracequantError as error:
+        _err.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        _err.print("interrupted; finished stages are kept, run the same command to go on", style="yellow")
+        return 130
+    except SystemExit as exit_:
+        return exit_.code if isinstance(exit_.code, int) else 0 if exit_.code is None else 1
+    return 0
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    if issubclass(category, UserWarning):
+        _err.print(f"[yellow]warning:[/] {_escape(str(message))}", soft_wrap=True)
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _open(path: Path, quiet: bool) -> Run:
+    def say(text: str) -> None:
+        if not quiet:
+            _err.print(text, style="dim")
+
+    return Run(path, say, progress=not quiet)
+
+
+def _analyze_settings(given: dict[str, Any]) -> AnalyzeSettings:
+    return AnalyzeSettings(
+        task=given["task"],
+        options=TaskOptions(
+            given["data_dir"], given["weights"], given["model"], given["samples"], given["batch_size"], given["seed"]
+        ),
+        device=given["device"],
+        draws=given["draws"],
+        probes=given["probes"],
+        include=tuple(given["include"] or ("*",)),
+        exclude=tuple(given["exclude"] or ()),
+        ties=tuple(given["tie"] or ()),
+        weight_bits=_parse_bits(given["bits"], "--bits"),
+        activation_bits=_parse_bits(given["activation_bits"], "--activation-bits"),
+        metric=given["metric"],
+        weight_grid=WeightGrid(not given["per_tensor"], not given["asymmetric"], given["range_method"]),
+        eigenvalues=given["eigenvalues"],
+    )
+
+
+def _parse_bits(text: str, option: str) -> tuple[int, ...]:
+    if option == "--activation-bits" and text.strip() == "none":
+        return ()
+    try:
+        bits = tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        _bad_parameter(f"{option} takes numbers from 1 to 8 separated by commas, got {text!r}")
+    if not all(1 <= num_bits <= 8 for num_bits in bits):
+        _bad_parameter(f"{option} takes bit widths from 1 to 8, got {text!r}")
+    return bits
+
+
+def _bad_parameter(text: str) -> NoReturn:
+    raise typer.BadParameter(text)
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=1))
+
+
+def _print_sensitivity(run: Run) -> None:
+    curvature, sensitivity = run.curvature(), run.sensitivity()
+    widths = sorted({b for options in sensitivity.weight_omega.values() for b in options})
+    table = Table(title="Sensitivity by layer", title_justify="left")
+    for column in ("layer", "weights", "Tr(H)/n", "± probes", "± samples", *(f"Ω {b} bit" for b in widths)):
+        table.add_column(column, justify="left" if column == "layer" else "right")
+    for layer in sensitivity.points.layers:
+        trace = curvature.weights[layer.name]
+        errors = (_error(trace.standard_error / layer.numel), _error(trace.sampling_error / layer.numel))
+        omegas = (f"{sensitivity.weight_omega[layer.name][b]:.3g}" for b in widths)
+        table.add_row(layer.name, f"{layer.numel:,}", f"{trace.average_trace:.3g}", *errors, *omegas)
+    Console().print(table)
+    print(f"Next: tracequant plan {run.path} --max-size-mb X (or --compression X, --average-bits X)")
+
+
+def _error(value: float) -> str:
+    return "–" if math.isinf(value) else f"{value:.1g}"
+
+
+def _print_plan(sensitivity: Sensitivity, solved: BitPlan) -> None:
+    table = Table(title=str(solved), title_justify="left")
+    for column in ("layer", "weights", "Tr(H)/n", "bits", "input bits", "Ω", "why"):
+        table.add_column(column, justify="left" if column in ("layer", "why") else "right")
+    for row in explain(sensitivity, solved):
+        table.add_row(
+            row.name,
+            f"{row.numel:,}",
+            f"{row.average_trace:.3g}",
+            str(row.num_bits),
+            str(row.activation_bits or "float"),
+            f"{row.omega:.2g}",
+            row.why,
+        )
+    Console().print(table)
+
+
+def _print_results(run: Run, quiet: bool, as_json: bool) -> None:
+    rows: list[Measured] = run.result_rows()
+    if as_json:
+        _print_json({"rows": [asdict(row) for row in rows], "report": str(run.path / "report.html")})
+    elif not quiet:
+        table = Table(title=f"Results ({run.quantize_result().samples:,} evaluation samples)", title_justify="left")
+        for column in ("model", run.quantize_result().metric_name, "MB on disk", "bits per weight"):
+            table.add_column(column, justify="left" if column == "model" else "right")
+        for row in rows:
+            size = f"{row.size_bytes / MEGABYTE:.4f}"
+            table.add_row(row.name, f"{row.metric:.2f}", size, f"{row.average_bits:.2f}")
+        Console().print(table)
+
+
+def _print_packed(run: Run) -> None:
+    packed, solved = run.pack_result(), run.plan()
+    print(
+        f"Packed: {run.path / 'model.safetensors'}, {packed.file_bytes:,} bytes ({packed.promised_bytes:,} promised),"
+        f" weights {solved.compression:.2f}x smaller; loaded again it gives {packed.evaluation.metric:.2f}"
+    )

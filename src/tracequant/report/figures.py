@@ -1,0 +1,167 @@
+"""The report's pictures, drawn from artifacts alone (matplotlib, no torch)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from tracequant.curvature.result import Curvature, TraceEstimate
+from tracequant.explain import LayerRow
+from tracequant.plan import MEGABYTE, BitPlan
+
+# One colour for each bit width, dark for few and bright for many, the same in every figure.
+_BIT_COLORS = {bits: to_hex(mpl.colormaps["viridis"](0.05 + 0.9 * (bits - 1) / 7)) for bits in range(1, 9)}
+_GREY = "#8a8f98"
+
+
+@dataclass(frozen=True)
+class Marker:
+    """A plan to point out in the frontier figure."""
+
+    label: str
+    plan: BitPlan
+    style: str
+    color: str
+
+
+def layers_figure(rows: Sequence[LayerRow], curvature: Curvature) -> Figure:
+    """Average trace, number of weights and chosen bits of every layer, one above the other (as the paper's Figure 2)."""
+    figure, axes = _stack(len(rows), 3, (3.2, 1.6, 1.8))
+    positions = range(len(rows))
+    colors = [_BIT_COLORS[row.num_bits] for row in rows]
+    estimates = [curvature.weights[row.name] for row in rows]
+    _trace_bars(axes[0], estimates, colors)
+    axes[0].set_ylabel("average Hessian trace\nTr(H)/n (loss per weight²)")
+    axes[0].set_title("Sensitive layers that cost few bytes get many bits, insensitive large ones few")
+    axes[1].bar(positions, [row.numel for row in rows], color=_GREY)
+    axes[1].set_yscale("log")
+    axes[1].set_ylabel("weights")
+    axes[2].bar(positions, [row.num_bits for row in rows], color=colors)
+    for position, row in enumerate(rows):
+        if len(rows) <= 60:
+            axes[2].text(position, row.num_bits + 0.15, str(row.num_bits), ha="center", va="bottom", fontsize=8)
+    axes[2].set_ylim(0, max(row.num_bits for row in rows) + 1.5)
+    axes[2].set_ylabel("weight bits")
+    _name_axis(axes[2], [row.name for row in rows])
+    return figure
+
+
+def activations_figure(curvature: Curvature, plan: BitPlan) -> Figure:
+    """Average trace and bits of every quantized activation (as the paper's Figure 8, left)."""
+    names = list(plan.activation_bits)
+    figure, axes = _stack(len(names), 2, (3.2, 1.8))
+    bits = [plan.activation_bits[name] for name in names]
+    colors = [_BIT_COLORS[b] for b in bits]
+    _trace_bars(axes[0], [curvature.activations[name] for name in names], colors)
+    axes[0].set_ylabel("average Hessian trace\nTr(H)/|a| (loss per activation²)")
+    axes[1].bar(range(len(names)), bits, color=colors)
+    axes[1].set_ylabel("activation bits")
+    axes[1].set_ylim(0, max(bits) + 1.5)
+    _name_axis(axes[1], [f"input of {name}" for name in names])
+    return figure
+
+
+def frontier_figure(front: Sequence[BitPlan], markers: Sequence[Marker]) -> Figure:
+    """File size against the sum of Ω (as the paper's Figure 4): the frontier and the plans to point out."""
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(
+        [plan.size_bytes / MEGABYTE for plan in front],
+        [plan.omega for plan in front],
+        ".", color="#d1495b", markersize=4, label=f"mixed plans not dominated ({len(front)})", zorder=2,
+    )  # fmt: skip
+    for marker in markers:
+        axes.plot(
+            marker.plan.size_bytes / MEGABYTE, marker.plan.omega, marker.style, color=marker.color,
+            markersize=14 if marker.style == "*" else 8, markeredgecolor="black", label=marker.label,
+            linestyle="none", zorder=3,
+        )  # fmt: skip
+    if all(plan.omega > 0 for plan in front):
+        axes.set_yscale("log")
+    axes.set_xlabel("size of the packed file (MB of 2²⁰ bytes)")
+    axes.set_ylabel("total perturbation Σ Ω (loss)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9)
+    return figure
+
+
+def accuracy_figure(rows: Sequence[tuple[str, float, float]], metric_name: str) -> Figure:
+    """Metric of each model (name, metric, size in MB) as bars, sizes written beside them."""
+    figure = Figure(figsize=(8, 0.9 + 0.5 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    names = [name for name, _, _ in rows]
+    colors = [_GREY if name.startswith(("float", "uniform")) else _BIT_COLORS[5] for name in names]
+    axes.barh(range(len(rows)), [metric for _, metric, _ in rows], color=colors)
+    for position, (_, metric, megabytes) in enumerate(rows):
+        axes.annotate(
+            f"{metric:.2f}, {megabytes:.3g} MB", (metric, position), xytext=(4, 0), textcoords="offset points", va="center"
+        )
+    axes.set_yticks(range(len(rows)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel(metric_name)
+    axes.margins(x=0.22)
+    _despine(axes)
+    return figure
+
+
+def loss_figure(losses: Sequence[float]) -> Figure:
+    """Training loss of every fine-tuning step, with a running mean."""
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(losses, color=_GREY, linewidth=0.6, alpha=0.7, label="each step")
+    smooth, value = [], losses[0]
+    for loss in losses:
+        value += 0.05 * (loss - value)
+        smooth.append(value)
+    axes.plot(smooth, color=_BIT_COLORS[4], label="running mean")
+    axes.set_xlabel("fine-tuning step")
+    axes.set_ylabel("training loss")
+    axes.legend(fontsize=9)
+    _despine(axes)
+    return figure
+
+
+def _stack(columns: int, count: int, heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
+    width = min(max(8.0, 2.0 + 0.26 * columns), 24.0)
+    figure = Figure(figsize=(width, sum(heights) + 1.6), layout="constrained")
+    axes = figure.subplots(count, 1, sharex=True, height_ratios=heights)
+    for axis in axes:
+        _despine(axis)
+    return figure, list(axes)
+
+
+def _trace_bars(axes: Axes, estimates: Sequence[TraceEstimate], colors: Sequence[str]) -> None:
+    """Bars with the sampling error, on a logarithmic axis where all traces are positive."""
+    values = [estimate.average_trace for estimate in estimates]
+    errors = [_known_error(estimate) / estimate.numel for estimate in estimates]
+    positive = all(value > 0 for value in values)
+    # On a logarithmic axis the lower end of a bar may not reach zero.
+    lower = [min(error, 0.95 * value) if positive else error for error, value in zip(errors, values, strict=True)]
+    axes.bar(range(len(values)), values, color=colors)
+    axes.errorbar(
+        range(len(values)), values, yerr=[lower, errors], fmt="none", ecolor="black", elinewidth=0.8, capsize=2
+    )
+    if positive:
+        axes.set_yscale("log")
+
+
+def _known_error(estimate: TraceEstimate) -> float:
+    """The larger of the errors that are known."""
+    known = [e for e in (estimate.standard_error, estimate.sampling_error) if e != float("inf")]
+    return max(known, default=0.0)
+
+
+def _name_axis(axes: Axes, names: Sequence[str]) -> None:
+    # More than 120 names would run into each other: every second, third, ... is written.
+    step = 1 + (len(names) - 1) // 120
+    axes.set_xticks(range(0, len(names), step), list(names[::step]), rotation=90, fontsize=8)
+    axes.set_xlim(-0.7, len(names) - 0.3)
+
+
+def _despine(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,465 @@
+"""A run directory: the stages of the flow, their artifacts, and what is left to do.
+
+    RUN/settings.json        what was asked
+    RUN/curvature.json       analyze: traces of all layers and activations
+    RUN/sensitivity.json     analyze: Ω by layer and bit width
+    RUN/plan.json            plan: the bits
+    RUN/quantize.json        quantize: accuracies of the float, uniform and mixed models
+    RUN/quantized.safetensors            the mixed model before fine-tuning, packed
+    RUN/checkpoint.pt        finetune, while it runs
+    RUN/finetuned.safetensors            finetune: the trained state
+    RUN/finetune.json        finetune: losses and accuracies
+    RUN/model.safetensors    pack: the product
+    RUN/pack.json            pack: its size and accuracy
+    RUN/report.html          report, with its figures in RUN/figures
+
+`stages.json` holds a key for every finished stage: a hash of its settings and of the keys of the stages before it. A
+stage whose key is still right is never run again; one whose settings changed is, and so are those after it. Nothing here
+imports torch until a stage needs the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tracequant import allocation
+from tracequant.artifact import Saveable, read_json, replace_file, write_json
+from tracequant.curvature.result import Curvature
+from tracequant.errors import ArtifactError, RunError
+from tracequant.plan import BitPlan
+from tracequant.sensitivity_result import Sensitivity
+from tracequant.settings import AnalyzeSettings, FinetuneSettings, PlanSettings, RunSettings
+
+if TYPE_CHECKING:
+    import torch
+
+    from tracequant.task import TaskSetup
+
+Stage = Literal["analyze", "plan", "quantize", "finetune", "pack", "report"]
+STAGES: tuple[Stage, ...] = ("analyze", "plan", "quantize", "finetune", "pack", "report")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Measured(Saveable):
+    """One row of the result table: a model's metric and loss on the evaluation data, and its bytes on disk."""
+
+    name: str
+    metric: float
+    loss: float
+    size_bytes: int
+    average_bits: float
+
+
+@dataclass(frozen=True)
+class QuantizeResult(Saveable):
+    """Models before fine-tuning: float32, uniform at the offered width whose file is nearest in size, mixed."""
+
+    metric_name: str
+    samples: int
+    float_model: Measured
+    uniform: Measured
+    uniform_bits: int
+    mixed: Measured
+
+
+@dataclass(frozen=True)
+class FinetuneOutcome(Saveable):
+    """Models after fine-tuning; `uniform` where it was asked for."""
+
+    losses: tuple[float, ...]
+    seconds: float
+    mixed: Measured
+    uniform: Measured | None
+
+
+@dataclass(frozen=True)
+class PackResult(Saveable):
+    """The packed file: bytes promised by the plan and found on disk, and its accuracy after loading it again."""
+
+    promised_bytes: int
+    file_bytes: int
+    fine_tuned: bool
+    evaluation: Measured
+
+
+class Run:
+    """A run directory. Every method that runs a stage first checks that the stages before it are there."""
+
+    def __init__(self, path: str | Path, say: Say = lambda text: None, progress: bool = False) -> None:
+        self.path = Path(path)
+        self._say = say
+        self._progress = progress
+        self._setup: TaskSetup | None = None
+
+    # Settings and keys
+
+    def settings(self) -> RunSettings:
+        """What this run was asked for; `RunError` if the directory is not a run."""
+        if not (self.path / "settings.json").is_file():
+            raise RunError(
+                f"{self.path} is not a run directory (it has no settings.json); make one with"
+                f" `tracequant analyze --task ... --out {self.path}`"
+            )
+        return RunSettings.load(self.path / "settings.json")
+
+    def done(self, stage: Stage) -> bool:
+        """Whether the stage is finished under the present settings."""
+        if not (self.path / "settings.json").is_file():
+            return False
+        return self._keys().get(stage) == self._key(stage, self.settings())
+
+    def ask(
+        self,
+        analyze: AnalyzeSettings | None = None,
+        plan: PlanSettings | None = None,
+        finetune: FinetuneSettings | None = None,
+    ) -> None:
+        """Record new settings. `RunError` if the directory belongs to another task, data set or weights file."""
+        exists = (self.path / "settings.json").is_file()
+        if not exists and self.path.is_dir() and any(self.path.iterdir()):
+            raise RunError(f"{self.path} is not empty and not a run directory; choose another --out")
+        if exists:
+            before = self.settings()
+            if analyze is not None:
+                self._check_identity(before.analyze, analyze)
+            settings = RunSettings(analyze or before.analyze, plan or before.plan, finetune or before.finetune)
+        else:
+            if analyze is None:
+                self.settings()
+                raise AssertionError("unreachable: settings() raises without a settings file")
+            settings = RunSettings(analyze, plan, finetune)
+        settings.save(self.path / "settings.json")
+
+    def _check_identity(self, before: AnalyzeSettings, now: AnalyzeSettings) -> None:
+        for name in ("task", "data_dir", "weights", "model"):
+            old = before.task if name == "task" else getattr(before.options, name)
+            new = now.task if name == "task" else getattr(now.options, name)
+            if old != new:
+                raise RunError(
+                    f"{self.path} belongs to another model: its {name} is {old!r}, you asked for {new!r}; choose another"
+                    " --out, or delete the directory"
+                )
+
+    def _key(self, stage: Stage, settings: RunSettings) -> str:
+        own: dict[Stage, object] = {
+            "analyze": asdict(settings.analyze),
+            "plan": settings.plan and asdict(settings.plan),
+            "finetune": settings.finetune and asdict(settings.finetune),
+        }
+        if stage == "pack":
+            # A file packed before fine-tuning was finished is not the one to pack after it.
+            own["pack"] = self._keys().get("finetune") == self._key("finetune", settings)
+        index = STAGES.index(stage)
+        before = self._key(STAGES[index - 1], settings) if index else ""
+        text = json.dumps([stage, own.get(stage), before])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def _keys(self) -> dict[str, str]:
+        path = self.path / "stages.json"
+        return dict(read_json(path)) if path.is_file() else {}
+
+    def _finish(self, stage: Stage, seconds: float) -> None:
+        write_json(self.path / "stages.json", self._keys() | {stage: self._key(stage, self.settings())})
+        self._say(f"{stage}: done in {seconds:.1f} s")
+
+    def _need(self, stage: Stage) -> None:
+        if not self.done(stage):
+            extra = " --max-size-mb X" if stage == "plan" else ""
+            raise RunError(
+                f"{self.path} has no finished stage {stage!r} under its present settings; run"
+                f" `tracequant {stage} {self.path}{extra}` first"
+            )
+
+    # Artifacts
+
+    def curvature(self) -> Curvature:
+        """Result of analyze."""
+        return Curvature.load(self.path / "curvature.json")
+
+    def sensitivity(self) -> Sensitivity:
+        """Result of analyze."""
+        return Sensitivity.load(self.path / "sensitivity.json")
+
+    def plan(self) -> BitPlan:
+        """Result of plan."""
+        return BitPlan.load(self.path / "plan.json")
+
+    def quantize_result(self) -> QuantizeResult:
+        """Result of quantize."""
+        return QuantizeResult.load(self.path / "quantize.json")
+
+    def finetune_outcome(self) -> FinetuneOutcome:
+        """Result of finetune."""
+        return FinetuneOutcome.load(self.path / "finetune.json")
+
+    def pack_result(self) -> PackResult:
+        """Result of pack."""
+        return PackResult.load(self.path / "pack.json")
+
+    # Stages
+
+    def setup(self) -> TaskSetup:
+        """Model, task and data, loaded once; `RunError` if the weights are not those that were analysed."""
+        if self._setup is None:
+            from tracequant.model_state import fingerprint
+            from tracequant.tasks import load_task
+
+            settings = self.settings().analyze
+            setup = load_task(settings.task, settings.options)
+            if self.done("analyze"):
+                analysed = self.sensitivity().points.fingerprint
+                if analysed != fingerprint(setup.model):
+                    raise RunError(
+                        f"{self.path} was made with other weights of this model (fingerprint {analysed}); choose another"
+                        " --out, or delete the directory"
+                    )
+            setup.model.to(_device(setup.device or settings.device))
+            self._setup = setup
+        return self._setup
+
+    def analyze(self) -> None:
+        """Measure curvature and sensitivities."""
+        if self.done("analyze"):
+            return
+        start = time.perf_counter()
+        from tracequant.curvature import estimate_curvature
+        from tracequant.curvature.spectrum import top_eigenvalues
+        from tracequant.layers import discover
+        from tracequant.sensitivity import measure_sensitivity
+
+        settings = self.settings().analyze
+        setup = self.setup()
+        model, task, batches = setup.model, setup.task, setup.calibration
+        points = discover(model, batches, task, settings.include, settings.exclude, settings.ties)
+        self._say(
+            f"analyze: {len(points.layers)} layers, {len(points.activations)} activations,"
+            f" {sum(layer.numel for layer in points.layers):,} weights"
+        )
+        curvature = estimate_curvature(
+            model,
+            batches,
+            task,
+            settings.method,
+            settings.draws,
+            settings.options.seed,
+            points,
+            probes=settings.probes,
+            activations=bool(settings.activation_bits),
+            progress=self._progress,
+        )
+        if settings.eigenvalues:
+            eigenvalues = top_eigenvalues(
+                model, batches, task, points, seed=settings.options.seed, progress=self._progress
+            )
+            curvature = replace(curvature, top_eigenvalues=eigenvalues)
+        sensitivity = measure_sensitivity(
+            model,
+            curvature,
+            batches,
+            task,
+            settings.weight_bits,
+            settings.activation_bits,
+            settings.metric,
+            settings.weight_grid,
+            progress=self._progress,
+        )
+        curvature.save(self.path / "curvature.json")
+        sensitivity.save(self.path / "sensitivity.json")
+        self._finish("analyze", time.perf_counter() - start)
+
+    def solve(self, settings: PlanSettings) -> BitPlan:
+        """The plan for a budget, from the sensitivities alone; nothing is written."""
+        self._need("analyze")
+        return allocation.solve(self.sensitivity(), **asdict(settings))
+
+    def make_plan(self) -> None:
+        """Solve for the recorded budget and keep the plan."""
+        if self.done("plan"):
+            return
+        start = time.perf_counter()
+        settings = self.settings().plan
+        if settings is None:
+            raise RunError(
+                f"{self.path} has no budget yet: run `tracequant plan {self.path} --max-size-mb X`, or --compression or"
+                " --average-bits"
+            )
+        self.solve(settings).save(self.path / "plan.json")
+        self._finish("plan", time.perf_counter() - start)
+
+    def quantize(self) -> None:
+        """Quantize by the plan and uniformly, and evaluate both beside the float model."""
+        if self.done("quantize"):
+            return
+        self._need("plan")
+        start = time.perf_counter()
+        from tracequant.cost import float_bytes
+        from tracequant.export.packed import pack
+
+        setup, plan, sensitivity = self.setup(), self.plan(), self.sensitivity()
+        task, model = setup.task, setup.model
+        evaluation = task.evaluate(model, setup.evaluation, self._progress)
+        float_row = Measured(
+            "float32", evaluation.metric, evaluation.loss, float_bytes(sensitivity.points), 32.0
+        )
+        uniform_bits, uniform_plan = self._nearest_uniform(sensitivity, plan)
+        rows = []
+        for name, candidate, file in (
+            (f"uniform {uniform_bits} bits", uniform_plan, "uniform.safetensors"),
+            ("mixed", plan, "quantized.safetensors"),
+        ):
+            quantized = self._quantized(candidate)
+            size = pack(quantized, self.path / file)
+            result = task.evaluate(quantized, setup.evaluation, self._progress)
+            rows.append(Measured(name, result.metric, result.loss, size, candidate.average_bits))
+        QuantizeResult(
+            evaluation.metric_name, evaluation.samples, float_row, rows[0], uniform_bits, rows[1]
+        ).save(self.path / "quantize.json")
+        self._finish("quantize", time.perf_counter() - start)
+
+    def finetune(self) -> None:
+        """Fine-tune the mixed model, going on from a checkpoint where there is one."""
+        if self.done("finetune"):
+            return
+        self._need("quantize")
+        start = time.perf_counter()
+        settings = self.settings()
+        if settings.finetune is None:
+            raise RunError(f"{self.path} has no fine-tuning settings; run `tracequant finetune {self.path} --steps N`")
+        key, plan = self._key("finetune", settings), self.plan()
+        outcome_uniform: Measured | None = None
+        if settings.finetune.uniform_too:
+            uniform_bits, uniform = self._nearest_uniform(self.sensitivity(), plan)
+            name = f"uniform {uniform_bits} bits, fine-tuned"
+            outcome_uniform, _ = self._finetune_one(uniform, f"uniform-{key}", name, "uniform.safetensors")
+        mixed, losses = self._finetune_one(plan, key, "mixed, fine-tuned", "finetuned.safetensors")
+        FinetuneOutcome(tuple(losses), time.perf_counter() - start, mixed, outcome_uniform).save(
+            self.path / "finetune.json"
+        )
+        for leftover in self.path.glob("checkpoint-*.pt"):
+            leftover.unlink()
+        self._finish("finetune", time.perf_counter() - start)
+
+    def _finetune_one(self, plan: BitPlan, key: str, name: str, file: str) -> tuple[Measured, list[float]]:
+        from safetensors.torch import save_file
+
+        from tracequant.export.packed import pack
+        from tracequant.finetune import finetune
+
+        settings = self.settings().finetune
+        assert settings is not None
+        setup = self.setup()
+        quantized = self._quantized(plan)
+        sensitivity = self.sensitivity()
+        result = finetune(
+            quantized,
+            setup.train,
+            setup.task,
+            steps=settings.steps,
+            learning_rate=settings.learning_rate,
+            optimizer=settings.optimizer,
+            teacher=setup.model if settings.distillation > 0 else None,
+            distillation=settings.distillation,
+            learn_scales=settings.learn_scales,
+            freeze_batchnorm=settings.freeze_batchnorm,
+            order=settings.order,
+            omega={layer: sensitivity.weight_omega[layer][b] for layer, b in plan.weight_bits.items()},
+            seed=self.settings().analyze.options.seed,
+            checkpoint=self.path / f"checkpoint-{key}.pt",
+            checkpoint_every=50,
+            progress=self._progress,
+        )
+        evaluation = setup.task.evaluate(quantized, setup.evaluation, self._progress)
+        if file == "finetuned.safetensors":
+            state = {key: tensor.contiguous().clone() for key, tensor in quantized.state_dict().items()}
+            with replace_file(self.path / file) as temporary:
+                save_file(state, temporary)
+            size = plan.size_bytes
+        else:
+            size = pack(quantized, self.path / file)
+        return Measured(name, evaluation.metric, evaluation.loss, size, plan.average_bits), result.losses
+
+    def pack(self) -> None:
+        """Write the product, `model.safetensors`, and evaluate it as it is loaded again."""
+        if self.done("pack"):
+            return
+        start = time.perf_counter()
+        from safetensors.torch import load_file
+
+        from tracequant.export.packed import pack
+
+        self._need("quantize")
+        plan = self.plan()
+        quantized = self._quantized(plan)
+        fine_tuned = self.done("finetune")
+        if fine_tuned:
+            quantized.load_state_dict(load_file(self.path / "finetuned.safetensors"))
+        size = pack(quantized, self.path / "model.safetensors")
+        measured = self.evaluate_file()
+        name = "packed" if fine_tuned else "packed, not fine-tuned"
+        row = Measured(name, measured.metric, measured.loss, size, plan.average_bits)
+        PackResult(plan.size_bytes, size, fine_tuned, row).save(self.path / "pack.json")
+        self._finish("pack", time.perf_counter() - start)
+
+    def evaluate_file(self, file: str | Path | None = None) -> Measured:
+        """Metric and loss of a packed file (the run's product by default) on the evaluation data."""
+        from tracequant.export.packed import load
+
+        path = Path(file) if file else self.path / "model.safetensors"
+        if not path.is_file():
+            raise ArtifactError(f"{path} does not exist; `tracequant pack {self.path}` makes it")
+        setup = self.setup()
+        evaluation = setup.task.evaluate(load(path, setup.model), setup.evaluation, self._progress)
+        return Measured(path.name, evaluation.metric, evaluation.loss, path.stat().st_size, math.nan)
+
+    def report(self) -> Path:
+        """Write the report from what is there, figures beside it."""
+        self._need("plan")
+        start = time.perf_counter()
+        from tracequant.report.html import write_report
+
+        path = write_report(self)
+        self._finish("report", time.perf_counter() - start)
+        return path
+
+    def result_rows(self) -> list[Measured]:
+        """All rows of the result table that exist so far."""
+        rows: list[Measured] = []
+        if self.done("quantize"):
+            result = self.quantize_result()
+            rows += [result.float_model, result.uniform, result.mixed]
+        if self.done("finetune"):
+            outcome = self.finetune_outcome()
+            rows += [row for row in (outcome.uniform, outcome.mixed) if row is not None]
+        return rows
+
+    def _nearest_uniform(self, sensitivity: Sensitivity, plan: BitPlan) -> tuple[int, BitPlan]:
+        offered = sorted({b for options in sensitivity.weight_omega.values() for b in options})
+        average = self.settings().plan.average_activation_bits if self.settings().plan else None  # type: ignore[union-attr]
+        plans = {b: allocation.uniform_plan(sensitivity, b, average) for b in offered}
+        best = min(offered, key=lambda b: abs(plans[b].size_bytes - plan.size_bytes))
+        return best, plans[best]
+
+    def _quantized(self, plan: BitPlan) -> torch.nn.Module:
+        from tracequant.convert import quantize
+
+        setup = self.setup()
+        return quantize(setup.model, plan, setup.calibration, setup.task, self._progress)
+
+
+def _device(name: Any) -> torch.device:
+    import torch
+
+    if str(name) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise RunError(f"device {name!r} cannot be used: {error}") from None

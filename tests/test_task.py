@@ -1,0 +1,367 @@
+"""The Task interface: losses, metrics and checks of `ClassificationTask`, evaluation, and what it leaves behind."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models import (
+    CLASSES,
+    EnergyTask,
+    attention_net,
+    conv_net,
+    gelu_mlp,
+    images,
+    labelled,
+    snapshot,
+    tied_net,
+    token_batch,
+)
+from tracequant import ClassificationTask, DataError, Task, TaskError
+from tracequant.task import check_finite, checked, forward, model_device, reusable, total_loss
+
+TASK = ClassificationTask()
+
+
+class DetectionTask(Task):
+    """Images of different sizes in a list, one target each; the loss is a dictionary of two terms."""
+
+    metric_name = "hits"
+
+    def outputs(self, model: nn.Module, batch: Any) -> list[Tensor]:
+        return [model(image[None])[0] for image in batch["images"]]
+
+    def loss(self, outputs: list[Tensor], batch: Any) -> dict[str, Tensor]:
+        logits = torch.stack(outputs)
+        return {"class": F.cross_entropy(logits, batch["targets"]), "size": 0.5 * logits.square().mean()}
+
+    def metric(self, outputs: list[Tensor], batch: Any) -> float:
+        return float((torch.stack(outputs).argmax(1) == batch["targets"]).double().mean())
+
+    def batch_size(self, batch: Any) -> int:
+        return len(batch["images"])
+
+
+def detection_batch(*sizes: tuple[int, int]) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(sum(height for height, _ in sizes))
+    return {
+        "images": [torch.randn(3, *size, generator=generator, dtype=torch.float64) for size in sizes],
+        "targets": torch.randint(0, CLASSES, (len(sizes),), generator=generator),
+    }
+
+
+# Losses
+
+
+def test_the_users_loss_is_the_one_that_is_called():
+    calls = []
+
+    def hinge(logits: Tensor, targets: Tensor) -> Tensor:
+        calls.append((tuple(logits.shape), tuple(targets.shape)))
+        return F.multi_margin_loss(logits, targets)
+
+    model = gelu_mlp()
+    ((inputs, targets),) = labelled(6)
+    evaluation = ClassificationTask(loss=hinge).evaluate(model, [(inputs, targets)])
+    assert calls == [((4, CLASSES), (4,))]
+    assert evaluation.loss == F.multi_margin_loss(model(inputs), targets).item()
+    assert evaluation.loss != F.cross_entropy(model(inputs), targets).item()
+
+
+def test_a_mapping_of_inputs_becomes_keyword_arguments():
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, CLASSES)
+
+        def forward(self, *, left: Tensor, right: Tensor) -> Tensor:
+            return self.fc(left - 2 * right)
+
+    model = Two()
+    left, right = torch.randn(2, 4, 3)
+    outputs = TASK.outputs(model, ({"right": right, "left": left}, torch.zeros(4, dtype=torch.int64)))
+    assert torch.equal(outputs, model.fc(left - 2 * right))
+
+
+def test_forward_picks_the_logits():
+    model = gelu_mlp()
+    ((inputs, targets),) = labelled(6)
+    task = ClassificationTask(forward=lambda model, inputs: model(inputs)[:, :3])
+    assert torch.equal(task.outputs(model, (inputs, targets)), model(inputs)[:, :3])
+
+
+def test_an_object_with_logits_is_unwrapped():
+    """Transformer libraries return an object whose `logits` are the outputs."""
+
+    class Wrapped(nn.Module):
+        def forward(self, inputs: Tensor) -> Any:
+            return type("Output", (), {"logits": inputs + 1})()
+
+    assert torch.equal(TASK.outputs(Wrapped(), (torch.zeros(2, 3), torch.zeros(2))), torch.ones(2, 3))
+
+
+def test_terms_of_a_dictionary_are_summed():
+    batch = detection_batch((8, 8), (6, 10))
+    outputs = DetectionTask().outputs(conv_net().eval(), batch)
+    terms = DetectionTask().loss(outputs, batch)
+    torch.testing.assert_close(total_loss(DetectionTask(), outputs, batch), terms["class"] + terms["size"])
+    assert total_loss(DetectionTask(), outputs, batch).requires_grad
+
+
+def test_a_loss_of_one_element_is_a_scalar():
+    task = ClassificationTask(loss=lambda logits, targets: logits.square().mean().reshape(1, 1))
+    assert total_loss(task, torch.full((2, 3), 2.0), (None, None)).shape == ()
+
+
+@pytest.mark.parametrize(
+    ("loss", "found"),
+    [
+        (lambda o, t: F.cross_entropy(o, t, reduction="none"), r"a tensor of shape \[4\]"),
+        (lambda o, t: 3.0, "a float"),
+        (lambda o, t: None, "a NoneType"),
+        (lambda o, t: (o.sum(), o), "a tuple of 2"),
+        (lambda o, t: {}, "a dict"),
+        (lambda o, t: {"class": F.cross_entropy(o, t), "each": F.cross_entropy(o, t, reduction="none")}, "returned"),
+        (lambda o, t: {"class": F.cross_entropy(o, t), "weight": 0.5}, "returned"),
+    ],
+    ids=["vector", "float", "none", "tuple", "empty", "dictionary with a vector", "dictionary with a float"],
+)
+def test_a_loss_that_is_no_scalar_is_refused(loss: Callable, found: str):
+    with pytest.raises(TaskError, match=r"ClassificationTask\.loss returned.*scalar") as error:
+        ClassificationTask(loss=loss).evaluate(gelu_mlp(), labelled(6))
+    assert error.match(found)
+
+
+def test_distillation_is_the_divergence_from_the_teacher():
+    """KL(teacher ‖ student) by its definition; per position summed for outputs with places, zero against itself."""
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((4, 3), (4, 3, 5)):
+        student, teacher = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
+        p, q = teacher.softmax(1), student.softmax(1)
+        torch.testing.assert_close(TASK.distillation_loss(student, teacher), (p * (p / q).log()).sum() / 4)
+        assert TASK.distillation_loss(student, student).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_a_task_without_distillation_says_so():
+    with pytest.raises(TaskError, match="EnergyTask has no distillation_loss"):
+        EnergyTask().distillation_loss(torch.zeros(1), torch.zeros(1))
+
+
+# Data that cannot be used
+
+
+@pytest.mark.parametrize("batches", [[], iter([]), torch.utils.data.DataLoader([])], ids=["list", "iterator", "loader"])
+def test_an_empty_loader_is_refused(batches):
+    with pytest.raises(DataError, match="the loader yielded no batches"):
+        TASK.evaluate(gelu_mlp(), batches)
+
+
+def test_an_empty_batch_is_refused():
+    with pytest.raises(DataError, match="batch 1 has no samples"):
+        TASK.evaluate(gelu_mlp(), labelled(6, sizes=(2, 0)))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_inputs_that_are_not_finite_are_refused(value):
+    batches = labelled(6, sizes=(4, 4))
+    batches[1][0][2, :2] = value
+    with pytest.raises(DataError, match=r"batch 1\[0\] holds 2 values that are NaN or infinite \(shape \[4, 6\]\)"):
+        TASK.evaluate(gelu_mlp(), batches)
+
+
+def test_the_place_of_a_bad_value_is_named():
+    batch = detection_batch((4, 4), (5, 5))
+    batch["images"][1][0, 0, 0] = torch.nan
+    with pytest.raises(DataError, match=r"batch 7\['images'\]\[1\] holds 1 values"):
+        check_finite(batch, 7)
+
+
+@pytest.mark.parametrize("target", [CLASSES, -1])
+def test_a_target_out_of_range_is_refused(target):
+    ((inputs, targets),) = labelled(6)
+    targets[2] = target
+    with pytest.raises(DataError, match=f"target {target} is out of range: the model has 5 classes, numbered 0 to 4"):
+        TASK.evaluate(gelu_mlp(), [(inputs, targets)])
+
+
+def test_ignored_targets_and_soft_targets_are_let_through():
+    ((inputs, targets),) = labelled(6)
+    targets[0] = -100
+    model = gelu_mlp()
+    assert TASK.evaluate(model, [(inputs, targets)]).loss == F.cross_entropy(model(inputs[1:]), targets[1:]).item()
+    soft = torch.full((4, CLASSES), 0.1, dtype=torch.float64)
+    soft[:, 1] = 0.6
+    assert TASK.evaluate(model, [(inputs, soft)]).loss == F.cross_entropy(model(inputs), soft).item()
+    assert TASK.metric(F.one_hot(torch.tensor([1, 1, 1, 0]), CLASSES), (inputs, soft)) == 75.0
+
+
+def test_targets_must_match_the_logits():
+    ((inputs, targets),) = labelled(6)
+    with pytest.raises(DataError, match="3 targets came with 4 rows of logits"):
+        TASK.evaluate(gelu_mlp(), [(inputs, targets[:3])])
+
+
+@pytest.mark.parametrize(
+    ("batch", "found"), [(torch.zeros(2, 6), r"a tensor of shape \[2, 6\]"), ((1, 2, 3), "a tuple of 3")]
+)
+def test_batches_that_are_no_pairs_are_refused(batch, found):
+    with pytest.raises(TaskError, match=rf"expects batches \(inputs, targets\), got {found}"):
+        TASK.evaluate(gelu_mlp(), [batch])
+
+
+def test_outputs_that_are_no_logits_are_refused():
+    task = ClassificationTask(forward=lambda model, inputs: [model(inputs)])
+    with pytest.raises(TaskError, match=r"returned a list of 1, expected logits of shape \[N, classes\]"):
+        task.evaluate(gelu_mlp(), labelled(6))
+
+
+def test_a_loss_that_overflows_is_refused():
+    model = gelu_mlp()
+    with torch.no_grad():
+        model[2].bias[0] = torch.nan
+    with pytest.raises(DataError, match="the loss is nan: the inputs are finite"):
+        forward(TASK, model, labelled(6)[0])
+
+
+# Evaluation
+
+
+def test_evaluation_weights_batches_by_their_samples(device):
+    """Against one pass over all samples: the mean over batches of different sizes is another number."""
+    model = conv_net().to(device)
+    batches = images(sizes=(5, 1, 2))
+    evaluation = TASK.evaluate(model, batches)
+    inputs, targets = (torch.cat(parts).to(device) for parts in zip(*batches, strict=True))
+    with torch.no_grad():
+        logits = copy.deepcopy(model).eval()(inputs)
+    hits = [int(logit.argmax()) == int(target) for logit, target in zip(logits, targets, strict=True)]
+    assert evaluation.metric == pytest.approx(100 * sum(hits) / 8)
+    assert evaluation.loss == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-12)
+    assert (evaluation.metric_name, evaluation.samples) == ("accuracy %", 8)
+    each = [TASK.evaluate(model, [batch]) for batch in batches]
+    assert evaluation.loss != pytest.approx(sum(e.loss for e in each) / 3, rel=1e-3)
+    assert evaluation.metric != pytest.approx(sum(e.metric for e in each) / 3, rel=1e-3)
+
+
+def test_evaluation_of_images_of_different_sizes():
+    batches = [detection_batch((8, 8), (6, 10), (5, 5)), detection_batch((9, 4))]
+    model = conv_net()
+    evaluation = DetectionTask().evaluate(model, iter(batches))
+    frozen = copy.deepcopy(model).eval()
+    loss = hits = 0.0
+    for batch in batches:
+        logits = torch.cat([frozen(image[None]) for image in batch["images"]])
+        size = len(logits)
+        loss += F.cross_entropy(logits, batch["targets"], reduction="sum").item()
+        loss += 0.5 * logits.square().mean().item() * size
+        hits += (logits.argmax(1) == batch["targets"]).sum().item()
+    assert evaluation.samples == 4
+    assert evaluation.loss == pytest.approx(loss / 4, rel=1e-12)
+    assert evaluation.metric == hits / 4
+
+
+def test_accuracy_of_outputs_with_places():
+    """Every token counts, as for `[N, C, T]` logits of a language model."""
+    model = tied_net()
+    tokens, targets = token_batch()
+    hits = (model(tokens).argmax(1) == targets).double().mean().item()
+    assert TASK.evaluate(model, [(tokens, targets)]).metric == pytest.approx(100 * hits)
+
+
+class Noisy(nn.Module):
+    """Dropout that stays on in evaluation, a counter of calls and a buffer that every call replaces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = conv_net()
+        self.dropout = nn.Dropout(0.5)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("last", torch.zeros(1, dtype=torch.float64))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.calls += 1
+        self.last = inputs.mean((1, 2, 3))
+        return self.net(F.dropout(self.dropout(inputs), 0.1, training=True))
+
+
+def borrowed_model() -> nn.Module:
+    """A model in mixed modes, partly frozen, with gradients on some parameters, as a caller might hand it over."""
+    model = Noisy().train()
+    model.net.bn1.eval()
+    model.net.conv1.weight.requires_grad_(False)
+    model.net.fc.weight.grad = torch.randn_like(model.net.fc.weight)
+    model.net.conv1.weight.grad = torch.ones_like(model.net.conv1.weight)
+    return model
+
+
+def test_evaluation_leaves_the_model_as_it_was():
+    """Modes of each module, gradients, buffers that were written, and the global random state."""
+    model = borrowed_model()
+    model.forward = lambda inputs: Noisy.forward(model, inputs)
+    last = model.last
+    before = snapshot(model)
+    TASK.evaluate(model, images(sizes=(3, 2)))
+    model.last = last  # replaced buffers have a test of their own
+    assert snapshot(model) == before
+
+
+def test_a_buffer_that_the_model_replaces_is_put_back():
+    """Assigning to a buffer, as caches do, exchanges the tensor; the caller's must be in its place afterwards."""
+    model = borrowed_model()
+    before = snapshot(model)["buffers"]
+    TASK.evaluate(model, images())
+    assert snapshot(model)["buffers"] == before
+
+
+def test_evaluation_leaves_the_model_as_it_was_when_it_fails():
+    model = conv_net().train()
+    before = snapshot(model)
+    batches = images(sizes=(2, 2))
+    batches[1][1][0] = CLASSES
+    with pytest.raises(DataError):
+        TASK.evaluate(model, batches)
+    assert snapshot(model) == before
+
+
+def test_a_shuffling_loader_does_not_move_the_global_random_state():
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*images()[0]), batch_size=2, shuffle=True)
+    state = torch.get_rng_state()
+    TASK.evaluate(conv_net(), loader)
+    assert not torch.equal(torch.get_rng_state(), state)  # conv_net() seeds it: the test can see a change
+    model = conv_net()
+    state = torch.get_rng_state()
+    TASK.evaluate(model, loader)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# Helpers of the other stages
+
+
+def test_a_one_shot_iterator_becomes_a_list_and_a_loader_stays():
+    batches = labelled(6, sizes=(1, 1))
+    assert reusable(batches) is batches
+    stored = reusable(iter(batches))
+    assert list(stored) == list(stored) == batches
+
+
+def test_checked_batches_are_on_the_models_device(device):
+    model = attention_net().to(device)
+    assert model_device(model).type == device.type
+    (batch,) = checked([detection_batch((4, 4))], DetectionTask(), model)
+    assert batch["images"][0].device.type == device.type
+    assert batch["targets"].device.type == device.type
+
+
+def test_a_model_without_tensors_is_on_the_cpu():
+    assert model_device(nn.ReLU()) == torch.device("cpu")
+
+
+def test_checked_batches_have_the_loaders_length():
+    """Progress bars ask for it; a loader without a length has none here either."""
+    assert len(checked(labelled(6, sizes=(1, 1, 1)), TASK, gelu_mlp())) == 3
+    with pytest.raises(TypeError):
+        len(checked(iter([]), TASK, gelu_mlp()))
