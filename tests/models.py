@@ -1,5 +1,7 @@
 """Small models that the tests share, each with the trait that its name says; data for them; a snapshot of a model."""
 
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -188,6 +190,13 @@ class EnergyTask(Task):
 
     def batch_size(self, batch: Any) -> int:
         return len(batch[0])
+
+
+def exact_hessian(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+    """The Hessian [n, n] of a scalar function by `torch.func`, forward over reverse, unlike the package."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own first use of forward mode warns of torch.jit
+        return torch.func.hessian(function)(at).reshape(at.numel(), at.numel())
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:

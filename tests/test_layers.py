@@ -337,16 +337,11 @@ def test_layers_and_float_tensors_make_up_the_state_dict(build, batches):
 
 
 def test_float_tensors_know_their_type():
-    tensors = {
-        tensor.name: tensor.dtype for tensor in discover(conv_net().float(), floats(images()), TASK).float_tensors
-    }
+    batches = [(inputs.float(), targets) for inputs, targets in images()]
+    tensors = {tensor.name: tensor.dtype for tensor in discover(conv_net().float(), batches, TASK).float_tensors}
     assert tensors["bn1.num_batches_tracked"] == "I64"
     assert tensors["bn1.running_var"] == "F32"
     assert tensors["fc.bias"] == "F32"
-
-
-def floats(batches: list) -> list:
-    return [(inputs.float(), targets) for inputs, targets in batches]
 
 
 def test_a_module_registered_under_two_names_is_stored_once():

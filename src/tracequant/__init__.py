@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tracequant.allocation import frontier, full_space, monotone_space, solve, uniform_plan
     from tracequant.convert import quantize
-    from tracequant.curvature import estimate_curvature
+    from tracequant.curvature.estimate import estimate_curvature
     from tracequant.curvature.result import Curvature, TraceEstimate
     from tracequant.curvature.spectrum import top_eigenvalues
     from tracequant.errors import (
@@ -43,7 +43,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "tracequant.allocation": ("frontier", "full_space", "monotone_space", "solve", "uniform_plan"),
     "tracequant.convert": ("quantize",),
-    "tracequant.curvature": ("estimate_curvature",),
+    "tracequant.curvature.estimate": ("estimate_curvature",),
     "tracequant.curvature.result": ("Curvature", "TraceEstimate"),
     "tracequant.curvature.spectrum": ("top_eigenvalues",),
     "tracequant.errors": (

@@ -26,8 +26,8 @@ from tracequant.settings import AnalyzeSettings, FinetuneSettings, PlanSettings,
 app = typer.Typer(
     name="tracequant",
     help=(
-        "Choose the bit width of every layer from the curvature of the loss, then quantize, fine-tune, pack and report.\n\n"
-        "Try it: tracequant demo. Your own model: write a function that returns a tracequant.TaskSetup and pass"
+        "Choose the bit width of every layer from the curvature of the loss, then quantize, fine-tune, pack and report."
+        "\n\nTry it: tracequant demo. Your own model: write a function that returns a tracequant.TaskSetup and pass"
         " --task path/to/file.py:function."
     ),
     no_args_is_help=True,
@@ -61,11 +61,15 @@ ActivationBits = Annotated[
 ]
 Include = Annotated[list[str] | None, typer.Option(help="quantize only layers matching this pattern; may be repeated")]
 Exclude = Annotated[list[str] | None, typer.Option(help="keep layers matching this pattern in float; may be repeated")]
-Tie = Annotated[list[str] | None, typer.Option(help="layers matching this pattern share one bit width; may be repeated")]
+Tie = Annotated[
+    list[str] | None, typer.Option(help="layers matching this pattern share one bit width; may be repeated")
+]
 Metric = Annotated[
     Literal["trace", "l2"], typer.Option(help="trace: HAWQ-V2's Eq. 10; l2: the perturbation alone (ablation)")
 ]
-PerTensor = Annotated[bool, typer.Option("--per-tensor", help="one scale for a whole weight instead of one per channel")]
+PerTensor = Annotated[
+    bool, typer.Option("--per-tensor", help="one scale for a whole weight instead of one per channel")
+]
 Asymmetric = Annotated[bool, typer.Option("--asymmetric", help="weight ranges that need not be centred on zero")]
 Range = Annotated[Literal["mse", "percentile", "minmax"], typer.Option("--range", help="how weight ranges are chosen")]
 Eigenvalues = Annotated[bool, typer.Option(help="also compute each layer's top eigenvalue, to draw HAWQ's point")]
@@ -95,13 +99,19 @@ FreezeBatchnorm = Annotated[bool, typer.Option(help="keep BatchNorm statistics a
 UniformToo = Annotated[bool, typer.Option(help="fine-tune the uniform plan of the nearest size as well")]
 
 
-@app.callback()
-def _main(
-    version: Annotated[bool, typer.Option("--version", help="print the version and exit", is_eager=True)] = False,
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         print(f"tracequant {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version and exit", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -150,7 +160,9 @@ def plan(
     average_activation_bits: AverageActivationBits = None,
     space: Space = "full",
     out: Annotated[Path | None, typer.Option(help="also save the plan here (JSON)", metavar="FILE")] = None,
-    apply: Annotated[bool, typer.Option("--apply", help="make it the run's plan even if a later stage is done")] = False,
+    apply: Annotated[
+        bool, typer.Option("--apply", help="make it the run's plan even if a later stage is done")
+    ] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -289,7 +301,7 @@ def run_all(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """All stages: analyze, plan, quantize, fine-tune, pack, report. Run again, it goes on at the first missing stage."""
+    """All stages: analyze, plan, quantize, fine-tune, pack, report. Run again, it goes on where it stopped."""
     _run_stages(
         _open(out, quiet),
         _analyze_settings(locals()),
@@ -311,7 +323,7 @@ def run_all(
 @app.command()
 def demo(
     out: Out = Path("demo-run"),
-    average_bits: AverageBits = 2.0,
+    average_bits: AverageBits = 3.0,
     steps: Steps = 300,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -319,7 +331,7 @@ def demo(
     """The whole flow on scikit-learn's digits: no data to bring, a few minutes on two cores."""
     _run_stages(
         _open(out, quiet),
-        AnalyzeSettings("digits", TaskOptions(), weight_bits=(1, 2, 3, 4, 8), activation_bits=(4,)),
+        AnalyzeSettings("digits", TaskOptions(), activation_bits=(4,)),
         PlanSettings(average_bits=average_bits),
         FinetuneSettings(steps=steps, uniform_too=True),
         quiet,
@@ -451,20 +463,24 @@ def _error(value: float) -> str:
 
 
 def _print_plan(sensitivity: Sensitivity, solved: BitPlan) -> None:
+    console = Console()
     table = Table(title=str(solved), title_justify="left")
-    for column in ("layer", "weights", "Tr(H)/n", "bits", "input bits", "Ω", "why"):
+    columns = ["layer", "weights", "Tr(H)/n", "bits", "input bits", "Ω", "share of Ω"]
+    wide = console.width >= 160
+    for column in [*columns, "why"] if wide else columns:
         table.add_column(column, justify="left" if column in ("layer", "why") else "right")
     for row in explain(sensitivity, solved):
-        table.add_row(
+        cells = [
             row.name,
             f"{row.numel:,}",
             f"{row.average_trace:.3g}",
             str(row.num_bits),
             str(row.activation_bits or "float"),
             f"{row.omega:.2g}",
-            row.why,
-        )
-    Console().print(table)
+            f"{row.omega_share:.1%}",
+        ]
+        table.add_row(*cells, row.why) if wide else table.add_row(*cells)
+    console.print(table)
 
 
 def _print_results(run: Run, quiet: bool, as_json: bool) -> None:

@@ -85,6 +85,6 @@ def _check_names(wanted: Iterable[str], present: Iterable[str], kind: str) -> No
     unknown = [name for name in wanted if name not in known]
     if unknown:
         raise ModelError(
-            f"the plan names {kind} {', '.join(unknown[:4])}, which this model does not have; the plan is of another model,"
-            " or was made with other include/exclude patterns"
+            f"the plan names {kind} {', '.join(unknown[:4])}, which this model does not have; the plan is of another"
+            " model, or was made with other include/exclude patterns"
         )

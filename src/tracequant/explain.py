@@ -94,7 +94,13 @@ def _ordinal(number: int) -> str:
 
 
 def _bytes(count: int) -> str:
-    return f"{count} B" if count < 1024 else f"{count / 1024:.1f} KiB" if count < 1 << 20 else f"{count / (1 << 20):.2f} MB"
+    return (
+        f"{count} B"
+        if count < 1024
+        else f"{count / 1024:.1f} KiB"
+        if count < 1 << 20
+        else f"{count / (1 << 20):.2f} MB"
+    )
 
 
 def _percent(share: float) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tracequant.artifact import replace_file
 from tracequant.errors import ArtifactError, DataError, ModelError
@@ -232,7 +232,7 @@ def _stages(model: nn.Module, order: Order, omega: dict[str, float] | None, stag
 
 
 def _switch_quantizers(schedule: _Schedule, step: int, fresh: bool) -> None:
-    """Enable what is due at `step`. A weight that trained in float until now gets a new grid, unless it was restored."""
+    """Enable what is due at `step`. A weight that was float until now gets a new grid unless it was restored."""
     for first, group in schedule:
         for quantizer, chain in group:
             due = step >= first
@@ -246,7 +246,7 @@ def _switch_quantizers(schedule: _Schedule, step: int, fresh: bool) -> None:
 
 
 class _BatchStream(Iterator[Batch]):
-    """Batches without end, the loader shuffled by a seed of its own in every epoch, so that any position can be found."""
+    """Batches without end, every epoch shuffled by a seed of its own, so that any position can be found again."""
 
     def __init__(self, batches: Batches, seed: int) -> None:
         self._batches = batches
@@ -297,8 +297,8 @@ class _teaching(AbstractContextManager[None]):
 def _settings(variables: dict[str, Any]) -> dict[str, Any]:
     """The arguments that a checkpoint must share with the call that goes on from it."""
     names = (
-        "steps", "learning_rate", "optimizer", "weight_decay", "learn_scales", "distillation", "freeze_batchnorm", "order",
-        "stages", "seed",
+        "steps", "learning_rate", "optimizer", "weight_decay", "learn_scales", "distillation", "freeze_batchnorm",
+        "order", "stages", "seed",
     )  # fmt: skip
     return {name: variables[name] for name in names} | {"teacher": variables["teacher"] is not None}
 

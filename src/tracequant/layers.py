@@ -116,8 +116,8 @@ def weight_parameter(model: nn.Module, layer: Layer) -> Tensor:
     if not isinstance(weight, Tensor) or tuple(weight.shape) != layer.shape:
         found = list(weight.shape) if isinstance(weight, Tensor) else "nothing"
         raise ModelError(
-            f"layer {layer.name}: expected a weight of shape {list(layer.shape)}, the model has {found}; the points were"
-            " found on another model"
+            f"layer {layer.name}: expected a weight of shape {list(layer.shape)}, the model has {found}; the points"
+            " were found on another model"
         )
     return weight
 
@@ -281,7 +281,7 @@ def _macs(module: nn.Module, parameter: str, read: list[Tensor], output: Any) ->
 
 
 def _group_activations(calls: _Calls) -> list[ActivationPoint]:
-    """Points from reads: a tensor read by several modules joins them, and so does a module that reads several tensors."""
+    """Points from reads: modules that read one tensor belong together, and so do the tensors of one module."""
     names = list(calls.reads)
     parent = {name: name for name in names}
 

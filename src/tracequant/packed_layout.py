@@ -107,13 +107,14 @@ class PackedLayout:
         """Bytes of the header, its 8 length bytes included, the same for every choice of bits.
 
         Bits are one digit each, so only the lengths and offsets of sections vary in width; room is kept for the widest
-        that 8 bits everywhere could need, and the packer fills the difference with spaces.
+        that 8 bits everywhere could need, and the packer fills the difference with spaces
+        after the manifest.
         """
         widest = PackedLayout(
             tuple(replace(weight, num_bits=8) for weight in self.weights), self.activations, self.tensors
         )
         end = widest.payload_bytes()
-        entries: dict[str, object] = {"__metadata__": {"padding": "", "tracequant": self.manifest()}}
+        entries: dict[str, object] = {"__metadata__": {"tracequant": self.manifest()}}
         for name, (dtype, count) in widest.sections().items():
             entries[name] = {"dtype": dtype, "shape": [count], "data_offsets": [end, end]}
         length = len(_compact(entries).encode())

@@ -49,7 +49,8 @@ class ActivationPoint:
     `consumers` are qualified module names; `name` is the first of them, for most modules the layer's name too.
     Consumers of one tensor (a residual branch point, the query/key/value projections) share the quantizer; so do the
     tensors of a module that is called several times (a head applied to every pyramid level). `numel` counts elements
-    for one sample, averaged over the inputs seen. `is_model_input` marks the tensor that the caller hands to the model, which arrives in 8 bits as a rule and keeps 8 in every plan.
+    for one sample, averaged over the inputs seen. `is_model_input` marks the tensor that the caller hands to
+    the model, which arrives in 8 bits as a rule and keeps 8 in every plan.
     """
 
     name: str

@@ -19,8 +19,12 @@ T = TypeVar("T")
 
 
 def track(items: Iterable[T], description: str, enabled: bool, completed: int = 0) -> Iterator[T]:
-    """Yield `items`, drawing a bar while `enabled`; `completed` are those that an earlier run has done already."""
-    if not enabled:
+    """Yield `items`, drawing a bar while `enabled` and standard error is a terminal.
+
+    `completed` counts the items that an earlier run has done already.
+    """
+    console = Console(stderr=True)
+    if not (enabled and console.is_terminal):
         yield from items
         return
     try:
@@ -35,7 +39,7 @@ def track(items: Iterable[T], description: str, enabled: bool, completed: int = 
         TextColumn("left:"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task(description, total=total, completed=completed)
         for item in items:
             yield item

@@ -14,8 +14,8 @@
     RUN/report.html          report, with its figures in RUN/figures
 
 `stages.json` holds a key for every finished stage: a hash of its settings and of the keys of the stages before it. A
-stage whose key is still right is never run again; one whose settings changed is, and so are those after it. Nothing here
-imports torch until a stage needs the model.
+stage whose key is still right is never run again; one whose settings changed is, and so are those after it. Nothing
+here imports torch until a stage needs the model.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class Run:
             raise RunError(f"{self.path} is not empty and not a run directory; choose another --out")
         if exists:
             before = self.settings()
-            if analyze is not None:
+            if analyze is not None and self._keys():
                 self._check_identity(before.analyze, analyze)
             settings = RunSettings(analyze or before.analyze, plan or before.plan, finetune or before.finetune)
         else:
@@ -144,8 +144,8 @@ class Run:
             new = now.task if name == "task" else getattr(now.options, name)
             if old != new:
                 raise RunError(
-                    f"{self.path} belongs to another model: its {name} is {old!r}, you asked for {new!r}; choose another"
-                    " --out, or delete the directory"
+                    f"{self.path} belongs to another model: its {name} is {old!r}, you asked for {new!r}; choose"
+                    " another --out, or delete the directory"
                 )
 
     def _key(self, stage: Stage, settings: RunSettings) -> str:
@@ -157,6 +157,9 @@ class Run:
         if stage == "pack":
             # A file packed before fine-tuning was finished is not the one to pack after it.
             own["pack"] = self._keys().get("finetune") == self._key("finetune", settings)
+        plan = self.path / "plan.json"
+        if stage == "quantize" and plan.is_file():
+            own["quantize"] = hashlib.sha256(plan.read_bytes()).hexdigest()  # it may have been edited
         index = STAGES.index(stage)
         before = self._key(STAGES[index - 1], settings) if index else ""
         text = json.dumps([stage, own.get(stage), before])
@@ -171,6 +174,7 @@ class Run:
         self._say(f"{stage}: done in {seconds:.1f} s")
 
     def _need(self, stage: Stage) -> None:
+        self.settings()
         if not self.done(stage):
             extra = " --max-size-mb X" if stage == "plan" else ""
             raise RunError(
@@ -189,8 +193,10 @@ class Run:
         return Sensitivity.load(self.path / "sensitivity.json")
 
     def plan(self) -> BitPlan:
-        """Result of plan."""
-        return BitPlan.load(self.path / "plan.json")
+        """Result of plan; bits that were edited by hand count, with the size and Ω that they really have."""
+        plan = BitPlan.load(self.path / "plan.json")
+        repriced = allocation.reprice(self.sensitivity(), plan)
+        return plan if repriced == plan else replace(repriced, method="edited by hand")
 
     def quantize_result(self) -> QuantizeResult:
         """Result of quantize."""
@@ -218,8 +224,8 @@ class Run:
                 analysed = self.sensitivity().points.fingerprint
                 if analysed != fingerprint(setup.model):
                     raise RunError(
-                        f"{self.path} was made with other weights of this model (fingerprint {analysed}); choose another"
-                        " --out, or delete the directory"
+                        f"{self.path} was made with other weights of this model (fingerprint {analysed}); choose"
+                        " another --out, or delete the directory"
                     )
             setup.model.to(_device(setup.device or settings.device))
             self._setup = setup
@@ -230,7 +236,7 @@ class Run:
         if self.done("analyze"):
             return
         start = time.perf_counter()
-        from tracequant.curvature import estimate_curvature
+        from tracequant.curvature.estimate import estimate_curvature
         from tracequant.curvature.spectrum import top_eigenvalues
         from tracequant.layers import discover
         from tracequant.sensitivity import measure_sensitivity
@@ -306,9 +312,7 @@ class Run:
         setup, plan, sensitivity = self.setup(), self.plan(), self.sensitivity()
         task, model = setup.task, setup.model
         evaluation = task.evaluate(model, setup.evaluation, self._progress)
-        float_row = Measured(
-            "float32", evaluation.metric, evaluation.loss, float_bytes(sensitivity.points), 32.0
-        )
+        float_row = Measured("float32", evaluation.metric, evaluation.loss, float_bytes(sensitivity.points), 32.0)
         uniform_bits, uniform_plan = self._nearest_uniform(sensitivity, plan)
         rows = []
         for name, candidate, file in (
@@ -319,9 +323,9 @@ class Run:
             size = pack(quantized, self.path / file)
             result = task.evaluate(quantized, setup.evaluation, self._progress)
             rows.append(Measured(name, result.metric, result.loss, size, candidate.average_bits))
-        QuantizeResult(
-            evaluation.metric_name, evaluation.samples, float_row, rows[0], uniform_bits, rows[1]
-        ).save(self.path / "quantize.json")
+        QuantizeResult(evaluation.metric_name, evaluation.samples, float_row, rows[0], uniform_bits, rows[1]).save(
+            self.path / "quantize.json"
+        )
         self._finish("quantize", time.perf_counter() - start)
 
     def finetune(self) -> None:

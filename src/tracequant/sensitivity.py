@@ -1,4 +1,4 @@
-"""Ω for every layer and activation point at every bit width: average Hessian trace times squared perturbation (Eq. 10)."""
+"""Ω of every layer and activation at every bit width: average Hessian trace times squared perturbation (Eq. 10)."""
 
 from __future__ import annotations
 

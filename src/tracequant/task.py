@@ -120,7 +120,7 @@ class ClassificationTask(Task):
         """Top-1 accuracy in percent."""
         targets = self._split(batch)[1]
         hits = outputs.argmax(dim=1) == (targets.argmax(dim=1) if targets.ndim == outputs.ndim else targets)
-        return 100.0 * int(hits.sum()) / hits.numel()
+        return 100.0 * int(hits.sum().item()) / int(hits.numel())
 
     def batch_size(self, batch: Batch) -> int:
         """Length of the targets."""
@@ -159,8 +159,8 @@ class ClassificationTask(Task):
     def _split(batch: Batch) -> tuple[Any, Tensor]:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise TaskError(
-                f"ClassificationTask expects batches (inputs, targets), got {_describe(batch)}; write a Task of your own"
-                " for other batches"
+                f"ClassificationTask expects batches (inputs, targets), got {_describe(batch)}; write a Task of your"
+                " own for other batches"
             )
         return batch[0], batch[1]
 
@@ -189,8 +189,8 @@ def total_loss(task: Task, outputs: Any, batch: Batch) -> Tensor:
         loss = torch.stack([term.reshape(()) for term in terms]).sum() if terms else loss
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise TaskError(
-            f"{type(task).__name__}.loss returned {_describe(loss)}, expected a scalar tensor (the mean over the batch) or"
-            " a dictionary of them"
+            f"{type(task).__name__}.loss returned {_describe(loss)}, expected a scalar tensor (the mean over the batch)"
+            " or a dictionary of them"
         )
     return loss.reshape(())
 

@@ -16,7 +16,7 @@ from tracequant.sensitivity_result import Sensitivity
 
 Space = Literal["full", "monotone"]
 
-__all__ = ["Budget", "Space", "frontier", "full_space", "monotone_space", "solve", "uniform_plan"]
+__all__ = ["Budget", "Space", "frontier", "full_space", "monotone_space", "reprice", "solve", "uniform_plan"]
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ def solve(
     """The plan of least Ω within the budget (HAWQ-V2, Section 2.3 and Appendix E).
 
     Activations take the most bits they are offered, or the plan of least Ω whose average over elements stays within
-    `average_activation_bits`. `space` "monotone" keeps to 𝓑: no layer has fewer bits than one of smaller average trace, or
-    of smaller `ranking` (a value per layer, such as HAWQ's λ/n) where that is given.
+    `average_activation_bits`. `space` "monotone" keeps to 𝓑: no layer has fewer bits than one of smaller average trace,
+    or of smaller `ranking` (a value per layer, such as HAWQ's λ/n) where that is given.
 
     Raises `BudgetError` if no plan is small enough, naming the smallest, or if even the largest is.
     """
@@ -109,6 +109,27 @@ def uniform_plan(sensitivity: Sensitivity, num_bits: int, average_activation_bit
     base = _base_bytes(sensitivity, activation_bits)
     assignment = Assignment((0,) * len(units), 0, math.fsum(unit.omega[0] for unit in units))
     return _plan(sensitivity, units, assignment, activation_bits, base, "uniform", f"{num_bits} bits everywhere")
+
+
+def reprice(sensitivity: Sensitivity, plan: BitPlan) -> BitPlan:
+    """The same bits with size and Ω worked out anew: for a plan whose bits were edited by hand.
+
+    Raises `BudgetError` if the plan does not name exactly the layers that were measured, at bits that were measured.
+    """
+    for kind, chosen, offered in (
+        ("layer", plan.weight_bits, sensitivity.weight_omega),
+        ("activation", plan.activation_bits, sensitivity.activation_omega),
+    ):
+        for name, num_bits in chosen.items():
+            if num_bits not in offered.get(name, {}):
+                widths = sorted(offered.get(name, {})) or "no"
+                raise BudgetError(
+                    f"the plan gives {kind} {name} {num_bits} bits, sensitivities cover {widths} bits for it"
+                )
+        if missing := offered.keys() - chosen.keys():
+            raise BudgetError(f"the plan gives no bits to {kind} {min(missing)}")
+    base = _base_bytes(sensitivity, plan.activation_bits)
+    return _priced(sensitivity, plan.weight_bits, plan.activation_bits, base, plan.method, plan.budget)
 
 
 def _weight_units(
@@ -167,8 +188,8 @@ def _activation_plan(sensitivity: Sensitivity, average_bits: float | None) -> di
     feasible = [a for a in pareto_frontier(units) if a.cost <= average_bits * total * (1 + 1e-12)]
     if not feasible:
         raise BudgetError(
-            f"activations cannot average {average_bits:g} bits: the least is {smallest:.3f} (the model's input keeps 8);"
-            f" ask for at least that, or offer fewer bits with activation_bits (--activation-bits)"
+            f"activations cannot average {average_bits:g} bits: the least is {smallest:.3f} (the model's input keeps"
+            f" 8); ask for at least that, or offer fewer bits with activation_bits (--activation-bits)"
         )
     best = feasible[-1]
     return {unit.name: unit.bits[i] for unit, i in zip(units, best.choice, strict=True)}
@@ -191,10 +212,22 @@ def _plan(
     method: str,
     budget: str,
 ) -> BitPlan:
-    points, grid = sensitivity.points, sensitivity.weight_grid
     chosen = {unit.name: unit.bits[i] for unit, i in zip(units, assignment.choice, strict=True)}
-    tied = {name: names[0] for names in points.weight_units for name in names}
-    bits = {layer.name: chosen.get(layer.name, chosen.get(tied[layer.name], 0)) for layer in points.layers}
+    tied = {name: names[0] for names in sensitivity.points.weight_units for name in names}
+    bits = {layer.name: chosen.get(layer.name, chosen.get(tied[layer.name], 0)) for layer in sensitivity.points.layers}
+    return _priced(sensitivity, bits, activation_bits, base, method, budget)
+
+
+def _priced(
+    sensitivity: Sensitivity,
+    bits: dict[str, int],
+    activation_bits: dict[str, int],
+    base: int,
+    method: str,
+    budget: str,
+) -> BitPlan:
+    """The plan for given bits, with its size and Ω; `base` is the part of the file that weight bits do not change."""
+    points, grid = sensitivity.points, sensitivity.weight_grid
     return BitPlan(
         weight_bits=bits,
         activation_bits=activation_bits,
@@ -225,8 +258,8 @@ def _refuse(sensitivity: Sensitivity, budget: Budget, base: int, smallest: int, 
     offered = sorted({b for options in sensitivity.weight_omega.values() for b in options})
     if too_small:
         raise BudgetError(
-            f"no plan fits the budget, {budget}: with every layer at its fewest bits of {offered} the smallest is {nearest};"
-            " ask for that or more room, or offer fewer bits (--bits)"
+            f"no plan fits the budget, {budget}: with every layer at its fewest bits of {offered} the smallest is"
+            f" {nearest}; ask for that or more room, or offer fewer bits (--bits)"
         )
     raise BudgetError(
         f"the budget, {budget}, is above the largest plan: with every layer at its most bits of {offered} it needs"

@@ -64,11 +64,9 @@ def pareto_frontier(
         group_choice, group_cost, group_omega, first_bits, last_bits = table
         new_cost = (cost[:, None] + group_cost[None, :]).ravel()
         new_omega = (omega[:, None] + group_omega[None, :]).ravel()
+        index = np.arange(len(new_cost))
         if monotone:
-            allowed = (last[:, None] >= first_bits[None, :]).ravel()
-        else:
-            allowed = np.ones(new_cost.shape, dtype=bool)
-        index = np.flatnonzero(allowed)
+            index = np.flatnonzero((last[:, None] >= first_bits[None, :]).ravel())
         new_cost, new_omega = new_cost[index], new_omega[index]
         before, configuration = np.divmod(index, len(group_cost))
         # In the monotone space a cheap partial assignment that ends on few bits cannot stand in for one that ends on

@@ -39,7 +39,7 @@ def hutchinson(
     batches: Batches,
     task: Task,
     points: QuantizationPoints,
-    draws: int = 32,
+    draws: int = 16,
     seed: int = 0,
     probes: Probes = "per_layer",
     distribution: Distribution = "rademacher",
@@ -97,12 +97,12 @@ def hutchinson(
 
 def require_grad(model: nn.Module, points: QuantizationPoints) -> dict[str, Tensor]:
     """Layer name → parameter, with `requires_grad` set on these and on no other (frozen layers count too)."""
-    parameters = {layer.name: weight_parameter(model, layer) for layer in points.layers}
+    weights = {layer.name: weight_parameter(model, layer) for layer in points.layers}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
-    return parameters
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    return weights
 
 
 @contextmanager
@@ -154,8 +154,8 @@ def first_derivatives(loss: Tensor, families: dict[str, dict[str, list[Tensor]]]
             ]
     if idle:
         raise ModelError(
-            f"the loss does not depend on layer {', '.join(idle[:4])}{' and others' if len(idle) > 4 else ''}; leave out"
-            f" what is not used for the task, for instance with exclude={idle[:1]} (--exclude '{idle[0]}')"
+            f"the loss does not depend on layer {', '.join(idle[:4])}{' and others' if len(idle) > 4 else ''}; leave"
+            f" out what is not used for the task, for instance with exclude={idle[:1]} (--exclude '{idle[0]}')"
         )
     return result
 
@@ -173,8 +173,8 @@ def hessian_vector_product(gradients: list[Tensor], targets: list[Tensor], vecto
     except RuntimeError as error:
         if "not implemented" in str(error):
             raise ModelError(
-                f"an operation of this model has no second derivative, which Hutchinson's method needs: {error}; replace"
-                " the operation by one that torch can differentiate twice"
+                f"an operation of this model has no second derivative, which Hutchinson's method needs: {error};"
+                " replace the operation by one that torch can differentiate twice"
             ) from error
         raise
     return [

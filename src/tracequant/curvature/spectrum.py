@@ -1,4 +1,4 @@
-"""The largest eigenvalue of each layer's Hessian block, HAWQ's measure of sensitivity, for comparison with the trace."""
+"""The largest eigenvalue of each layer's Hessian block: HAWQ's measure, for comparison with the trace."""
 
 from __future__ import annotations
 

@@ -85,13 +85,14 @@ def pack(model: nn.Module, path: str | Path) -> int:
 def _serialize(sections: dict[str, Tensor], layout: PackedLayout) -> bytes:
     """The file, its header padded to the size that does not depend on the choice of bits."""
 
-    def write(padding: str) -> bytes:
-        return safetensors.torch.save(sections, {"padding": padding, "tracequant": layout.manifest()})
+    def write(padding: int) -> bytes:
+        # One metadata entry only: safetensors writes several in random order.
+        return safetensors.torch.save(sections, {"tracequant": layout.manifest() + " " * padding})
 
-    missing = layout.file_bytes() - len(write(""))
-    if missing < 0:
-        raise AssertionError(f"packed header is {-missing} bytes larger than its layout says")
-    blob = write(" " * missing)
+    missing = layout.file_bytes() - len(write(0))
+    assert missing >= 0, "packed header is larger than its layout says"
+    # safetensors rounds the header up to 8 bytes itself, so that less than all of `missing` may do.
+    blob = write(missing)
     assert len(blob) == layout.file_bytes(), "packed size differs from the layout's"
     return blob
 
@@ -116,8 +117,8 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
             if not isinstance(target, Tensor) or tuple(target.shape) != weight.shape:
                 found = f"shape {list(target.shape)}" if isinstance(target, Tensor) else "no such layer"
                 raise ModelError(
-                    f"{path} holds layer {weight.name} of shape {list(weight.shape)}, the model has {found}; pass the model"
-                    " that was packed"
+                    f"{path} holds layer {weight.name} of shape {list(weight.shape)}, the model has {found}; pass the"
+                    " model that was packed"
                 )
             with torch.no_grad():
                 target.copy_(values)

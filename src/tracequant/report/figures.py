@@ -21,16 +21,17 @@ _GREY = "#8a8f98"
 
 @dataclass(frozen=True)
 class Marker:
-    """A plan to point out in the frontier figure."""
+    """A plan to point out in the frontier figure: `label` in the legend, `note` beside the point."""
 
     label: str
+    note: str
     plan: BitPlan
     style: str
     color: str
 
 
 def layers_figure(rows: Sequence[LayerRow], curvature: Curvature) -> Figure:
-    """Average trace, number of weights and chosen bits of every layer, one above the other (as the paper's Figure 2)."""
+    """Average trace, number of weights and chosen bits of every layer, stacked (after the paper's Figure 2)."""
     figure, axes = _stack(len(rows), 3, (3.2, 1.6, 1.8))
     positions = range(len(rows))
     colors = [_BIT_COLORS[row.num_bits] for row in rows]
@@ -76,11 +77,12 @@ def frontier_figure(front: Sequence[BitPlan], markers: Sequence[Marker]) -> Figu
         ".", color="#d1495b", markersize=4, label=f"mixed plans not dominated ({len(front)})", zorder=2,
     )  # fmt: skip
     for marker in markers:
+        position = (marker.plan.size_bytes / MEGABYTE, marker.plan.omega)
         axes.plot(
-            marker.plan.size_bytes / MEGABYTE, marker.plan.omega, marker.style, color=marker.color,
-            markersize=14 if marker.style == "*" else 8, markeredgecolor="black", label=marker.label,
-            linestyle="none", zorder=3,
+            *position, marker.style, color=marker.color, markersize=14 if marker.style == "*" else 8,
+            markeredgecolor="black", label=marker.label or None, linestyle="none", zorder=3,
         )  # fmt: skip
+        axes.annotate(marker.note, position, xytext=(7, 5), textcoords="offset points", fontsize=9)
     if all(plan.omega > 0 for plan in front):
         axes.set_yscale("log")
     axes.set_xlabel("size of the packed file (MB of 2²⁰ bytes)")
@@ -99,7 +101,11 @@ def accuracy_figure(rows: Sequence[tuple[str, float, float]], metric_name: str) 
     axes.barh(range(len(rows)), [metric for _, metric, _ in rows], color=colors)
     for position, (_, metric, megabytes) in enumerate(rows):
         axes.annotate(
-            f"{metric:.2f}, {megabytes:.3g} MB", (metric, position), xytext=(4, 0), textcoords="offset points", va="center"
+            f"{metric:.2f}, {megabytes:.3g} MB",
+            (metric, position),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
         )
     axes.set_yticks(range(len(rows)), names)
     axes.invert_yaxis()

@@ -80,11 +80,13 @@ def _markers(run: Run, sensitivity: Sensitivity, plan: BitPlan) -> list[figures.
     """The chosen plan, uniform ones, and the best that HAWQ's order of layers allows at the same size."""
     settings = run.settings().plan
     average = settings.average_activation_bits if settings else None
-    markers = [figures.Marker("this plan", plan, "*", "#ffd166")]
+    markers = [figures.Marker("this plan", "", plan, "*", "#ffd166")]
+    label = "uniform"
     for num_bits in sorted({b for options in sensitivity.weight_omega.values() for b in options}):
         uniform = allocation.uniform_plan(sensitivity, num_bits, average)
         if uniform.omega > 0 and uniform.size_bytes <= 2 * plan.size_bytes:
-            markers.append(figures.Marker(f"uniform {num_bits} bits", uniform, "s", "#b8bec9"))
+            markers.append(figures.Marker(label, f"{num_bits} bits", uniform, "s", "#b8bec9"))
+            label = ""
     eigenvalues = run.curvature().top_eigenvalues
     if eigenvalues:
         ranking = {layer.name: eigenvalues[layer.name] / layer.numel for layer in sensitivity.points.layers}
@@ -96,7 +98,7 @@ def _markers(run: Run, sensitivity: Sensitivity, plan: BitPlan) -> list[figures.
                 space="monotone",
                 ranking=ranking,
             )
-            markers.append(figures.Marker("best plan in HAWQ's order (λ/n)", hawq, "^", "#2a9d8f"))
+            markers.append(figures.Marker("best plan in HAWQ's order (λ/n)", "", hawq, "^", "#2a9d8f"))
         except BudgetError:
             pass  # no plan in that order is as small
     return markers

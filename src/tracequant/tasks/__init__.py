@@ -13,7 +13,6 @@ from tracequant.errors import TaskError
 from tracequant.settings import TaskOptions
 from tracequant.task import TaskSetup
 
-
 # Task name → module with a function `build(options: TaskOptions) -> TaskSetup`, imported when it is asked for.
 TASKS = {"digits": "tracequant.tasks.digits", "cifar10": "tracequant.tasks.cifar10"}
 

@@ -28,7 +28,7 @@ MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def build(options: TaskOptions) -> TaskSetup:
-    """A trained CIFAR ResNet with the 50,000 training images (cropped and mirrored at random) and 10,000 test images."""
+    """A trained CIFAR ResNet with the 50,000 training images (cropped and mirrored) and 10,000 test images."""
     if options.data_dir is None:
         raise TaskError(
             "the cifar10 task needs --data-dir: torchvision's folder (holding cifar-10-batches-py) or one of lossless"
@@ -156,4 +156,3 @@ def _check_shapes(model: SmallResNet, state: dict[str, Tensor], path: str) -> No
                 f"weights file {path} does not fit this network: {name} has shape {list(tensor.shape)}, expected"
                 f" {list(own[name].shape)}; choose the depth with --model ({', '.join(DEPTHS)})"
             )
-

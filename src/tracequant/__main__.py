@@ -1,0 +1,5 @@
+"""`python -m tracequant`."""
+
+from tracequant.cli import main
+
+main()

@@ -1,0 +1,305 @@
+"""The command line, called in this process as the installed program calls it."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny_task
+import tracequant as tq
+from tracequant import cli
+from tracequant.run import Run
+
+TASK = f"{Path(tiny_task.__file__)}:build"
+ANALYZE = ("--task", TASK, "--draws", "2", "--no-eigenvalues", "--activation-bits", "4")
+STAGED = ("run", *ANALYZE, "--average-bits", "3", "--finetune-steps", "60", "-q")
+
+
+def invoke(*arguments: object) -> int:
+    """Exit code of `tracequant` with these arguments."""
+    return cli.run_guarded(lambda: cli.app([str(argument) for argument in arguments]))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with all stages done; tests that change it work on a copy."""
+    path = tmp_path_factory.mktemp("runs") / "finished"
+    assert invoke(*STAGED, "--out", path) == 0
+    return path
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run that a test may change."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def modified(path: Path) -> dict[str, int]:
+    """Time of last change of every file of a run, but those that every call rewrites."""
+    skipped = ("settings.json", "stages.json", "report.html")
+    return {
+        str(file.relative_to(path)): file.stat().st_mtime_ns
+        for file in path.rglob("*")
+        if file.is_file() and file.name not in skipped and file.parent.name != "figures"
+    }
+
+
+def test_run_leaves_every_artifact(finished: Path) -> None:
+    names = {file.name for file in finished.iterdir()}
+    assert {
+        "settings.json", "stages.json", "curvature.json", "sensitivity.json", "plan.json", "quantize.json",
+        "quantized.safetensors", "finetune.json", "finetuned.safetensors", "model.safetensors", "pack.json",
+        "report.html", "figures",
+    } <= names  # fmt: skip
+    assert not any(name.startswith((".", "checkpoint")) for name in names)
+
+
+def test_run_again_does_nothing_twice(copy: Path) -> None:
+    before = modified(copy)
+    assert invoke(*STAGED, "--out", copy) == 0
+    assert modified(copy) == before
+
+
+def test_another_budget_keeps_the_analysis(copy: Path) -> None:
+    before = modified(copy)
+    arguments = [a if a != "3" else "2.5" for a in STAGED]
+    assert invoke(*arguments, "--out", copy) == 0
+    after = modified(copy)
+    assert {name for name in before if before[name] == after[name]} >= {"curvature.json", "sensitivity.json"}
+    assert after["model.safetensors"] != before["model.safetensors"]
+    assert Run(copy).plan().average_bits <= 2.5
+
+
+def test_stages_one_by_one_equal_run(finished: Path, tmp_path: Path) -> None:
+    path = tmp_path / "staged"
+    assert invoke("analyze", *ANALYZE, "--out", path, "-q") == 0
+    assert invoke("plan", path, "--average-bits", "3", "-q") == 0
+    assert invoke("quantize", path, "-q") == 0
+    assert invoke("finetune", path, "--steps", "60", "-q") == 0
+    assert invoke("pack", path, "-q") == 0
+    assert invoke("report", path, "-q") == 0
+    assert (path / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+    assert (path / "plan.json").read_text() == (finished / "plan.json").read_text()
+
+
+def test_evaluate_in_a_fresh_process_gives_the_reported_accuracy(finished: Path) -> None:
+    program = [sys.executable, "-m", "tracequant", "evaluate", str(finished), "--json"]
+    # The task trains its network anew in every process; the same number of threads gives the same weights.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(program, check=True, capture_output=True, text=True, env=environment)
+    row = json.loads(done.stdout)
+    packed = Run(finished).pack_result()
+    assert (row["metric"], row["loss"]) == (packed.evaluation.metric, packed.evaluation.loss)
+    assert row["metric"] == Run(finished).finetune_outcome().mixed.metric
+    assert row["size_bytes"] == packed.promised_bytes == packed.file_bytes
+
+
+def test_plan_answers_without_torch_and_leaves_a_quantized_run_alone(finished: Path) -> None:
+    before = modified(finished)
+    code = (
+        "import sys; from tracequant import cli;"
+        f"code = cli.run_guarded(lambda: cli.app(['plan', {str(finished)!r}, '--compression', '12', '--json']));"
+        "assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules; sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    plan = tq.BitPlan.from_json(json.loads(done.stdout))
+    assert plan.compression >= 12
+    assert modified(finished) == before
+
+
+def test_apply_replaces_the_plan_and_makes_later_stages_stale(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke("plan", copy, "--compression", "12", "--apply", "-q") == 0
+    assert Run(copy).plan().compression >= 12
+    assert not Run(copy).done("quantize")
+    assert invoke("pack", copy, "-q") == 2
+    assert "tracequant quantize" in capsys.readouterr().err
+
+
+def test_plan_edited_by_hand_is_followed(copy: Path) -> None:
+    plan = Run(copy).plan()
+    bits = {name: 8 if name == "0" else 2 for name in plan.weight_bits}
+    dataclasses.replace(plan, weight_bits=bits).save(copy / "plan.json")
+    assert not Run(copy).done("quantize")
+    assert invoke("quantize", copy, "-q") == 0
+    edited = Run(copy).plan()
+    assert edited.weight_bits == bits
+    assert edited.method == "edited by hand"
+    assert edited.size_bytes == Run(copy).quantize_result().mixed.size_bytes != plan.size_bytes
+    dataclasses.replace(plan, weight_bits=dict.fromkeys(bits, 5)).save(copy / "plan.json")
+    assert invoke("quantize", copy, "-q") == 2
+
+
+def test_interrupted_fine_tuning_goes_on_and_ends_with_the_same_bits(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run"
+    arguments = [a if a != "60" else "80" for a in STAGED]
+    monkeypatch.setenv("TINY_FAULT", "stop in training")
+    assert invoke(*arguments, "--out", path) == 130
+    assert list(path.glob("checkpoint-*.pt"))
+    monkeypatch.delenv("TINY_FAULT")
+    assert invoke(*arguments, "--out", path) == 0
+    undisturbed = tmp_path / "undisturbed"
+    assert invoke(*arguments, "--out", undisturbed) == 0
+    assert (path / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
+    assert not list(path.glob("checkpoint-*.pt"))
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("empty loader", "no batches"),
+        ("nan", "NaN or infinite"),
+        ("targets", "out of range: the model has 4 classes"),
+        ("no layers", "no quantizable layer"),
+        ("unused layer", "--exclude 'spare.idle'"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_2(
+    fault: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TINY_FAULT", fault)
+    path = tmp_path / "run"
+    assert invoke("analyze", *ANALYZE, "--out", path) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+    assert {file.name for file in path.iterdir()} <= {"settings.json"}
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        (("--average-bits", "1"), "smallest is 2 bits"),
+        (("--average-bits", "9"), "above the largest plan"),
+        (("--max-size-mb", "0.0000001"), "no plan fits"),
+        (("--max-size-mb", "5"), "above the largest plan"),
+        ((), "exactly one budget"),
+        (("--average-bits", "3", "--compression", "9"), "exactly one budget"),
+    ],
+)
+def test_impossible_budgets(
+    budget: tuple[str, ...], message: str, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = modified(copy)
+    assert invoke("plan", copy, *budget) == 2
+    assert message in capsys.readouterr().err
+    assert modified(copy) == before
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("digit", "unknown task 'digit'"),
+        ("nowhere.py:build", "does not exist"),
+        (TASK.replace(":build", ":buidl"), "no function 'buidl'; it has"),
+        (TASK.replace(":build", ":not_a_setup"), "returned a int, expected a tracequant.TaskSetup"),
+    ],
+)
+def test_unknown_tasks(task: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke("analyze", "--task", task, "--out", tmp_path / "run", "-q") == 2
+    assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_option_that_the_task_does_not_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke("analyze", *ANALYZE, "--weights", "x.safetensors", "--out", tmp_path / "run") == 2
+    assert "no parameter for --weights" in capsys.readouterr().err
+
+
+def test_run_directory_of_another_task(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke("run", "--task", "digits", "--average-bits", "3", "--out", copy) == 2
+    assert "belongs to another model" in capsys.readouterr().err
+
+
+def test_run_directory_of_other_weights(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TINY_FAULT", "other weights")
+    assert invoke("evaluate", copy) == 2
+    assert "other weights of this model" in capsys.readouterr().err
+
+
+def test_directory_that_is_not_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "thesis.tex").write_text("do not overwrite")
+    assert invoke("analyze", *ANALYZE, "--out", tmp_path) == 2
+    assert "not empty and not a run directory" in capsys.readouterr().err
+    assert invoke("quantize", tmp_path) == 2
+    assert "not a run directory" in capsys.readouterr().err
+
+
+def test_truncated_packed_file(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+    assert invoke("evaluate", copy) == 2
+    assert "damaged" in capsys.readouterr().err
+
+
+def test_damaged_artifact(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copy / "sensitivity.json").write_text('{"kind": "Sensitivity", "ver')
+    assert invoke("plan", copy, "--average-bits", "3") == 2
+    assert "cannot be read as JSON" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bits", ["2,nine", "0,4", "9", ""])
+def test_bad_bits(bits: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke("analyze", "--task", TASK, "--bits", bits, "--out", tmp_path / "run") == 2
+    assert "--bits takes" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_device_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = f"cuda:{torch.cuda.device_count()}"
+    assert invoke("analyze", *ANALYZE, "--device", missing, "--out", tmp_path / "run") == 2
+    assert "cannot be used" in capsys.readouterr().err
+
+
+def test_tables_and_json(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke("plan", finished, "--average-bits", "3") == 0
+    assert "share of Ω" in capsys.readouterr().out
+    assert invoke("quantize", finished) == 0
+    assert "mixed" in capsys.readouterr().out
+    assert invoke("pack", finished, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "PackResult"
+    assert invoke("--version") == 0
+    assert tq.__version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command", ["analyze", "plan", "quantize", "finetune", "evaluate", "pack", "report", "run", "demo"]
+)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke(command, "--help") == 0
+    assert len(capsys.readouterr().out) > 200
+
+
+def test_report_is_self_contained(finished: Path) -> None:
+    page = (finished / "report.html").read_text()
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert page.count("data:image/svg+xml;base64,") == 5
+    for name in ("layers", "frontier", "activations", "accuracy", "loss"):
+        assert (finished / "figures" / f"{name}.png").stat().st_size > 5_000
+        assert (finished / "figures" / f"{name}.svg").exists()
+    packed = Run(finished).pack_result()
+    for text in (
+        f"{packed.promised_bytes:,}",
+        f"{packed.evaluation.metric:.2f}",
+        "would save",
+        "at most 3 bits on average",
+    ):
+        assert text in page
+
+
+def test_report_from_a_plan_alone(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    assert invoke("analyze", "--task", TASK, "--draws", "2", "--activation-bits", "none", "--out", path, "-q") == 0
+    assert invoke("plan", path, "--average-bits", "3", "-q") == 0
+    assert invoke("report", path, "-q") == 0
+    page = (path / "report.html").read_text()
+    assert "Accuracy and size" not in page
+    assert "float" in page

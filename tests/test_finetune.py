@@ -1,0 +1,695 @@
+"""Quantization-aware fine-tuning: that it learns, and that an interrupted run ends like an undisturbed one."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import tracequant as tq
+from tracequant.errors import ArtifactError, DataError, ModelError
+from tracequant.points import QuantizationPoints
+from tracequant.quantizer import Quantizer, activation_quantizers, choose_grid, weight_quantizers
+
+torch.set_num_threads(1)
+
+TASK = tq.ClassificationTask()
+
+
+class Net(nn.Module):
+    """Four layers, BatchNorm and dropout: state and randomness that a resume must restore."""
+
+    def __init__(self, dropout: float = 0.2) -> None:
+        super().__init__()
+        self.one = nn.Linear(6, 12)
+        self.norm = nn.BatchNorm1d(12)
+        self.drop = nn.Dropout(dropout)
+        self.two = nn.Linear(12, 12, bias=False)
+        self.three = nn.Linear(12, 12)
+        self.four = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop(self.norm(self.one(x)).relu())
+        x = x + self.two(x).relu()
+        x = self.three(x).relu()
+        return torch.as_tensor(self.four(x))
+
+
+class TiedNet(nn.Module):
+    """Input and output layer share one square weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into = nn.Linear(6, 6)
+        self.middle = nn.Linear(6, 6)
+        self.out = nn.Linear(6, 6, bias=False)
+        self.out.weight = self.into.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.out(self.middle(self.into(x).relu()).relu()))
+
+
+def dataset(samples: int = 96) -> TensorDataset:
+    """Three overlapping clusters: a problem that a trained net solves and a 1-bit net must work for."""
+    generator = torch.Generator().manual_seed(1)
+    centres = 2 * torch.randn(3, 6, generator=generator)
+    targets = torch.randint(0, 3, (samples,), generator=generator)
+    return TensorDataset(centres[targets] + torch.randn(samples, 6, generator=generator), targets)
+
+
+def loader(batch_size: int = 16) -> DataLoader[Any]:
+    return DataLoader(dataset(), batch_size=batch_size, shuffle=True)
+
+
+def one_batch() -> list[Any]:
+    return [tuple(dataset().tensors)]
+
+
+def build(kind: type[nn.Module] = Net) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        return kind()
+
+
+def by_hand(points: QuantizationPoints, weight_bits: int, activation_bits: int) -> tq.BitPlan:
+    return tq.BitPlan(
+        weight_bits={layer.name: weight_bits for layer in points.layers},
+        activation_bits={point.name: activation_bits for point in points.activations if activation_bits},
+        size_bytes=0,
+        weight_code_bits=0,
+        weight_count=1,
+        omega=0.0,
+        activation_omega=0.0,
+        weight_grid=tq.WeightGrid(),
+        fingerprint=points.fingerprint,
+        method="by hand",
+        budget="none",
+    )
+
+
+def quantized(weight_bits: int = 3, activation_bits: int = 4, kind: type[nn.Module] = Net) -> nn.Module:
+    model = build(kind)
+    return tq.quantize(
+        model, by_hand(tq.discover(model, one_batch(), TASK), weight_bits, activation_bits), one_batch(), TASK
+    )
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    return copy.deepcopy(model.state_dict())
+
+
+def assert_same_state(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert list(first) == list(second)
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def quantizers_of(model: nn.Module) -> list[Quantizer]:
+    return [*weight_quantizers(model).values(), *activation_quantizers(model).values()]
+
+
+class Watching(tq.ClassificationTask):
+    """Notes before every training step which weights and activations are rounded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights: list[set[str]] = []
+        self.activations: list[set[str]] = []
+
+    def outputs(self, model: nn.Module, batch: Any) -> Any:
+        self.weights.append({site[0] for site, quantizer in weight_quantizers(model).items() if quantizer.enabled})
+        self.activations.append({name for name, quantizer in activation_quantizers(model).items() if quantizer.enabled})
+        return super().outputs(model, batch)
+
+
+# Learning
+
+
+@pytest.mark.parametrize(("weight_bits", "activation_bits"), [(1, 8), (2, 4), (3, 3), (4, 0), (8, 8)])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_loss_goes_down(weight_bits: int, activation_bits: int, optimizer: str) -> None:
+    model = quantized(weight_bits, activation_bits)
+    before = TASK.evaluate(model, one_batch())
+    start = state_of(model)
+
+    result = tq.finetune(model, loader(), TASK, steps=60, learning_rate=0.02, optimizer=optimizer)  # type: ignore[arg-type]
+
+    after = TASK.evaluate(model, one_batch())
+    assert after.loss < 0.7 * before.loss
+    assert after.metric > 85
+    assert len(result.losses) == result.steps_run == 60
+    assert sum(result.losses[-6:]) < 0.7 * sum(result.losses[:6])
+    # Weights, scales and biases all took part, and the grids still hold.
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, start[name])}
+    for kind in ("original", "scale", "bias", "running_mean"):
+        assert any(name.endswith(kind) for name in moved), kind
+    assert not any(name.endswith("zero_point") for name in moved)
+    for name in ("one", "two", "three", "four"):
+        for channel in model.get_submodule(name).weight.detach():  # type: ignore[union-attr, operator]
+            assert channel.unique().numel() <= 2**weight_bits
+
+
+def test_scales_can_be_held() -> None:
+    model = quantized()
+    before = {id(q): q.scale.detach().clone() for q in quantizers_of(model)}
+    tq.finetune(model, loader(), TASK, steps=5, learn_scales=False)
+    assert all(torch.equal(q.scale, before[id(q)]) for q in quantizers_of(model))
+    tq.finetune(model, loader(), TASK, steps=5, learn_scales=True)
+    assert not any(torch.equal(q.scale, before[id(q)]) for q in quantizers_of(model))
+
+
+def test_scales_stay_positive() -> None:
+    model = quantized(2, 2)
+    tq.finetune(model, loader(), TASK, steps=15, learning_rate=1.0)
+    for quantizer in quantizers_of(model):
+        assert (quantizer.scale > 0).all()
+
+
+def test_the_learning_rate_falls_along_a_cosine() -> None:
+    """Seen from the steps of a parameter with a constant gradient: SGD with Nesterov momentum written out."""
+
+    class Slope(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.as_tensor(self.layer(x))
+
+    task = tq.ClassificationTask(loss=lambda outputs, targets: outputs.mean())
+    batches = [(torch.ones(4, 2), torch.zeros(4, dtype=torch.long))]
+    model = Slope()
+    model = tq.quantize(model, by_hand(tq.discover(model, batches, task), 4, 0), batches, task)
+    expected = model.layer.bias.item()  # type: ignore[union-attr, operator]
+    velocity = 0.0
+    for step in range(7):
+        velocity = 0.9 * velocity + 1.0
+        expected -= 0.1 * 0.5 * (1 + math.cos(math.pi * step / 7)) * (1.0 + 0.9 * velocity)
+
+    tq.finetune(model, batches, task, steps=7, learning_rate=0.1)
+
+    assert model.layer.bias.item() == pytest.approx(expected, rel=1e-5)  # type: ignore[union-attr, operator]
+
+
+@pytest.mark.parametrize("kind", [Net, TiedNet])
+def test_one_step_moves_scales_by_the_rule_of_learned_step_sizes(kind: type[nn.Module]) -> None:
+    """g / sqrt(elements of the scale · largest code), once for every scale, tied or not (Esser et al., Section 2.2)."""
+    model = quantized(4, 5, kind)
+    if kind is Net:
+        model.get_submodule("drop").p = 0.0  # type: ignore[assignment]
+    reference = copy.deepcopy(model).train()
+    inputs, targets = one_batch()[0]
+    nn.functional.cross_entropy(reference(inputs), targets).backward()
+    read: dict[str, int] = {}
+    for name, quantizer in activation_quantizers(reference).items():
+        read[name] = quantizer.last_numel
+    expected = []
+    for (module, parameter), quantizer in weight_quantizers(reference).items():
+        weight = reference.get_submodule(module).parametrizations[parameter].original  # type: ignore[union-attr, index]
+        factor = math.sqrt(weight.numel() / quantizer.scale.numel() * 7)  # type: ignore[union-attr, operator]
+        # The first step of Nesterov's momentum is 1 + 0.9 times the gradient.
+        expected.append(quantizer.scale.detach() - 0.01 * 1.9 * quantizer.scale.grad / factor)  # type: ignore[operator]
+    for name, activation in activation_quantizers(reference).items():
+        factor = math.sqrt(read[name] * 31)
+        expected.append(activation.scale.detach() - 0.01 * 1.9 * activation.scale.grad / factor)  # type: ignore[operator]
+    before = [quantizer.scale.detach().clone() for quantizer in quantizers_of(model)]
+
+    tq.finetune(model, one_batch(), TASK, steps=1, learning_rate=0.01)
+
+    for old, new, want in zip(before, quantizers_of(model), expected, strict=True):
+        torch.testing.assert_close(new.scale.detach() - old, want - old, rtol=2e-3, atol=1e-9)
+
+
+def test_weight_decay_spares_scales_biases_and_norms() -> None:
+    """With a loss of zero slope only decay moves anything."""
+    task = tq.ClassificationTask(loss=lambda outputs, targets: 0.0 * outputs.sum())
+    model = quantized()
+    before = state_of(model)
+    tq.finetune(model, one_batch(), task, steps=1, learning_rate=0.1, weight_decay=0.5)
+    for name, parameter in model.named_parameters():
+        if name.endswith("original"):
+            torch.testing.assert_close(parameter.detach(), before[name] * (1 - 0.1 * 1.9 * 0.5))
+        else:
+            assert torch.equal(parameter, before[name]), name
+
+
+def test_modes_quantizers_and_gradients_are_in_order_afterwards() -> None:
+    model = quantized().eval()
+    model.get_submodule("drop").train()
+    modes = {name: module.training for name, module in model.named_modules()}
+
+    tq.finetune(model, loader(), TASK, steps=3, order="sensitive_first", omega=dict.fromkeys(OMEGA, 1.0))
+
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert all(quantizer.enabled for quantizer in quantizers_of(model))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_training_runs_in_training_mode() -> None:
+    """Dropout and BatchNorm are on even if the model came in evaluation mode."""
+    model = quantized().eval()
+    mean = model.get_submodule("norm").running_mean.clone()  # type: ignore[union-attr, operator]
+    tq.finetune(model, loader(), TASK, steps=2)
+    assert not torch.equal(model.get_submodule("norm").running_mean, mean)  # type: ignore[arg-type]
+
+
+def test_frozen_batchnorm_keeps_its_statistics() -> None:
+    model = quantized().train()
+    norm: Any = model.get_submodule("norm")
+    before = copy.deepcopy(norm.state_dict())
+
+    tq.finetune(model, loader(), TASK, steps=4, freeze_batchnorm=True)
+
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        assert torch.equal(norm.state_dict()[name], before[name])
+    assert not torch.equal(norm.weight, before["weight"])
+    assert norm.training
+
+
+def test_the_same_seed_gives_the_same_run_and_another_one_another() -> None:
+    start = quantized()
+    runs = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(100 + len(runs))
+        model = copy.deepcopy(start)
+        runs.append((tq.finetune(model, loader(), TASK, steps=8, seed=seed).losses, state_of(model)))
+    assert runs[0][0] == runs[1][0]
+    assert_same_state(runs[0][1], runs[1][1])
+    assert runs[0][0] != runs[2][0]
+
+
+def test_epochs_are_shuffled_differently() -> None:
+    """Two epochs of a loader without dropout visit the samples in different orders."""
+    seen: list[Tensor] = []
+
+    class Noting(tq.ClassificationTask):
+        def outputs(self, model: nn.Module, batch: Any) -> Any:
+            seen.append(batch[0][:, 0].clone())
+            return super().outputs(model, batch)
+
+    tq.finetune(quantized(), loader(32), Noting(), steps=6)
+    first, second = torch.cat(seen[:3]), torch.cat(seen[3:])
+    assert torch.equal(first.sort().values, second.sort().values)
+    assert not torch.equal(first, second)
+
+
+def test_the_global_random_state_is_untouched() -> None:
+    model, batches = quantized(), loader()
+    torch.manual_seed(77)
+    before = torch.get_rng_state()
+    tq.finetune(model, batches, TASK, steps=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(DataError):
+        tq.finetune(model, [], TASK, steps=3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_no_steps_change_nothing() -> None:
+    model = quantized()
+    before = state_of(model)
+    result = tq.finetune(model, loader(), TASK, steps=0)
+    assert (result.losses, result.steps_run) == ([], 0)
+    assert_same_state(before, state_of(model))
+
+
+# The teacher
+
+
+def test_pure_distillation_follows_the_teacher_and_not_the_labels() -> None:
+    teacher = build().eval()
+    start = quantized(2, 4)
+    losses = []
+    for shift in (0, 1):
+        batches = [(inputs, (targets + shift) % 3) for inputs, targets in one_batch()]
+        model = copy.deepcopy(start)
+        losses.append(
+            tq.finetune(model, batches, TASK, steps=40, learning_rate=0.05, teacher=teacher, distillation=1.0).losses
+        )
+        inputs = one_batch()[0][0]
+        with torch.no_grad():
+            close = TASK.distillation_loss(model.eval()(inputs), teacher(inputs))
+            far = TASK.distillation_loss(start.eval()(inputs), teacher(inputs))
+        assert close < 0.7 * far
+    assert losses[0] == losses[1]
+
+
+def test_the_loss_is_the_stated_mixture() -> None:
+    teacher = build().eval()
+    start = quantized()
+    start.get_submodule("drop").p = 0.0  # type: ignore[assignment]
+
+    def first_loss(**options: Any) -> float:
+        return tq.finetune(copy.deepcopy(start), one_batch(), TASK, steps=1, **options).losses[0]
+
+    alone, pure = first_loss(), first_loss(teacher=teacher, distillation=1.0)
+    assert first_loss(teacher=teacher, distillation=0.25) == pytest.approx(0.75 * alone + 0.25 * pure, rel=1e-6)
+    assert first_loss(teacher=teacher, distillation=0.0) == alone
+    inputs, targets = one_batch()[0]
+    outputs = start.train()(inputs)
+    assert alone == pytest.approx(nn.functional.cross_entropy(outputs, targets).item(), rel=1e-6)
+    own, taught = outputs.softmax(1), teacher(inputs).softmax(1)
+    divergence = (taught * (taught.log() - own.log())).sum(1).mean()
+    assert pure == pytest.approx(divergence.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_teacher_stays_as_it_was(training: bool) -> None:
+    """It teaches in evaluation mode, so that neither its dropout nor its BatchNorm moves."""
+    teacher = build().train(training)
+    before = state_of(teacher)
+    tq.finetune(quantized(), loader(), TASK, steps=4, teacher=teacher)
+    assert_same_state(before, state_of(teacher))
+    assert teacher.training == training
+    assert teacher.get_submodule("drop").training == training
+    assert all(p.grad is None and p.requires_grad for p in teacher.parameters())
+
+
+# Stages
+
+OMEGA = {"one": 4.0, "two": 1.0, "three": 3.0, "four": 2.0}
+FALLING = ["one", "three", "four", "two"]
+
+
+@pytest.mark.parametrize("order", ["sensitive_first", "sensitive_last"])
+@pytest.mark.parametrize("stages", [1, 2, 4, 9])
+def test_weights_are_switched_on_in_stages(order: str, stages: int) -> None:
+    """Eight steps: in stage s of n, from step 8 s / n on, the first 4 (s + 1) / n layers; activations with the last."""
+    watching = Watching()
+    model = quantized()
+    names = FALLING if order == "sensitive_first" else FALLING[::-1]
+
+    tq.finetune(model, loader(), watching, steps=8, order=order, omega=OMEGA, stages=stages)  # type: ignore[arg-type]
+
+    groups = min(stages, 4)
+    for step in range(8):
+        stage = step * groups // 8
+        assert watching.weights[step] == set(names[: 4 * (stage + 1) // groups]), step
+        assert bool(watching.activations[step]) == (stage == groups - 1), step
+    assert all(quantizer.enabled for quantizer in quantizers_of(model))
+
+
+def test_everything_is_on_from_the_first_step_by_default() -> None:
+    watching = Watching()
+    tq.finetune(quantized(), loader(), watching, steps=2)
+    assert watching.weights == [set(OMEGA)] * 2
+    assert watching.activations == [set(OMEGA)] * 2
+
+
+def test_a_weight_that_was_float_gets_a_grid_for_what_it_has_become() -> None:
+    model = quantized()
+    expected: dict[str, Tensor] = {}
+
+    class AtTheSwitch(Watching):
+        def outputs(self, model: nn.Module, batch: Any) -> Any:
+            result = super().outputs(model, batch)
+            if len(self.weights) == 5:
+                chain: Any = model.get_submodule("two").parametrizations["weight"]  # type: ignore[index]
+                expected["scale"] = choose_grid(chain.original, 3, channel_axis=0).scale
+                expected["found"] = chain[0].scale.detach().clone()
+            return result
+
+    before = weight_quantizers(model)["two", "weight"].scale.detach().clone()
+    tq.finetune(
+        model, loader(), AtTheSwitch(), steps=8, learning_rate=0.1, order="sensitive_first", omega=OMEGA, stages=2
+    )
+    assert torch.equal(expected["found"], expected["scale"])
+    assert not torch.equal(expected["found"], before)
+
+
+def test_stages_need_the_omega_of_every_layer() -> None:
+    for omega in (None, {}, {"one": 1.0}):
+        with pytest.raises(ModelError, match="needs omega"):
+            tq.finetune(quantized(), loader(), TASK, steps=2, order="sensitive_first", omega=omega)
+    with pytest.raises(ModelError, match="unknown order 'random'"):
+        tq.finetune(quantized(), loader(), TASK, steps=2, order="random", omega=OMEGA)  # type: ignore[arg-type]
+
+
+def test_stages_work_with_tied_weights() -> None:
+    """A tied weight is one layer with one Ω, known by its first name, and is switched on once."""
+    watching = Watching()
+    points = tq.discover(build(TiedNet), one_batch(), TASK)
+    assert [layer.name for layer in points.layers] == ["into", "middle"]
+
+    tq.finetune(
+        quantized(kind=TiedNet), loader(), watching, steps=4,
+        order="sensitive_first", omega={"into": 2.0, "middle": 1.0}, stages=2,
+    )  # fmt: skip
+
+    assert watching.weights == [{"into", "out"}] * 2 + [{"into", "out", "middle"}] * 2
+
+
+def test_stages_work_on_a_model_that_is_a_single_layer() -> None:
+    """Its layer is called "weight", having no module name."""
+    torch.manual_seed(0)
+    model: nn.Module = nn.Linear(6, 3)
+    points = tq.discover(model, one_batch(), TASK)
+    model = tq.quantize(model, by_hand(points, 3, 4), one_batch(), TASK)
+    omega = {layer.name: 1.0 for layer in points.layers}
+    result = tq.finetune(model, loader(), TASK, steps=2, order="sensitive_last", omega=omega)
+    assert result.steps_run == 2
+
+
+# Interruptions
+
+
+class Interrupted(Exception):
+    """The power went."""
+
+
+class Failing:
+    """A loader that breaks off after a number of batches, counted over all epochs."""
+
+    def __init__(self, batches: DataLoader[Any], after: int) -> None:
+        self._batches = batches
+        self._left = after
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._batches:
+            if self._left == 0:
+                raise Interrupted
+            self._left -= 1
+            yield batch
+
+
+RESUMES = [
+    pytest.param({}, 7, id="first epoch"),
+    pytest.param({}, 12, id="at a checkpoint"),
+    pytest.param({}, 19, id="fourth epoch"),
+    pytest.param({"optimizer": "adamw"}, 10, id="adamw"),
+    pytest.param({"freeze_batchnorm": True, "learn_scales": False}, 10, id="frozen"),
+    pytest.param({"distillation": 0.3, "teacher": True}, 10, id="teacher"),
+    pytest.param({"order": "sensitive_first", "omega": OMEGA, "stages": 3}, 10, id="stages"),
+    pytest.param({"order": "sensitive_last", "omega": OMEGA, "stages": 4}, 17, id="stages, late"),
+    # 20 steps in 2 stages: the second begins at step 10, which with checkpoints every 5 steps is where one was saved.
+    pytest.param({"order": "sensitive_first", "omega": OMEGA, "stages": 2}, 11, id="checkpoint where a stage begins"),
+]
+
+
+@pytest.mark.parametrize(("options", "after"), RESUMES)
+@pytest.mark.parametrize("fresh", [True, False], ids=["fresh model", "same model"])
+def test_an_interrupted_run_ends_with_the_same_bits(
+    options: dict[str, Any], after: int, fresh: bool, tmp_path: Path
+) -> None:
+    start = quantized()
+    every = 5 if "stages" in options else 4
+    options = {"steps": 20, "seed": 3, "learning_rate": 0.03, "checkpoint_every": every, **options}
+    if options.get("teacher"):
+        options["teacher"] = build()
+    undisturbed = copy.deepcopy(start)
+    whole = tq.finetune(undisturbed, loader(), TASK, checkpoint=tmp_path / "whole.pt", **options)
+
+    model = copy.deepcopy(start)
+    with pytest.raises(Interrupted):
+        tq.finetune(model, Failing(loader(), after), TASK, checkpoint=tmp_path / "run.pt", **options)
+    assert all(quantizer.enabled for quantizer in quantizers_of(model))
+    if fresh:
+        model = copy.deepcopy(start)
+    torch.manual_seed(999)
+    resumed = tq.finetune(model, loader(), TASK, checkpoint=tmp_path / "run.pt", **options)
+
+    assert 0 < resumed.steps_run < 20
+    assert resumed.steps_run == 20 - after // every * every
+    assert resumed.losses == whole.losses
+    assert_same_state(state_of(model), state_of(undisturbed))
+
+
+def test_several_interruptions_in_a_row(tmp_path: Path) -> None:
+    start = quantized()
+    options: dict[str, Any] = {"steps": 18, "checkpoint_every": 3}
+    undisturbed = copy.deepcopy(start)
+    whole = tq.finetune(undisturbed, loader(), TASK, **options)
+
+    model = copy.deepcopy(start)
+    for after in (5, 8, 14):
+        with pytest.raises(Interrupted):
+            tq.finetune(model, Failing(loader(), after), TASK, checkpoint=tmp_path / "run.pt", **options)
+    resumed = tq.finetune(model, loader(), TASK, checkpoint=tmp_path / "run.pt", **options)
+
+    assert resumed.losses == whole.losses
+    assert_same_state(state_of(model), state_of(undisturbed))
+
+
+def test_checkpoints_do_not_change_the_run(tmp_path: Path) -> None:
+    start = quantized()
+    first, second = copy.deepcopy(start), copy.deepcopy(start)
+    plain = tq.finetune(first, loader(), TASK, steps=7)
+    saved = tq.finetune(second, loader(), TASK, steps=7, checkpoint=tmp_path / "run.pt", checkpoint_every=2)
+    assert plain.losses == saved.losses
+    assert_same_state(state_of(first), state_of(second))
+    assert [path.name for path in tmp_path.iterdir()] == ["run.pt"]
+
+
+def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
+    start = quantized()
+    first, second = copy.deepcopy(start), copy.deepcopy(start)
+    done = tq.finetune(first, loader(), TASK, steps=6, checkpoint=tmp_path / "run.pt", checkpoint_every=4)
+    again = tq.finetune(second, loader(), TASK, steps=6, checkpoint=tmp_path / "run.pt", checkpoint_every=4)
+    assert again.losses == done.losses
+    assert again.steps_run == 0
+    assert_same_state(state_of(first), state_of(second))
+
+
+CHANGES = {
+    "steps": 9,
+    "learning_rate": 0.02,
+    "optimizer": "adamw",
+    "weight_decay": 0.0,
+    "learn_scales": False,
+    "freeze_batchnorm": True,
+    "seed": 1,
+}
+
+
+@pytest.mark.parametrize("name", list(CHANGES))
+def test_a_checkpoint_of_other_settings_is_refused(name: str, tmp_path: Path) -> None:
+    tq.finetune(quantized(), loader(), TASK, steps=4, checkpoint=tmp_path / "run.pt")
+    model = quantized()
+    before = state_of(model)
+    with pytest.raises(ArtifactError, match=rf"other settings \({name}\); delete it"):
+        tq.finetune(model, loader(), TASK, **{"steps": 4, "checkpoint": tmp_path / "run.pt", name: CHANGES[name]})  # type: ignore[arg-type]
+    assert_same_state(before, state_of(model))
+
+
+def test_a_checkpoint_with_or_without_a_teacher_is_another_setting(tmp_path: Path) -> None:
+    tq.finetune(quantized(), loader(), TASK, steps=4, checkpoint=tmp_path / "run.pt")
+    with pytest.raises(ArtifactError, match="teacher"):
+        tq.finetune(quantized(), loader(), TASK, steps=4, checkpoint=tmp_path / "run.pt", teacher=build())
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    tq.finetune(quantized(kind=TiedNet), loader(), TASK, steps=4, checkpoint=tmp_path / "run.pt")
+    with pytest.raises(ArtifactError, match="of another model or plan"):
+        tq.finetune(quantized(), loader(), TASK, steps=4, checkpoint=tmp_path / "run.pt")
+
+
+def test_a_checkpoint_of_another_plan_is_refused(tmp_path: Path) -> None:
+    """Bits are not in the state dict: going on from 8-bit scales with 2 bits would look like a resume and be none."""
+    tq.finetune(quantized(8), loader(), TASK, steps=4, checkpoint=tmp_path / "run.pt")
+    with pytest.raises(ArtifactError, match=r"of another model or plan|other settings"):
+        tq.finetune(quantized(2), loader(), TASK, steps=4, checkpoint=tmp_path / "run.pt")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.9, 0.999])
+def test_a_truncated_checkpoint_is_refused(share: float, tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+    tq.finetune(quantized(), loader(), TASK, steps=4, checkpoint=path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(ArtifactError, match=r"run\.pt cannot be read .*delete it"):
+        tq.finetune(quantized(), loader(), TASK, steps=4, checkpoint=path)
+
+
+FOREIGN: dict[str, Any] = {
+    "a list": [1, 2, 3],
+    "a number": 5,
+    "a state dict": {"weight": torch.ones(3)},
+    "settings alone": {"settings": {}},
+    "settings a number": {"settings": 3},
+}
+
+
+@pytest.mark.parametrize("kind", list(FOREIGN))
+def test_other_files_are_not_taken_for_checkpoints(kind: str, tmp_path: Path) -> None:
+    torch.save(FOREIGN[kind], tmp_path / "run.pt")
+    with pytest.raises(ArtifactError, match="delete it"):
+        tq.finetune(quantized(), loader(), TASK, steps=4, checkpoint=tmp_path / "run.pt")
+
+
+@pytest.mark.parametrize("missing", ["model", "optimizer", "stream", "rng", "losses"])
+def test_a_checkpoint_that_lacks_a_part_is_refused(missing: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+    tq.finetune(quantized(), loader(), TASK, steps=4, checkpoint=path)
+    state = torch.load(path, weights_only=True)
+    del state[missing]
+    torch.save(state, path)
+    with pytest.raises(ArtifactError, match="delete it"):
+        tq.finetune(quantized(), loader(), TASK, steps=4, checkpoint=path)
+
+
+# What cannot be trained
+
+
+def test_a_float_model_is_refused() -> None:
+    with pytest.raises(ModelError, match="not quantized"):
+        tq.finetune(build(), loader(), TASK, steps=2)
+
+
+def test_an_empty_loader_is_refused() -> None:
+    with pytest.raises(DataError, match="no batches"):
+        tq.finetune(quantized(), [], TASK, steps=2)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_refused_before_it_does_harm(value: float) -> None:
+    """The third loss is bad: the step is not taken and the weights stay finite."""
+    calls = []
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        calls.append(1)
+        return nn.functional.cross_entropy(outputs, targets) * (value if len(calls) == 3 else 1.0)
+
+    model = quantized()
+    with pytest.raises(DataError, match=r"the loss became (nan|inf) in fine-tuning"):
+        tq.finetune(model, loader(), tq.ClassificationTask(loss), steps=9)
+    assert len(calls) == 3
+    assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
+    assert all(quantizer.enabled for quantizer in quantizers_of(model))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_inputs_that_are_not_finite_are_named() -> None:
+    batches = [*one_batch() * 2, (torch.full((4, 6), math.nan), torch.zeros(4, dtype=torch.long))]
+    with pytest.raises(DataError, match=r"batch 2.* NaN or infinite"):
+        tq.finetune(quantized(), batches, TASK, steps=5)
+
+
+def test_targets_out_of_range_are_named() -> None:
+    with pytest.raises(DataError, match="target 5 is out of range"):
+        tq.finetune(quantized(), [(torch.ones(4, 6), torch.full((4,), 5))], TASK, steps=2)
+
+
+@pytest.mark.parametrize("options", [{"steps": -1}, {"stages": 0}, {"distillation": 1.5}, {"distillation": -0.1}])
+def test_settings_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="expected steps >= 0"):
+        tq.finetune(quantized(), loader(), TASK, **options)
+
+
+def test_an_unknown_optimizer_is_refused() -> None:
+    with pytest.raises(ModelError, match="unknown optimizer 'lion'; choose sgd or adamw"):
+        tq.finetune(quantized(), loader(), TASK, steps=2, optimizer="lion")  # type: ignore[arg-type]
+
+
+def test_a_one_shot_iterator_serves_for_all_epochs() -> None:
+    """96 samples in batches of 16: more steps than the iterator has batches."""
+    batches = list(DataLoader(dataset(), batch_size=16))
+    first, second = quantized(), quantized()
+    once = tq.finetune(first, iter(batches), TASK, steps=10)
+    again = tq.finetune(second, batches, TASK, steps=10)
+    assert once.losses == again.losses
