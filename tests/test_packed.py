@@ -342,8 +342,9 @@ def test_load_leaves_its_argument_untouched(tmp_path: Path) -> None:
     model = other_weights(prepared("convolutions")[0]).train()
     before = copy.deepcopy(model.state_dict())
 
-    tq.load(tmp_path / "model.safetensors", model)
+    loaded = tq.load(tmp_path / "model.safetensors", model)
 
+    assert not any(module.training for module in loaded.modules())
     assert model.training
     assert weight_quantizers(model) == {}
     after = model.state_dict()

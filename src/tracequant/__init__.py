@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         TracequantError,
     )
     from tracequant.export.packed import load, pack
-    from tracequant.finetune import finetune
+    from tracequant.finetuning import finetune
     from tracequant.layers import discover
     from tracequant.plan import BitPlan
     from tracequant.points import ActivationPoint, Layer, QuantizationPoints
@@ -50,7 +50,7 @@ _MODULES = {
         "ArtifactError", "BudgetError", "DataError", "ModelError", "RunError", "TaskError", "TracequantError",
     ),
     "tracequant.export.packed": ("load", "pack"),
-    "tracequant.finetune": ("finetune",),
+    "tracequant.finetuning": ("finetune",),
     "tracequant.layers": ("discover",),
     "tracequant.plan": ("BitPlan",),
     "tracequant.points": ("ActivationPoint", "Layer", "QuantizationPoints"),

@@ -50,7 +50,13 @@ Samples = Annotated[int | None, typer.Option(min=1, help="calibration inputs for
 BatchSize = Annotated[int | None, typer.Option(min=1, help="inputs in a batch, for analysis and fine-tuning")]
 Seed = Annotated[int, typer.Option(help="seed of probes and fine-tuning; the same seed gives the same plan")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Draws = Annotated[int, typer.Option(min=1, help="random probes for each batch (Eq. 7)")]
+Method = Annotated[
+    Literal["auto", "gauss_newton", "hutchinson"],
+    typer.Option(help="auto takes gauss_newton where it equals the Hessian, which it checks, else hutchinson"),
+]
+Draws = Annotated[
+    int | None, typer.Option(min=1, help="random vectors for each sample (gauss_newton) or batch (hutchinson) [2; 16]")
+]
 Probes = Annotated[
     Literal["per_layer", "shared"],
     typer.Option(help="one probe for each layer, or one for all: faster but far noisier"),
@@ -125,7 +131,8 @@ def analyze(
     batch_size: BatchSize = None,
     seed: Seed = 0,
     device: Device = "auto",
-    draws: Draws = 16,
+    method: Method = "auto",
+    draws: Draws = None,
     probes: Probes = "per_layer",
     bits: Bits = "2,3,4,8",
     activation_bits: ActivationBits = "4,8",
@@ -279,7 +286,8 @@ def run_all(
     batch_size: BatchSize = None,
     seed: Seed = 0,
     device: Device = "auto",
-    draws: Draws = 16,
+    method: Method = "auto",
+    draws: Draws = None,
     probes: Probes = "per_layer",
     bits: Bits = "2,3,4,8",
     activation_bits: ActivationBits = "4,8",
@@ -410,6 +418,7 @@ def _analyze_settings(given: dict[str, Any]) -> AnalyzeSettings:
             given["data_dir"], given["weights"], given["model"], given["samples"], given["batch_size"], given["seed"]
         ),
         device=given["device"],
+        method=given["method"],
         draws=given["draws"],
         probes=given["probes"],
         include=tuple(given["include"] or ("*",)),

@@ -95,6 +95,14 @@ def quantizable_names(model: nn.Module) -> list[str]:
     return list(_candidate_weights(model))
 
 
+def idle_layers(names: Sequence[str]) -> ModelError:
+    """The error for layers that the loss does not depend on."""
+    return ModelError(
+        f"the loss of a batch does not depend on layer {', '.join(names[:4])}{' and others' if len(names) > 4 else ''};"
+        f" leave out what the task does not use, for instance with exclude={[names[0]]} (--exclude '{names[0]}')"
+    )
+
+
 def match_names(patterns: Iterable[str], names: Sequence[str], purpose: str) -> list[str]:
     """The names that any of the shell patterns matches in full, in their own order; an idle pattern warns."""
     matched: set[str] = set()
@@ -331,10 +339,11 @@ def _tie_groups(patterns: Sequence[str], names: list[str]) -> tuple[tuple[str, .
 
 def _float_tensors(model: nn.Module, layers: Sequence[Layer]) -> Iterator[StoredTensor]:
     """All entries of the state dict but the quantized weights, tied ones once."""
-    quantized = {".".join(filter(None, site)) for layer in layers for site in layer.sites}
+    # By identity: a module registered under two names has its weight in the state dict twice.
+    quantized = {id(weight_parameter(model, layer)) for layer in layers}
     seen: set[tuple[int, tuple[int, ...]]] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if name in quantized:
+        if id(tensor) in quantized:
             continue
         if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPE_NAMES:
             kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__

@@ -19,7 +19,11 @@ def frozen_evaluation(model: nn.Module) -> Iterator[None]:
     """
     modes = {module: module.training for module in model.modules()}
     gradients = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
     try:
         with torch.random.fork_rng(devices=_cuda_devices(model)):
             model.eval()
@@ -31,8 +35,9 @@ def frozen_evaluation(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
         with torch.no_grad():
-            for buffer, saved in buffers:
+            for module, name, buffer, saved in buffers:
                 buffer.copy_(saved)
+                setattr(module, name, buffer)  # the model may have put another tensor in its place
 
 
 @contextmanager

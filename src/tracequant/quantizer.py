@@ -25,6 +25,8 @@ from tracequant.layers import replace_inputs
 from tracequant.settings import WeightGrid
 
 MAX_BITS = 8
+# Scales never get smaller, neither when they are chosen nor when they are trained.
+SMALLEST_SCALE = 1e-8
 RangeMethod = Literal["minmax", "percentile", "mse"]
 
 
@@ -65,7 +67,7 @@ def check_bits(num_bits: int) -> None:
 
 
 def grid_for_range(low: Tensor, high: Tensor, num_bits: int, symmetric: bool) -> Grid:
-    """The grid that covers `[low, high]`; ranges are widened to contain 0, and a range of zero width gets scale 1."""
+    """The grid that covers `[low, high]`; ranges are widened to contain 0; one of zero width gets the least scale."""
     check_bits(num_bits)
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     levels = 2**num_bits - 1
@@ -78,8 +80,8 @@ def grid_for_range(low: Tensor, high: Tensor, num_bits: int, symmetric: bool) ->
             scale = torch.maximum(-low / 2 ** (num_bits - 1), high / (2 ** (num_bits - 1) - 1))
     else:
         scale = (high - low) / levels
-    # A subnormal scale overflows 1 / scale; such a tensor is zero for every purpose.
-    scale = torch.where(scale > 1e-30, scale, torch.ones_like(scale))
+    # A tensor of zeros, or so small that 1 / scale overflows. Balanced grids have no zero: theirs must be close to it.
+    scale = torch.where(scale > 1e-30, scale, torch.full_like(scale, SMALLEST_SCALE))
     if not symmetric:
         zero_point = torch.round(-low / scale).clamp(0, levels)
     return Grid(scale, zero_point, num_bits)

@@ -355,7 +355,7 @@ class Run:
         from safetensors.torch import save_file
 
         from tracequant.export.packed import pack
-        from tracequant.finetune import finetune
+        from tracequant.finetuning import finetune
 
         settings = self.settings().finetune
         assert settings is not None
@@ -446,7 +446,8 @@ class Run:
 
     def _nearest_uniform(self, sensitivity: Sensitivity, plan: BitPlan) -> tuple[int, BitPlan]:
         offered = sorted({b for options in sensitivity.weight_omega.values() for b in options})
-        average = self.settings().plan.average_activation_bits if self.settings().plan else None  # type: ignore[union-attr]
+        settings = self.settings().plan
+        average = settings.average_activation_bits if settings else None
         plans = {b: allocation.uniform_plan(sensitivity, b, average) for b in offered}
         best = min(offered, key=lambda b: abs(plans[b].size_bytes - plan.size_bytes))
         return best, plans[best]

@@ -92,7 +92,7 @@ def calibrate(
     samples: dict[str, list[Tensor]] = {name: [] for name in bits}
 
     def read(name: str, tensor: Tensor) -> None:
-        if name in samples:
+        if name in samples and tensor.numel() > 0:
             flat = tensor.detach().flatten()
             step = max(1, flat.numel() // RANGE_SAMPLE)
             samples[name].append(torch.cat([flat[::step], flat.amin()[None], flat.amax()[None]]))

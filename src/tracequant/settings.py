@@ -44,7 +44,7 @@ class AnalyzeSettings:
     options: TaskOptions
     device: str = "auto"
     method: str = "auto"
-    draws: int = 16
+    draws: int | None = None
     probes: Literal["per_layer", "shared"] = "per_layer"
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()

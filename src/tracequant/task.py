@@ -65,6 +65,14 @@ class Task(abc.ABC):
     def check(self, outputs: Any, batch: Batch) -> None:  # noqa: B027 - optional to override
         """Raise `DataError` if the batch does not fit the outputs; called before the loss."""
 
+    def output_hessian(self, outputs: Any, batch: Batch) -> Tensor | None:
+        """The Hessian of the batch's mean loss with respect to the outputs, where the task knows it; None to derive it.
+
+        For outputs of one tensor `[N, ...]` with D elements for each sample: its diagonal in that shape, or blocks
+        `[N, D, D]`.
+        """
+        return None
+
     def distillation_loss(self, outputs: Any, teacher_outputs: Any) -> Tensor:
         """Distance of a student's outputs to its teacher's, for fine-tuning with `teacher=`."""
         raise TaskError(
@@ -185,8 +193,14 @@ def total_loss(task: Task, outputs: Any, batch: Batch) -> Tensor:
     """The task's loss as one scalar; the terms of a dictionary are summed."""
     loss = task.loss(outputs, batch)
     if isinstance(loss, Mapping):
-        terms = list(loss.values())
-        loss = torch.stack([term.reshape(()) for term in terms]).sum() if terms else loss
+        for name, term in loss.items():
+            if not isinstance(term, Tensor) or term.numel() != 1:
+                raise TaskError(
+                    f"{type(task).__name__}.loss returned {_describe(term)} as {name!r}, expected a scalar tensor (the"
+                    " mean over the batch)"
+                )
+        if loss:
+            loss = torch.stack([term.reshape(()) for term in loss.values()]).sum()
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise TaskError(
             f"{type(task).__name__}.loss returned {_describe(loss)}, expected a scalar tensor (the mean over the batch)"

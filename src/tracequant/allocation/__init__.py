@@ -16,6 +16,10 @@ from tracequant.sensitivity_result import Sensitivity
 
 Space = Literal["full", "monotone"]
 
+# How far above the largest plan a budget may be before it is refused: as far as rounding it to a readable number takes
+# it.
+SLACK = 1e-3
+
 __all__ = ["Budget", "Space", "frontier", "full_space", "monotone_space", "reprice", "solve", "uniform_plan"]
 
 
@@ -80,7 +84,7 @@ def solve(
         # The slack makes "12x" feasible where 32 / 12 was rounded down.
         limit = math.floor(bits * cost.weight_count(sensitivity.points) * (1 + 1e-12))  # type: ignore[operator]
     smallest, largest = sum(unit.cost[0] for unit in units), sum(unit.cost[-1] for unit in units)
-    if limit < smallest or limit > largest:
+    if limit < smallest or limit > largest * (1 + SLACK) + 1:
         _refuse(sensitivity, budget, base, smallest, largest, too_small=limit < smallest)
     feasible = [a for a in pareto_frontier(units, space == "monotone") if a.cost <= limit]
     return _plan(sensitivity, units, feasible[-1], activation_bits, base, f"pareto, {space} space", str(budget))
@@ -167,6 +171,10 @@ def _weight_units(
     return units
 
 
+# Activations of different sizes average to a fraction of an element; costs are whole numbers of this part of a bit.
+_FINE = 1000
+
+
 def _activation_plan(sensitivity: Sensitivity, average_bits: float | None) -> dict[str, int]:
     """Bits by activation point: the most that is offered, or the least Ω within an average over elements."""
     if not sensitivity.activation_omega:
@@ -176,16 +184,16 @@ def _activation_plan(sensitivity: Sensitivity, average_bits: float | None) -> di
         Unit(
             name,
             tuple(sorted(omega)),
-            tuple(round(points[name].numel * b) for b in sorted(omega)),
+            tuple(round(_FINE * points[name].numel * b) for b in sorted(omega)),
             tuple(omega[b] for b in sorted(omega)),
         )
         for name, omega in sensitivity.activation_omega.items()
     ]
     if average_bits is None:
         return {unit.name: unit.bits[-1] for unit in units}
-    total = math.fsum(points[unit.name].numel for unit in units)
-    smallest = sum(unit.cost[0] for unit in units) / total
-    feasible = [a for a in pareto_frontier(units) if a.cost <= average_bits * total * (1 + 1e-12)]
+    total = _FINE * math.fsum(points[unit.name].numel for unit in units)
+    smallest = math.ceil(sum(unit.cost[0] for unit in units) / total * 1e3) / 1e3
+    feasible = [a for a in pareto_frontier(units) if a.cost <= average_bits * total + len(units)]
     if not feasible:
         raise BudgetError(
             f"activations cannot average {average_bits:g} bits: the least is {smallest:.3f} (the model's input keeps"
@@ -247,14 +255,13 @@ def _refuse(sensitivity: Sensitivity, budget: Budget, base: int, smallest: int, 
     """Raise `BudgetError` in the unit in which the budget was given."""
     count = cost.weight_count(sensitivity.points)
     edge = smallest if too_small else largest
+    # Rounded so that the number named is one that is accepted.
     if budget.max_size_mb is not None:
         nearest = f"{math.ceil((base + edge) / MEGABYTE * 1e6) / 1e6:.6f} MB"
-        if not too_small:
-            nearest = f"{math.floor((base + edge) / MEGABYTE * 1e6) / 1e6:.6f} MB"
     elif budget.compression is not None:
-        nearest = f"{32 * count / edge:.4g}x"
+        nearest = f"{math.floor(32 * count / edge * 1e3) / 1e3:.3f}x"
     else:
-        nearest = f"{edge / count:.4g} bits"
+        nearest = f"{math.ceil(edge / count * 1e3) / 1e3:.3f} bits"
     offered = sorted({b for options in sensitivity.weight_omega.values() for b in options})
     if too_small:
         raise BudgetError(

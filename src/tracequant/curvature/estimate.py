@@ -1,23 +1,23 @@
-"""Curvature of the loss: average Hessian traces of layers and activations.
-
-Adding a method means one file and one entry in `ESTIMATORS`.
-"""
+"""The door to all estimators. Adding one means one file and one entry in `ESTIMATORS`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 from torch import nn
 
+from tracequant.curvature.gauss_newton import gauss_newton
 from tracequant.curvature.hutchinson import hutchinson
+from tracequant.curvature.identity import choose_method
 from tracequant.curvature.result import Curvature
-from tracequant.errors import DataError, ModelError
+from tracequant.errors import ModelError
 from tracequant.layers import discover
 from tracequant.points import QuantizationPoints
 from tracequant.task import Batches, Task, reusable
 
-ESTIMATORS: dict[str, Callable[..., Curvature]] = {"hutchinson": hutchinson}
+ESTIMATORS: dict[str, Callable[..., Curvature]] = {"gauss_newton": gauss_newton, "hutchinson": hutchinson}
 
 
 def estimate_curvature(
@@ -25,24 +25,36 @@ def estimate_curvature(
     batches: Batches,
     task: Task,
     method: str = "auto",
-    draws: int = 16,
+    draws: int | Literal["exact"] | None = None,
     seed: int = 0,
     points: QuantizationPoints | None = None,
     **options: Any,
 ) -> Curvature:
     """Average Hessian traces of all layers and activation points of `model` under `task`'s loss.
 
-    `batches` are a few hundred samples, labelled. `points` come from `discover` (called here if None). `method` names
-    an estimator; "auto" takes the one that suits the model and says why in the result's `reason`. Further `options` go
-    to the estimator: `probes`, `distribution`, `weights`, `activations`, `progress`. The model is left exactly as it
-    was.
+    `batches` are a few hundred samples, labelled. `method`: "gauss_newton" (one forward and a few backward passes;
+    equal to the Hessian's traces for piecewise linear networks such as those with ReLU), "hutchinson" (any
+    twice-differentiable network, thousands of products), or "auto", which compares the two on one batch and takes the
+    fast one where they agree; the result's `reason` says which and why. `draws` random vectors are used for each batch
+    (hutchinson, default 16) or sample (gauss_newton, default 2; "exact" for none). `points` come from `discover`
+    (called here if None). Further `options` go to the estimator: `weights`, `activations`, `progress`, and for
+    hutchinson `probes` and `distribution`. The model is left exactly as it was.
     """
-    if draws < 1:
-        raise DataError(f"draws must be at least 1, got {draws}")
+    if draws is not None and draws != "exact" and (not isinstance(draws, int) or draws < 1):
+        raise ModelError(f"draws must be a whole number from 1, or 'exact', got {draws!r}")
     if method != "auto" and method not in ESTIMATORS:
         raise ModelError(f"unknown method {method!r}; choose auto or {', '.join(sorted(ESTIMATORS))}")
     batches = reusable(batches)
     if points is None:
         points = discover(model, batches, task)
-    name = "hutchinson" if method == "auto" else method
-    return ESTIMATORS[name](model, batches, task, points, draws=draws, seed=seed, **options)
+    why = ""
+    if method == "auto":
+        method, why = choose_method(model, batches, task, points, seed)
+        if method == "gauss_newton":
+            options = {name: value for name, value in options.items() if name not in ("probes", "distribution")}
+        elif draws == "exact":
+            raise ModelError(f"draws='exact' is for gauss_newton, which does not suit this model: {why}")
+    if draws is not None:
+        options["draws"] = draws
+    result = ESTIMATORS[method](model, batches, task, points, seed=seed, **options)
+    return replace(result, reason=f"{why}; {result.reason}") if why else result

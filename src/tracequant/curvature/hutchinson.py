@@ -15,7 +15,7 @@ own zᵢᵀHᵢzᵢ, at the price of one product; inputs of different sizes need
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from tracequant.curvature.result import Curvature, TraceEstimate, summarize
 from tracequant.errors import ModelError
-from tracequant.layers import reading, weight_parameter
+from tracequant.layers import idle_layers, reading, weight_parameter
 from tracequant.model_state import double_backward, frozen_evaluation
 from tracequant.points import QuantizationPoints
 from tracequant.progress import track
@@ -61,28 +61,21 @@ def hutchinson(
     activation_numel = {point.name: 0.0 for point in points.activations}
     with frozen_evaluation(model), double_backward():
         parameters = require_grad(model, points)
-        batches = reusable(batches)
-        for batch in track(checked(batches, task, model), "Hutchinson", progress):
-            size = task.batch_size(batch)
-            with reading_variables(model, points) as variables:
-                _, loss = forward(task, model, batch)
-            families: dict[str, dict[str, list[Tensor]]] = {}
-            if weights:
-                families["weights"] = {name: [parameter] for name, parameter in parameters.items()}
-            if activations:
-                families["activations"] = {name: tensors for name, tensors in variables.items() if tensors}
-                for name, tensors in variables.items():
-                    activation_numel[name] += sum(tensor.numel() for tensor in tensors)
-            gradients = first_derivatives(loss, families)
-            for family, targets in families.items():
-                rows = _products(targets, gradients[family], draws, probes, distribution, generator)
+        for batch in track(checked(reusable(batches), task, model), "Hutchinson", progress):
+            # In a function of its own, so that a batch's graph is gone before the next one is built.
+            found, seen = _measure_batch(
+                model, batch, task, points, parameters, weights, activations, (draws, probes, distribution, generator)
+            )
+            for family, rows in found.items():
                 for name, row in rows.items():
                     values[family].setdefault(name, []).append(row)
-            sizes.append(size)
+            for name, count in seen.items():
+                activation_numel[name] += count
+            sizes.append(task.batch_size(batch))
     samples = sum(sizes)
 
     def estimates(family: str, sizes_of: dict[str, float]) -> dict[str, TraceEstimate]:
-        return {name: summarize(rows, sizes, sizes_of[name]) for name, rows in values[family].items()}
+        return {name: summarize(rows, sizes, sizes_of[name]) for name, rows in values[family].items() if sizes_of[name]}
 
     return Curvature(
         points=points,
@@ -93,6 +86,33 @@ def hutchinson(
         seed=seed,
         samples=samples,
     )
+
+
+_Row = list[float]
+
+
+def _measure_batch(
+    model: nn.Module,
+    batch: Batch,
+    task: Task,
+    points: QuantizationPoints,
+    parameters: dict[str, Tensor],
+    weights: bool,
+    activations: bool,
+    sampling: tuple[int, Probes, Distribution, torch.Generator],
+) -> tuple[dict[str, dict[str, _Row]], dict[str, int]]:
+    """Values of zᵀHz of one batch by family and name, and the number of elements of each activation."""
+    with reading_variables(model, points) as variables:
+        _, loss = forward(task, model, batch)
+    families: dict[str, dict[str, list[Tensor]]] = {}
+    if weights:
+        families["weights"] = {name: [parameter] for name, parameter in parameters.items()}
+    if activations:
+        # A tensor that this batch never reached stays in, with the value zero.
+        families["activations"] = dict(variables)
+    gradients = first_derivatives(loss, families)
+    rows = {family: _products(targets, gradients[family], *sampling) for family, targets in families.items()}
+    return rows, {name: sum(tensor.numel() for tensor in tensors) for name, tensors in variables.items()}
 
 
 def require_grad(model: nn.Module, points: QuantizationPoints) -> dict[str, Tensor]:
@@ -131,14 +151,18 @@ def reading_variables(model: nn.Module, points: QuantizationPoints) -> Iterator[
 def first_derivatives(loss: Tensor, families: dict[str, dict[str, list[Tensor]]]) -> dict[str, dict[str, list[Tensor]]]:
     """Gradients of the loss with respect to all targets, differentiable once more, in the shape of `families`."""
     flat = [tensor for targets in families.values() for tensors in targets.values() for tensor in tensors]
+    if not flat:
+        raise ModelError("there is nothing to measure: neither weights nor activations that can be differentiated")
     try:
-        gradients = iter(torch.autograd.grad(loss, flat, create_graph=True, allow_unused=True))
+        found = torch.autograd.grad(loss, flat, create_graph=True, allow_unused=True)
     except RuntimeError as error:
         if "does not require grad" in str(error):
             raise ModelError(
                 "the loss does not depend on any layer: is it computed under torch.no_grad(), or from detached outputs?"
             ) from error
         raise
+    _check_differentiable(found)
+    gradients = iter(found)
     result: dict[str, dict[str, list[Tensor]]] = {}
     idle: list[str] = []
     for family, targets in families.items():
@@ -153,11 +177,32 @@ def first_derivatives(loss: Tensor, families: dict[str, dict[str, list[Tensor]]]
                 for gradient, tensor in zip(own, tensors, strict=True)
             ]
     if idle:
-        raise ModelError(
-            f"the loss does not depend on layer {', '.join(idle[:4])}{' and others' if len(idle) > 4 else ''}; leave"
-            f" out what is not used for the task, for instance with exclude={idle[:1]} (--exclude '{idle[0]}')"
-        )
+        raise idle_layers(idle)
     return result
+
+
+def _check_differentiable(gradients: Sequence[Tensor | None]) -> None:
+    """Raise `ModelError` if a gradient passed through an operation whose backward pass cannot be differentiated.
+
+    torch marks such a place in the graph with an error node. Nothing leads from there to the weights, so that without
+    this check the product would come out as zero and not fail.
+    """
+    pending = [gradient.grad_fn for gradient in gradients if gradient is not None and gradient.grad_fn is not None]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        if node.name() == "torch::autograd::Error":
+            raise ModelError(_NO_SECOND_DERIVATIVE)
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                pending.append(following)
+
+
+_NO_SECOND_DERIVATIVE = (
+    "an operation of this model has no second derivative, which Hutchinson's method needs; replace it by one that"
+    " torch can differentiate twice, or use method='gauss_newton'"
+)
 
 
 def hessian_vector_product(gradients: list[Tensor], targets: list[Tensor], vectors: list[Tensor]) -> list[Tensor]:
@@ -171,11 +216,8 @@ def hessian_vector_product(gradients: list[Tensor], targets: list[Tensor], vecto
             [g for g, _ in pairs], targets, [v for _, v in pairs], retain_graph=True, allow_unused=True
         )
     except RuntimeError as error:
-        if "not implemented" in str(error):
-            raise ModelError(
-                f"an operation of this model has no second derivative, which Hutchinson's method needs: {error};"
-                " replace the operation by one that torch can differentiate twice"
-            ) from error
+        if any(text in str(error) for text in ("not implemented", "not supported", "differentiate twice")):
+            raise ModelError(f"{_NO_SECOND_DERIVATIVE} ({error})") from error
         raise
     return [
         torch.zeros_like(target) if product is None else product
@@ -198,7 +240,7 @@ def _products(
     probes: Probes,
     distribution: Distribution,
     generator: torch.Generator,
-) -> dict[str, list[float]]:
+) -> dict[str, _Row]:
     """Target name → its values of zᵀHz, one per draw."""
     groups = [[name] for name in targets] if probes == "per_layer" else [list(targets)]
     rows: dict[str, list[float]] = {name: [] for name in targets}

@@ -49,6 +49,8 @@ def pack(model: nn.Module, path: str | Path) -> int:
     """
     weights = _weights_of(model)
     activations = activation_quantizers(model)
+    if off := [name for name, quantizer in activations.items() if not quantizer.enabled]:
+        raise ModelError(f"the input of {off[0]} is not quantized yet: progressive fine-tuning has not reached it")
     floats = dict(_float_state(model, weights))
     layout = PackedLayout(
         tuple(weights),
@@ -109,6 +111,7 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     loaded = copy.deepcopy(model)
     device = next((p.device for p in loaded.parameters()), torch.device("cpu"))
     modules = dict(loaded.named_modules())
+    written: dict[int, str] = {}
     for weight, codes, scale, zero_point in contents.weights():
         grid = Grid(scale, zero_point, weight.num_bits)
         values = grid.dequantize(codes)
@@ -119,6 +122,11 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
                 raise ModelError(
                     f"{path} holds layer {weight.name} of shape {list(weight.shape)}, the model has {found}; pass the"
                     " model that was packed"
+                )
+            if written.setdefault(id(target), weight.name) != weight.name:
+                raise ModelError(
+                    f"{path} holds {weight.name} and {written[id(target)]} as two weights, in the model they are one;"
+                    " pass the model that was packed"
                 )
             with torch.no_grad():
                 target.copy_(values)
@@ -186,13 +194,13 @@ def read_packed(path: str | Path) -> PackedContents:
         ) from None
     try:
         layout = _parse_manifest(json.loads(metadata["tracequant"]))
-    except (KeyError, ValueError, TypeError, IndexError) as error:
+        expected, length = layout.sections(), layout.file_bytes()
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError, OverflowError, RecursionError) as error:
         raise ArtifactError(
             f"{path} is a safetensors file but not one of tracequant's packed models ({error!r})"
         ) from None
-    expected = layout.sections()
     found = {name: (DTYPE_NAMES.get(t.dtype), t.numel()) for name, t in sections.items()}
-    if found != expected or path.stat().st_size != layout.file_bytes():
+    if found != expected or path.stat().st_size != length:
         raise ArtifactError(f"{path} is damaged: its contents do not have the lengths that its manifest gives")
     tensors: dict[str, Tensor] = {}
     offsets: dict[str, int] = {}
@@ -302,24 +310,35 @@ def _parse_manifest(manifest: Any) -> PackedLayout:
         raise ValueError(f"format {manifest['format']!r} version {manifest['version']!r}")
     weights = []
     for name, sites, shape, num_bits, axis, symmetric in manifest["weights"]:
-        if not (1 <= num_bits <= 8 and all(isinstance(n, int) and n >= 0 for n in shape)):
-            raise ValueError(f"layer {name}")
-        if axis is not None and not 0 <= axis < len(shape):
-            raise ValueError(f"layer {name}")
+        _require(isinstance(name, str) and _is_width(num_bits) and _is_shape(shape), f"layer {name!r}")
+        _require(axis is None or (type(axis) is int and 0 <= axis < len(shape)), f"layer {name!r}")
         places = tuple((str(m), str(p)) for m, p in sites) or ((name, "weight"),)
         weights.append(PackedWeight(name, places, tuple(shape), num_bits, axis, bool(symmetric)))
     activations = []
     for *consumers, num_bits in manifest["activations"]:
-        if not (consumers and isinstance(num_bits, int) and 1 <= num_bits <= 8):
-            raise ValueError(f"activation {consumers}")
+        _require(bool(consumers) and _is_width(num_bits), f"activation {consumers}")
         activations.append(PackedActivation(tuple(str(name) for name in consumers), num_bits))
-    tensors = [
-        (entry[0], dtype, tuple(entry[1:])) for dtype, entries in manifest["tensors"].items() for entry in entries
-    ]
-    for name, dtype, shape in tensors:
-        if dtype not in _DTYPES or not all(isinstance(n, int) and n >= 0 for n in shape):
-            raise ValueError(f"tensor {name}")
+    tensors = []
+    for dtype, entries in manifest["tensors"].items():
+        for name, *shape in entries:
+            _require(dtype in _DTYPES and isinstance(name, str) and _is_shape(shape), f"tensor {name!r}")
+            tensors.append((name, dtype, tuple(shape)))
+    names = [weight.name for weight in weights] + [name for name, _, _ in tensors]
+    _require(len(set(names)) == len(names), "a name that occurs twice")
     return PackedLayout(tuple(weights), tuple(activations), tuple(tensors))
+
+
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise ValueError(f"bad manifest: {what}")
+
+
+def _is_width(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= 8
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
 
 
 def _rows(codes: Tensor, weight: PackedWeight) -> NDArray[np.uint8]:

@@ -17,6 +17,7 @@ from tracequant.errors import ArtifactError, DataError, ModelError
 from tracequant.model_state import frozen_evaluation
 from tracequant.progress import track
 from tracequant.quantizer import (
+    SMALLEST_SCALE,
     Quantizer,
     WeightQuantizer,
     activation_quantizers,
@@ -26,8 +27,6 @@ from tracequant.quantizer import (
 from tracequant.task import Batch, Batches, Task, check_finite, model_device, reusable, total_loss
 
 Order = Literal["all", "sensitive_first", "sensitive_last"]
-# Scales stay positive: a step that would cross zero stops here.
-SMALLEST_SCALE = 1e-8
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,12 @@ def finetune(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _teaching(teacher, device):
         torch.manual_seed(seed)
         stream = _BatchStream(reusable(batches), seed)
-        start = _resume(checkpoint, model, trainer, stream, losses, _settings(locals()))
+        settings = _settings(locals()) | {"bits": [quantizer.num_bits for quantizer in quantizers]}
+        start = _resume(checkpoint, model, trainer, stream, losses, settings)
+        # What was switched on before the checkpoint is on; what is due at this very step is switched on by the loop.
+        for first, group in schedule:
+            for quantizer, _ in group:
+                quantizer.enabled = first < start
         model.train()
         if freeze_batchnorm:
             for module in model.modules():
@@ -96,7 +100,7 @@ def finetune(
                     module.eval()
         try:
             for step in track(range(start, steps), "Fine-tuning", progress, completed=start):
-                _switch_quantizers(schedule, step, fresh=step != start or start == 0)
+                _switch_quantizers(schedule, step)
                 _set_learning_rate(trainer, learning_rate, step, steps)
                 batch = task.to_device(next(stream), device)
                 loss = _train_step(model, batch, task, trainer, teacher, distillation, stream)
@@ -106,7 +110,7 @@ def finetune(
                         quantizer.scale.clamp_(min=SMALLEST_SCALE)
                 done = step + 1
                 if checkpoint is not None and (done % checkpoint_every == 0 or done == steps):
-                    _save(checkpoint, model, trainer, stream, losses, _settings(locals()))
+                    _save(checkpoint, model, trainer, stream, losses, settings)
         finally:
             for module, mode in modes.items():
                 module.training = mode
@@ -155,15 +159,25 @@ def _train_step(
 
 def _scale_gradients(model: nn.Module) -> None:
     """Divide scale gradients by sqrt(numel per scale · largest code), Esser et al. 2020, Section 2.2."""
-    for site, quantizer in weight_quantizers(model).items():
+    for _, quantizer, chain in _named_weights(model):
         if quantizer.scale.grad is not None:
-            chain: Any = model.get_submodule(site[0]).parametrizations[site[1]]  # type: ignore[index]
             share = chain.original.numel() / quantizer.scale.numel()
             quantizer.scale.grad /= math.sqrt(share * max(1, 2 ** (quantizer.num_bits - 1) - 1))
     for activation in activation_quantizers(model).values():
         if activation.scale.grad is not None:
             # The number of elements of an activation depends on the input; the gradient is a sum over all of them.
             activation.scale.grad /= math.sqrt(activation.last_numel * (2**activation.num_bits - 1))
+
+
+def _named_weights(model: nn.Module) -> list[tuple[str, WeightQuantizer, Any]]:
+    """(layer name, quantizer, the chain that holds its parameter), a tied weight once under its first site."""
+    found: dict[WeightQuantizer, tuple[str, Any]] = {}
+    for (module_name, parameter), quantizer in weight_quantizers(model).items():
+        if quantizer not in found:
+            name = module_name if parameter == "weight" else ".".join(filter(None, (module_name, parameter)))
+            chain: Any = model.get_submodule(module_name).parametrizations[parameter]  # type: ignore[index]
+            found[quantizer] = (name or "weight", chain)
+    return [(name, quantizer, chain) for quantizer, (name, chain) in found.items()]
 
 
 def _quantizers(model: nn.Module) -> list[Quantizer]:
@@ -202,17 +216,13 @@ def _set_learning_rate(trainer: torch.optim.Optimizer, peak: float, step: int, s
         group["lr"] = peak * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-_Schedule = list[tuple[int, list[tuple[Quantizer, nn.Module | None]]]]
+_Schedule = list[tuple[int, list[tuple[Quantizer, Any]]]]
 
 
 def _stages(model: nn.Module, order: Order, omega: dict[str, float] | None, stages: int, steps: int) -> _Schedule:
     """(first step, quantizers that are switched on there), the weights with the chain that holds their parameter."""
-    weights: list[tuple[str, Quantizer, nn.Module | None]] = []
-    for (module_name, parameter), quantizer in weight_quantizers(model).items():
-        name = module_name if parameter == "weight" else ".".join(filter(None, (module_name, parameter)))
-        chain: Any = model.get_submodule(module_name).parametrizations[parameter]  # type: ignore[index]
-        weights.append((name, quantizer, chain))
-    activations: list[tuple[Quantizer, nn.Module | None]] = [
+    weights = _named_weights(model)
+    activations: list[tuple[Quantizer, Any]] = [
         (quantizer, None) for quantizer in activation_quantizers(model).values()
     ]
     if order == "all":
@@ -231,18 +241,18 @@ def _stages(model: nn.Module, order: Order, omega: dict[str, float] | None, stag
     return schedule
 
 
-def _switch_quantizers(schedule: _Schedule, step: int, fresh: bool) -> None:
-    """Enable what is due at `step`. A weight that was float until now gets a new grid unless it was restored."""
+def _switch_quantizers(schedule: _Schedule, step: int) -> None:
+    """Enable what is due at `step`. A weight that trained in float until now gets a new grid."""
     for first, group in schedule:
         for quantizer, chain in group:
-            due = step >= first
-            if due and not quantizer.enabled and fresh and chain is not None:
-                assert isinstance(quantizer, WeightQuantizer)
-                original: Any = chain.original
-                quantizer.set_grid(
-                    choose_grid(original.detach(), quantizer.num_bits, quantizer.symmetric, quantizer.axis)
-                )
-            quantizer.enabled = due
+            if step >= first and not quantizer.enabled:
+                if chain is not None:
+                    assert isinstance(quantizer, WeightQuantizer)
+                    weight: Any = chain.original
+                    quantizer.set_grid(
+                        choose_grid(weight.detach(), quantizer.num_bits, quantizer.symmetric, quantizer.axis)
+                    )
+                quantizer.enabled = True
 
 
 class _BatchStream(Iterator[Batch]):
@@ -336,10 +346,14 @@ def _resume(
         return 0
     try:
         state = torch.load(path, map_location=model_device(model), weights_only=True)
-        found = state["settings"]
+        found = dict(state["settings"])
+        epoch, position = (int(part) for part in state["stream"])
+        earlier = [float(loss) for loss in state["losses"]]
+        rng = state["rng"].cpu()
+        parts = (state["model"], state["optimizer"])
     except Exception as error:
         raise ArtifactError(
-            f"checkpoint {path} cannot be read ({error}); delete it to start fine-tuning anew"
+            f"checkpoint {path} cannot be read ({error!r}); delete it to start fine-tuning anew"
         ) from None
     if found != settings:
         changed = [name for name in settings if found.get(name) != settings[name]]
@@ -347,13 +361,13 @@ def _resume(
             f"checkpoint {path} is of a fine-tuning with other settings ({', '.join(changed)}); delete it to start anew"
         )
     try:
-        model.load_state_dict(state["model"])
-    except RuntimeError as error:
+        model.load_state_dict(parts[0])
+        trainer.load_state_dict(parts[1])
+        stream.seek(epoch, position)
+        torch.set_rng_state(rng)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(
-            f"checkpoint {path} is of another model or plan ({error}); delete it to start anew"
+            f"checkpoint {path} is of another model or plan, or damaged ({error}); delete it to start anew"
         ) from None
-    trainer.load_state_dict(state["optimizer"])
-    losses.extend(state["losses"])
-    stream.seek(*state["stream"])
-    torch.set_rng_state(state["rng"].cpu())
+    losses.extend(earlier)
     return len(losses)

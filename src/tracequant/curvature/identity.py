@@ -1,0 +1,111 @@
+"""Whether a layer's Gauss-Newton block equals its Hessian block: measured on the model, not guessed from class names.
+
+H_ii − G_ii = Σ_k (∂L/∂z_k) ∂²z_k/∂W_i²: it vanishes where no operation behind layer i bends. So the layers that read
+the model's input, which have the whole network behind them, find any such operation, a functional one too; a few
+layers further on are tried as well, for networks with several branches. One random v and the first batch: Hv and Gv
+agree to rounding, or the identity does not hold.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from tracequant.curvature.hutchinson import draw_probe, first_derivatives, hessian_vector_product, require_grad
+from tracequant.curvature.output_hessian import factor
+from tracequant.errors import ModelError
+from tracequant.model_state import double_backward, frozen_evaluation
+from tracequant.points import QuantizationPoints
+from tracequant.task import Batch, Batches, Task, checked, forward, model_device, total_loss
+
+# Float32 rounding leaves 1e-6 to 1e-4; a GELU or SiLU network differs by percents and more.
+TOLERANCE = 1e-3
+CHECKED_LAYERS = 4
+
+_BENT = (
+    nn.GELU, nn.SiLU, nn.ELU, nn.SELU, nn.CELU, nn.Mish, nn.Softplus, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Softmax,
+    nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d, nn.MultiheadAttention, nn.RMSNorm, nn.LSTM, nn.GRU,
+)  # fmt: skip
+
+
+def choose_method(
+    model: nn.Module, batches: Batches, task: Task, points: QuantizationPoints, seed: int
+) -> tuple[Literal["gauss_newton", "hutchinson"], str]:
+    """The estimator that suits the model, and why."""
+    generator = torch.Generator(model_device(model)).manual_seed(seed)
+    try:
+        batch = next(iter(checked(batches, task, model)))
+        defects = block_differences(model, batch, task, points, _some_layers(points), generator)
+    except ModelError as error:
+        return "hutchinson", f"Gauss-Newton cannot be compared with the Hessian ({error})"
+    name = max(defects, key=lambda layer: defects[layer])
+    if defects[name] <= TOLERANCE:
+        return "gauss_newton", f"Hessian and Gauss-Newton products agree to {defects[name]:.0e}"
+    return (
+        "hutchinson",
+        f"the Gauss-Newton block of {name} differs from its Hessian's by {defects[name]:.1%}{_cause(model)}",
+    )
+
+
+def block_differences(
+    model: nn.Module,
+    batch: Batch,
+    task: Task,
+    points: QuantizationPoints,
+    names: list[str],
+    generator: torch.Generator,
+) -> dict[str, float]:
+    """Layer name → ‖H_ii v − G_ii v‖ / ‖G_ii v‖ for one random v and one batch."""
+    result: dict[str, float] = {}
+    with frozen_evaluation(model), double_backward():
+        parameters = require_grad(model, points)
+        outputs, loss = forward(task, model, batch)
+        tensors = factor(task, outputs, batch, generator).tensors
+        gradients = first_derivatives(loss, {"weights": {name: [parameters[name]] for name in names}})["weights"]
+        for name in names:
+            weight = parameters[name]
+            vector = draw_probe(weight, "rademacher", generator)
+            (hessian,) = hessian_vector_product(gradients[name], [weight], [vector])
+            gauss_newton = gauss_newton_product(task, outputs, batch, tensors, weight, vector)
+            size = float(gauss_newton.norm())
+            difference = float((hessian - gauss_newton).norm())
+            result[name] = difference / size if size > 0 else float(difference > 0)
+    return result
+
+
+def gauss_newton_product(
+    task: Task, outputs: object, batch: Batch, tensors: list[Tensor], weight: Tensor, vector: Tensor
+) -> Tensor:
+    """G v = Jᵀ H_L J v for one weight, the graph kept. J v comes from differentiating Jᵀw, linear in w, once more."""
+    dummies = [torch.zeros_like(tensor, requires_grad=True) for tensor in tensors]
+    (pulled,) = torch.autograd.grad(tensors, weight, dummies, create_graph=True)
+    pushed = torch.autograd.grad(pulled, dummies, vector, retain_graph=True, allow_unused=True)
+    tangents = [torch.zeros_like(t) if p is None else p for p, t in zip(pushed, tensors, strict=True)]
+    loss = total_loss(task, outputs, batch)
+    slopes = torch.autograd.grad(loss, tensors, create_graph=True)
+    curved = [(s, t) for s, t in zip(slopes, tangents, strict=True) if s.requires_grad]
+    images = torch.autograd.grad(
+        [s for s, _ in curved], tensors, [t for _, t in curved], retain_graph=True, allow_unused=True
+    )
+    kept = [(tensor, image) for tensor, image in zip(tensors, images, strict=True) if image is not None]
+    (product,) = torch.autograd.grad([t for t, _ in kept], weight, [i for _, i in kept], retain_graph=True)
+    return product
+
+
+def _some_layers(points: QuantizationPoints) -> list[str]:
+    """Layers that read the model's input (or an integer), and a few at even distances behind them."""
+    inputs = {point.name for point in points.activations if point.is_model_input}
+    first = [layer.name for layer in points.layers if layer.activation in inputs or layer.activation is None]
+    rest = [layer.name for layer in points.layers if layer.name not in first]
+    step = max(1, len(rest) // CHECKED_LAYERS)
+    return [*first[:CHECKED_LAYERS], *rest[::step][:CHECKED_LAYERS]]
+
+
+def _cause(model: nn.Module) -> str:
+    """The first module that is known to bend, as an explanation; functional operations have no name to give."""
+    for name, module in model.named_modules():
+        if isinstance(module, _BENT):
+            return f" (for instance {name}, {type(module).__name__}, is not piecewise linear)"
+    return " (an operation that is not piecewise linear, called as a function)"

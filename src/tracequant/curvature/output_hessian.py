@@ -1,0 +1,196 @@
+"""Factors of the loss's Hessian with respect to the model's outputs, found by differentiating the loss alone.
+
+With H_L = L S Lᵀ, S diagonal of signs, a layer's Gauss-Newton trace is Σ_k s_k ‖Jᵀ L_k‖² over the columns L_k, or in
+expectation ‖Jᵀ L v‖² (for each sign) over random sign vectors v. The model takes no part here, so any number of
+derivatives is cheap.
+
+Three shapes of H_L are recognised from its products with random vectors, whatever the loss is called:
+
+- softmax: α (diag(p) − p pᵀ) at every position, which cross-entropy has with any labels, label smoothing and class
+  weights; columns √(α p_c) (e_c − p);
+- diagonal: any sum over output elements (squared error, binary cross-entropy, focal, smooth-L1), columns √|h_i| e_i;
+- dense: anything else with at most `DENSE_LIMIT` outputs for each sample, by eigenvectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from tracequant.errors import ModelError
+from tracequant.task import Batch, Task, total_loss
+
+DENSE_LIMIT = 128
+TOLERANCE = 1e-3
+
+# One backward pass: a vector for every output tensor, and the sign that its squared norms count with.
+Cotangents = tuple[list[Tensor], float]
+
+
+@dataclass(frozen=True)
+class OutputHessian:
+    """A factored H_L. `tensors` are the model's outputs that the loss depends on; `kind` says which shape was found.
+
+    `first` and `second` are α and p (softmax), h (diagonal, in `first`), eigenvalues and eigenvectors (dense).
+    """
+
+    kind: str
+    tensors: list[Tensor]
+    first: list[Tensor]
+    second: Tensor | None = None
+
+    def draw(self, generator: torch.Generator) -> Iterator[Cotangents]:
+        """Random cotangents u with E[Σ sign · u uᵀ] = H_L: one pass, or two where H_L has both signs."""
+        if self.kind == "softmax":
+            yield [self._softmax(_signs(self._probabilities, generator))], 1.0
+        elif self.kind == "diagonal":
+            signs = [_signs(h, generator) for h in self.first]
+            for sign in self._present_signs():
+                yield [(sign * h).clamp_min(0).sqrt() * v for h, v in zip(self.first, signs, strict=True)], sign
+        else:
+            signs = [_signs(self.first[0], generator)]
+            for sign in self._present_signs():
+                yield [self._dense((sign * self.first[0]).clamp_min(0).sqrt() * signs[0])], sign
+
+    def columns(self) -> Iterator[Cotangents]:
+        """All columns of the factor, one backward pass each: the exact trace."""
+        if self.kind == "softmax":
+            p = self._probabilities
+            if p.ndim > 2:
+                raise ModelError(
+                    f"draws='exact' needs outputs [samples, classes], got {list(p.shape)}: every position would take"
+                    " passes of its own; give a number of draws"
+                )
+            for c in range(p.shape[1]):
+                yield [self._softmax(torch.zeros_like(p).index_fill_(1, torch.tensor(c, device=p.device), 1.0))], 1.0
+            return
+        rows = [h.flatten(1) for h in self.first]
+        for k, row in enumerate(rows):
+            for i in range(row.shape[1]):
+                for sign in (1.0, -1.0):
+                    part = (sign * row[:, i]).clamp_min(0).sqrt()
+                    if not part.any():
+                        continue
+                    unit = [torch.zeros_like(other) for other in rows]
+                    unit[k][:, i] = part
+                    vectors = [u.view_as(h) for u, h in zip(unit, self.first, strict=True)]
+                    yield (vectors if self.kind == "diagonal" else [self._dense(vectors[0])]), sign
+
+    @property
+    def _probabilities(self) -> Tensor:
+        assert self.second is not None
+        return self.second
+
+    def _softmax(self, v: Tensor) -> Tensor:
+        """L v = √α (√p ⊙ v − p Σ_c √p_c v_c), classes along axis 1."""
+        p = self._probabilities
+        scaled = p.sqrt() * v
+        return self.first[0].sqrt() * (scaled - p * scaled.sum(1, keepdim=True))
+
+    def _dense(self, v: Tensor) -> Tensor:
+        assert self.second is not None
+        return torch.einsum("nij,nj->ni", self.second, v).view_as(self.tensors[0])
+
+    def _present_signs(self) -> list[float]:
+        largest = max(float(h.abs().max()) for h in self.first)
+        # A convex loss has rounding errors below zero, which deserve no pass of their own.
+        return [sign for sign in (1.0, -1.0) if any(float((sign * h).max()) > 1e-7 * largest for h in self.first)] or [
+            1.0
+        ]
+
+
+def factor(task: Task, outputs: Any, batch: Batch, generator: torch.Generator) -> OutputHessian:
+    """The factored Hessian of the batch's mean loss with respect to its outputs.
+
+    A task's own `output_hessian(outputs, batch)` is taken where it returns one. Raises `ModelError` if H_L is of no
+    shape that can be factored, or zero.
+    """
+    leaves, structure = pytree.tree_flatten(outputs)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+    own = task.output_hessian(outputs, batch)
+    if own is not None:
+        return _from_user(own, tensors)
+    heads = {id(leaf): leaf.detach().clone().requires_grad_() for leaf in tensors}
+    free = pytree.tree_unflatten([heads.get(id(leaf), leaf) for leaf in leaves], structure)
+    loss = total_loss(task, free, batch)
+    z = list(heads.values())
+    gradients = list(torch.autograd.grad(loss, z, create_graph=True, allow_unused=True))
+    used = [i for i, gradient in enumerate(gradients) if gradient is not None and gradient.requires_grad]
+    if not used:
+        raise ModelError("the loss is linear in the model's outputs: its Gauss-Newton trace is zero; use hutchinson")
+    tensors, z, gradients = ([items[i] for i in used] for items in (tensors, z, gradients))
+
+    def product(vectors: list[Tensor]) -> list[Tensor]:
+        products = torch.autograd.grad(gradients, z, vectors, retain_graph=True, allow_unused=True)
+        return [torch.zeros_like(v) if hv is None else hv for hv, v in zip(products, vectors, strict=True)]
+
+    probe = [torch.randn(v.shape, generator=generator, dtype=v.dtype, device=v.device) for v in z]
+    image = product(probe)
+    if len(z) == 1 and z[0].ndim >= 2:
+        p = z[0].detach().softmax(1)
+        expected = p * probe[0] - p * (p * probe[0]).sum(1, keepdim=True)
+        scale = (image[0] * expected).sum(1, keepdim=True) / expected.square().sum(1, keepdim=True).clamp_min(1e-300)
+        if bool((scale >= 0).all()) and _close([scale * expected], image):
+            return OutputHessian("softmax", tensors, [scale], p)
+    diagonal = product([torch.ones_like(v) for v in z])
+    if _close([h * v for h, v in zip(diagonal, probe, strict=True)], image):
+        return OutputHessian("diagonal", tensors, diagonal)
+    if len(z) == 1 and z[0].ndim >= 2 and z[0][0].numel() <= DENSE_LIMIT:
+        return _dense(tensors, _rows(z[0], product), image[0], probe[0])
+    raise ModelError(
+        "the loss's Hessian with respect to the outputs is neither that of a softmax nor diagonal, and has more than"
+        f" {DENSE_LIMIT} rows for each sample; give the task an output_hessian, or use method='hutchinson'"
+    )
+
+
+def _rows(z: Tensor, product: Any) -> Tensor:
+    """H_L of each sample `[N, D, D]`, one product per output element for all samples together."""
+    width = z[0].numel()
+    rows = []
+    for i in range(width):
+        unit = torch.zeros_like(z).flatten(1)
+        unit[:, i] = 1
+        rows.append(product([unit.view_as(z)])[0].flatten(1))
+    return torch.stack(rows, 1)
+
+
+def _dense(tensors: list[Tensor], blocks: Tensor, image: Tensor, probe: Tensor) -> OutputHessian:
+    if not _close([torch.einsum("nij,nj->ni", blocks, probe.flatten(1))], [image.flatten(1)]):
+        raise ModelError(
+            "the samples of a batch interact in the loss, so that samples have no Hessian of their own; use"
+            " method='hutchinson', or batches of one sample"
+        )
+    values, vectors = torch.linalg.eigh((blocks + blocks.mT) / 2)
+    return OutputHessian("dense", tensors, [values], vectors)
+
+
+def _from_user(own: Tensor, tensors: list[Tensor]) -> OutputHessian:
+    if len(tensors) != 1:
+        raise ModelError("output_hessian serves models with one output tensor; this one has several")
+    (z,) = tensors
+    width = z[0].numel()
+    if own.shape == z.shape:
+        return OutputHessian("diagonal", tensors, [own])
+    if own.shape == (len(z), width, width):
+        return _dense(tensors, own, torch.einsum("nij,nj->ni", own, z.detach().flatten(1)), z.detach())
+    raise ModelError(
+        f"output_hessian returned shape {list(own.shape)}, expected {list(z.shape)} (a diagonal) or"
+        f" {[len(z), width, width]} (one block for each sample)"
+    )
+
+
+def _close(a: list[Tensor], b: list[Tensor]) -> bool:
+    """Whether two lists of tensors agree in norm."""
+    difference = sum(float((x - y).double().square().sum()) for x, y in zip(a, b, strict=True))
+    size = sum(float(y.double().square().sum()) for y in b)
+    return difference <= TOLERANCE**2 * size
+
+
+def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    bits = torch.randint(0, 2, like.shape, generator=generator, device=like.device)
+    return (2 * bits - 1).to(like.dtype)
