@@ -134,8 +134,12 @@ class _Sweep:
         """A context for the forward pass; yields the activation variables by point."""
         return _recording(self._model, self._points, self._calls, self._variables)
 
-    def run(self, cotangents: Cotangents, keep: bool) -> Squares:
-        """Squared norms of one backward pass, "weights:layer" and "activations:point" → `[samples]`."""
+    def run(self, cotangents: Cotangents, keep: bool, each_sample: bool = True) -> Squares:
+        """Squared norms of one backward pass, "weights:layer" and "activations:point" → `[samples]`.
+
+        `keep` the graph for further passes. `each_sample` adds the slow layers, by passes of their own.
+        """
+        slow = self.slow if each_sample else []
         vectors, sign = cotangents
         squares: Squares = {}
         gradients: dict[str, list[Tensor | None]] = {name: [None] * len(calls) for name, calls in self._calls.items()}
@@ -159,17 +163,17 @@ class _Sweep:
         def on_variable(name: str) -> Callable[[Tensor], None]:
             return lambda gradient: add(f"activations:{name}", self._activation_squares(name, gradient))
 
-        if self.measure_weights:
-            for name, calls in self._calls.items():
-                if name in {layer.name for layer in self.slow}:
-                    continue
-                for position, (_, edge, source) in enumerate(calls):
-                    received = on_call(name, position)
-                    if source:
-                        inputs.append(edge)
-                        receive.append(received)
-                    else:
-                        handles.append(edge.node.register_prehook(_prehook(received, edge.output_nr)))
+        irregular = {layer.name for layer in self.slow}
+        for name, calls in self._calls.items():
+            measured = self.measure_weights and name not in irregular
+            for position, (_, edge, source) in enumerate(calls):
+                received = on_call(name, position)
+                if source:
+                    # Also where its gradient is not wanted: a pass must reach the input to meet all layers.
+                    inputs.append(edge)
+                    receive.append(received if measured else lambda gradient: None)
+                elif measured:
+                    handles.append(edge.node.register_prehook(_prehook(received, edge.output_nr)))
         for name, tensors in self._variables.items():
             for tensor in tensors:
                 if tensor.is_leaf:
@@ -181,9 +185,7 @@ class _Sweep:
             if not inputs:
                 raise ModelError("no layer reads an input of the model; nothing can be differentiated")
             outputs = self.outputs
-            found = torch.autograd.grad(
-                outputs, inputs, vectors, retain_graph=keep or bool(self.slow), allow_unused=True
-            )
+            found = torch.autograd.grad(outputs, inputs, vectors, retain_graph=keep or bool(slow), allow_unused=True)
             for function, gradient in zip(receive, found, strict=True):
                 if gradient is not None:
                     function(gradient)
@@ -193,8 +195,8 @@ class _Sweep:
         for name, own in gradients.items():
             if own and any(gradient is not None for gradient in own):
                 add(f"weights:{name}", self._weight_squares(name, own))
-        for number, layer in enumerate(self.slow):
-            last = number == len(self.slow) - 1
+        for number, layer in enumerate(slow):
+            last = number == len(slow) - 1
             add(f"weights:{layer.name}", self._slow_squares(layer.name, vectors, keep or not last))
         return squares
 
@@ -224,11 +226,12 @@ class _Sweep:
             difference = gradient_norms.total_gradient(module, explained, self._samples).view_as(parameter) - gradient
             if float(difference.norm()) > CHECK_TOLERANCE * float(gradient.norm()):
                 slow.append(name)
+        self.slow = [layer for layer in self._points.layers if layer.name in slow]
         if self._samples > 1:
-            self._check_samples(vectors, slow)
+            self._check_samples(vectors)
         return slow
 
-    def _check_samples(self, vectors: list[Tensor], slow: list[str]) -> None:
+    def _check_samples(self, vectors: list[Tensor]) -> None:
         if any(len(vector) != self._samples for vector in vectors):
             raise ModelError(
                 f"outputs of shape {[list(v.shape) for v in vectors]} do not have the batch's {self._samples} samples"
@@ -237,16 +240,13 @@ class _Sweep:
         first = [torch.zeros_like(vector) for vector in vectors]
         for masked, vector in zip(first, vectors, strict=True):
             masked[0] = vector[0]
-        self.slow = [layer for layer in self._points.layers if layer.name in slow]
-        kept, self.slow = self.slow, []
-        for key, values in self.run((first, 1.0), keep=True).items():
+        for key, values in self.run((first, 1.0), keep=True, each_sample=False).items():
             if float(values[1:].sum()) > CHECK_TOLERANCE**2 * float(values.sum()):
                 name = key.split(":", 1)[1]
                 raise ModelError(
                     f"at layer {name} samples of a batch interact, or do not lie along the first axis; use batches of"
                     " one sample, or method='hutchinson'"
                 )
-        self.slow = kept
 
     def _collect(self, vectors: list[Tensor]) -> dict[str, list[gradient_norms.Call]]:
         """(input, output gradient) of all calls of every layer."""

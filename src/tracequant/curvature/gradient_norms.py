@@ -100,7 +100,7 @@ def _unfold(module: nn.Module, a: Tensor, d: Tensor) -> Call:
     d = d.to(module.weight.dtype)  # type: ignore[arg-type]
     a = a.to(d.dtype)
     if isinstance(module, nn.Linear):
-        return a.flatten(1, -2).mT.unsqueeze(1), d.flatten(1, -2).mT.unsqueeze(1)
+        return _rows_last(a).unsqueeze(1), _rows_last(d).unsqueeze(1)
     if isinstance(module, TRANSPOSED):
         # A transposed convolution is the convolution's backward pass: input and output change places.
         margin = cast(tuple[int, ...], module.padding)  # no strings here, unlike in a convolution
@@ -115,6 +115,11 @@ def _unfold(module: nn.Module, a: Tensor, d: Tensor) -> Call:
         a = F.pad(a, module._reversed_padding_repeated_twice, mode=module.padding_mode)
     patches = _patches(a, module.kernel_size, module.stride, (0,) * len(module.kernel_size), module.dilation)
     return _grouped(patches, module.groups), _grouped(d.flatten(2), module.groups)
+
+
+def _rows_last(x: Tensor) -> Tensor:
+    """`[N, ..., m]` to `[N, m, T]`."""
+    return x.reshape(len(x), -1, x.shape[-1]).mT
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:
@@ -159,8 +164,10 @@ def _embedding_mask(module: nn.Embedding, index: Tensor) -> Tensor:
 
 def _embedding_norms(module: nn.Embedding, calls: list[Call]) -> Tensor:
     """The Gram form, where (AᵀA)_tt' is 1 if positions t and t' hold the same index, else 0."""
-    index = torch.cat([a.flatten(1) for a, _ in calls], 1)
-    d = torch.cat([d.flatten(1, -2) for _, d in calls], 1) * _embedding_mask(module, index).unsqueeze(2)
+    index = torch.cat([a.reshape(len(a), -1) for a, _ in calls], 1)
+    d = torch.cat([d.reshape(len(d), -1, d.shape[-1]) for _, d in calls], 1) * _embedding_mask(module, index).unsqueeze(
+        2
+    )
     same = index.unsqueeze(2) == index.unsqueeze(1)
     return (torch.matmul(d, d.mT) * same).sum((1, 2))
 

@@ -1,0 +1,455 @@
+"""Gauss-Newton traces against exact Hessians from `torch.func`, in float64: the same for piecewise linear networks."""
+
+import copy
+from collections.abc import Callable
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+import tracequant as tq
+from models import (
+    attention_net,
+    build,
+    exact_hessian,
+    images,
+    residual_net,
+    shared_head_net,
+    snapshot,
+    tied_net,
+    token_batch,
+)
+from tracequant.curvature import gradient_norms
+from tracequant.curvature.output_hessian import factor
+
+CLASSES = 4
+TASK = tq.ClassificationTask()
+
+
+def seeded(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def randomized(model: nn.Module) -> nn.Module:
+    """The model in float64 with random parameters and BatchNorm statistics, in evaluation mode."""
+    generator = torch.Generator().manual_seed(1)
+    model = model.double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                buffer.copy_(torch.rand(buffer.shape, generator=generator, dtype=torch.float64) + 0.5)
+    return model
+
+
+class SharedTwice(nn.Module):
+    """One linear layer called twice, the second time on what the first gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.last = nn.Linear(5, 5), nn.Linear(5, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.layer(F.relu(self.layer(x)))))
+
+
+class Folded(nn.Module):
+    """A linear layer applied to two crops of each image as rows of one batch, as window attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 2)
+        self.inner = nn.Linear(3 * 4, 5)
+        self.outer = nn.Linear(10, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        crops = torch.stack([x[:, :, :3, :3], x[:, :, 1:, 1:]], 1).flatten(0, 1)
+        rows = F.relu(self.conv(crops)).flatten(1)
+        return self.outer(F.relu(self.inner(rows)).view(len(x), -1))
+
+
+def tokens() -> nn.Module:
+    return nn.Sequential(
+        nn.Embedding(7, 3, padding_idx=2), nn.Linear(3, 4), nn.ReLU(), nn.Flatten(), nn.Linear(20, CLASSES)
+    )
+
+
+def head(features: int) -> list[nn.Module]:
+    return [nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(features, CLASSES)]
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+    "conv": (lambda: nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), *head(64)), seeded(3, 2, 4, 4)),
+    "groups, stride, dilation, no bias": (
+        lambda: nn.Sequential(nn.Conv2d(4, 6, 3, 2, padding=2, dilation=2, groups=2, bias=False), *head(54)),
+        seeded(3, 4, 5, 6),
+    ),
+    "depthwise": (
+        lambda: nn.Sequential(nn.Conv2d(3, 3, 3, groups=3), nn.ReLU6(), nn.Conv2d(3, 2, 1), *head(8)),
+        seeded(2, 3, 4, 4),
+    ),
+    "same padding": (lambda: nn.Sequential(nn.Conv2d(2, 3, (3, 5), padding="same"), *head(36)), seeded(2, 2, 3, 4)),
+    "circular": (
+        lambda: nn.Sequential(nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), *head(18)),
+        seeded(2, 2, 3, 3),
+    ),
+    "reflect": (
+        lambda: nn.Sequential(nn.Conv1d(2, 2, 3, padding=2, padding_mode="reflect"), *head(14)),
+        seeded(2, 2, 5),
+    ),
+    "conv1d": (lambda: nn.Sequential(nn.Conv1d(2, 3, 3, stride=2), nn.LeakyReLU(0.1), *head(9)), seeded(3, 2, 7)),
+    "conv3d": (lambda: nn.Sequential(nn.Conv3d(1, 2, 2, padding=1), nn.MaxPool3d(2), *head(16)), seeded(2, 1, 3, 3, 3)),
+    "transposed": (
+        lambda: nn.Sequential(nn.ConvTranspose2d(2, 3, 3, 2, padding=1, output_padding=1), *head(108)),
+        seeded(2, 2, 3, 3),
+    ),
+    "transposed groups": (
+        lambda: nn.Sequential(nn.ConvTranspose1d(4, 4, 3, stride=2, groups=2, dilation=2), *head(36)),
+        seeded(3, 4, 3),
+    ),
+    "linear": (lambda: nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 6, bias=False), *head(6)), seeded(4, 5)),
+    "linear over positions": (lambda: nn.Sequential(nn.Linear(3, 4), *head(24)), seeded(3, 2, 3, 3)),
+    "shared layer": (SharedTwice, seeded(3, 5)),
+    "folded batch": (Folded, seeded(3, 2, 4, 4)),
+    "embedding": (tokens, torch.tensor([[0, 2, 2, 6, 0], [1, 1, 1, 5, 2], [3, 4, 5, 6, 0]])),
+}  # fmt: skip
+
+
+def oscillating(z: Tensor, y: Tensor) -> Tensor:
+    """An elementwise loss whose second derivative has both signs."""
+    return (torch.sin(2 * z) + 0.1 * z**3).sum(1).mean()
+
+
+def coupled(z: Tensor, y: Tensor) -> Tensor:
+    """A loss whose Hessian is neither diagonal nor a softmax's, and indefinite."""
+    return ((z[:, :-1] * z[:, 1:]).sum(1) + z.square().sum(1).sqrt()).mean()
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cross-entropy": F.cross_entropy,
+    "smoothed": lambda z, y: F.cross_entropy(z, y, label_smoothing=0.2),
+    "weighted": lambda z, y: F.cross_entropy(z, y, weight=torch.tensor([1.0, 2.0, 0.5, 3.0], dtype=z.dtype)),
+    "squared": lambda z, y: F.mse_loss(z, F.one_hot(y, CLASSES).to(z.dtype)),
+    "binary": lambda z, y: F.binary_cross_entropy_with_logits(z, F.one_hot(y, CLASSES).to(z.dtype)),
+    "smooth L1": lambda z, y: F.smooth_l1_loss(z, F.one_hot(y, CLASSES).to(z.dtype), beta=2.0),
+    "both signs": oscillating,
+    "coupled": coupled,
+}
+KINDS = {
+    "squared": "diagonal",
+    "binary": "diagonal",
+    "smooth L1": "diagonal",
+    "both signs": "diagonal",
+    "coupled": "dense",
+}
+
+
+def exact_weight_traces(
+    model: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
+) -> dict[str, float]:
+    """Traces of all Hessian blocks by `torch.func.hessian`."""
+    traces = {}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+
+            def value(w: Tensor, name: str = name) -> Tensor:
+                return loss(functional_call(model, {name: w}, (x,)), y)
+
+            block = exact_hessian(value, parameter.detach())
+            traces[name.removesuffix(".weight")] = torch.trace(block).item()
+    return traces
+
+
+def exact(model: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> tq.Curvature:
+    task = tq.ClassificationTask(loss=loss)
+    return tq.estimate_curvature(model, [(x, y)], task, method="gauss_newton", draws="exact")
+
+
+def labels(x: Tensor) -> Tensor:
+    return torch.arange(len(x)) % CLASSES
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_weight_traces_equal_the_hessians(network: str) -> None:
+    make, x = NETWORKS[network]
+    model = randomized(make())
+    y = labels(x)
+    curvature = exact(model, x, y, F.cross_entropy)
+    expected = exact_weight_traces(model, x, y, F.cross_entropy)
+    assert {name: e.trace for name, e in curvature.weights.items()} == pytest.approx(expected, rel=1e-9)
+    assert "a backward pass for each sample" not in curvature.reason
+    assert all(e.standard_error == 0 and e.samples == len(x) for e in curvature.weights.values())
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss(loss: str) -> None:
+    make, x = NETWORKS["linear"]
+    model = randomized(make())
+    curvature = exact(model, x, labels(x), LOSSES[loss])
+    expected = exact_weight_traces(model, x, labels(x), LOSSES[loss])
+    assert {name: e.trace for name, e in curvature.weights.items()} == pytest.approx(expected, rel=1e-8)
+    assert f"{KINDS.get(loss, 'softmax')} output Hessian" in curvature.reason
+
+
+@pytest.mark.parametrize("loss", ["cross-entropy", "both signs", "coupled"])
+def test_draws_agree_with_the_exact_sum_within_their_error(loss: str) -> None:
+    make, x = NETWORKS["conv"]
+    model = randomized(make())
+    batch, task = [(x, labels(x))], tq.ClassificationTask(loss=LOSSES[loss])
+    truth = exact(model, x, labels(x), LOSSES[loss])
+    drawn = tq.estimate_curvature(model, batch, task, method="gauss_newton", draws=400, seed=3)
+    for family in ("weights", "activations"):
+        for name, estimate in getattr(drawn, family).items():
+            # Of the last layer's gradient with a diagonal output Hessian the norm is the same for all signs.
+            assert abs(estimate.trace - getattr(truth, family)[name].trace) <= 5 * estimate.standard_error + 1e-9
+            assert estimate.standard_error < 0.5 * abs(estimate.trace) + 0.05
+
+
+@pytest.mark.parametrize("network", ["conv", "depthwise", "conv1d", "linear", "transposed"])
+def test_activation_traces_equal_the_hessians(network: str) -> None:
+    """The trace over an input's own activation, averaged over inputs."""
+    make, x = NETWORKS[network]
+    model = randomized(make())
+    y = labels(x)
+    curvature = exact(model, x, y, F.cross_entropy)
+    for index in range(len(model)):
+        if str(index) not in curvature.activations:
+            continue
+        # In-place ReLUs would overwrite the point at which the Hessian is taken.
+        tail = copy.deepcopy(model[index:])
+        for module in tail.modules():
+            if isinstance(module, nn.ReLU):
+                module.inplace = False
+        values = model[:index](x.clone()).detach()
+        traces = [
+            torch.trace(exact_hessian(lambda a: F.cross_entropy(tail(a[None]), y[n : n + 1]), values[n])).item()  # noqa: B023
+            for n in range(len(x))
+        ]
+        estimate = curvature.activations[str(index)]
+        assert estimate.trace == pytest.approx(sum(traces) / len(traces), rel=1e-9)
+        assert estimate.numel == values[0].numel()
+
+
+@pytest.mark.parametrize("form", ["direct", "gram"])
+def test_both_forms_of_the_squared_norm(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, d = seeded(3, 2, 5, 7), seeded(3, 2, 4, 7, seed=1)
+    expected = torch.einsum("ngot,ngkt->ngok", d, a).square().sum((1, 2, 3))
+    if form == "direct":  # 7 positions and a wide gradient would favour the Gram form; few features favour this one
+        a, d = a[:, :, :2], d[:, :, :2]
+        expected = torch.einsum("ngot,ngkt->ngok", d, a).square().sum((1, 2, 3))
+    else:
+        a, d = a.repeat(1, 1, 8, 1), d.repeat(1, 1, 8, 1)
+        expected = 64 * expected
+    assert torch.allclose(gradient_norms._norms(a, d), expected, rtol=1e-12)
+
+
+def test_chunks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    make, x = NETWORKS["groups, stride, dilation, no bias"]
+    whole = exact(randomized(make()), x, labels(x), F.cross_entropy)
+    monkeypatch.setattr(gradient_norms, "CHUNK_ELEMENTS", 1)
+    pieces = exact(randomized(make()), x, labels(x), F.cross_entropy)
+    for name in whole.weights:
+        assert pieces.weights[name].trace == pytest.approx(whole.weights[name].trace, rel=1e-12)
+
+
+def test_batches_and_their_sizes_do_not_matter() -> None:
+    make, x = NETWORKS["conv"]
+    model, x, y = randomized(make()), seeded(6, 2, 4, 4), torch.arange(6) % CLASSES
+    whole = exact(model, x, y, F.cross_entropy)
+    parts = [(x[:1], y[:1]), (x[1:4], y[1:4]), (x[4:], y[4:])]
+    split = tq.estimate_curvature(model, parts, TASK, method="gauss_newton", draws="exact")
+    for family in ("weights", "activations"):
+        for name, estimate in getattr(whole, family).items():
+            other = getattr(split, family)[name]
+            assert other.trace == pytest.approx(estimate.trace, rel=1e-12)
+            assert other.sampling_error == pytest.approx(estimate.sampling_error, rel=1e-9)
+
+
+@hypothesis.settings(max_examples=25, deadline=None)
+@hypothesis.given(st.data())
+def test_random_relu_networks(data: st.DataObject) -> None:
+    channels, size, layers = 2, data.draw(st.integers(4, 6)), []
+    x = seeded(2, channels, size, size, seed=data.draw(st.integers(0, 99)))
+    for _ in range(data.draw(st.integers(1, 3))):
+        out, padding, stride = data.draw(st.integers(1, 3)), data.draw(st.integers(0, 1)), data.draw(st.integers(1, 2))
+        kernel = data.draw(st.integers(1, min(3, size + 2 * padding)))
+        layers.append(nn.Conv2d(channels, out, kernel, stride, padding, bias=data.draw(st.booleans())))
+        bends = [nn.ReLU(), nn.ReLU(inplace=True), nn.LeakyReLU(0.2), nn.BatchNorm2d(out)]
+        layers.append(data.draw(st.sampled_from(bends)))
+        channels, size = out, (size + 2 * padding - kernel) // stride + 1
+    model = randomized(nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * size * size, CLASSES)))
+    expected = exact_weight_traces(model, x, labels(x), F.cross_entropy)
+    found = exact(model, x, labels(x), F.cross_entropy)
+    assert {name: e.trace for name, e in found.weights.items()} == pytest.approx(expected, rel=1e-8, abs=1e-12)
+
+
+def test_weights_used_outside_their_module_get_a_pass_for_each_sample() -> None:
+    """Attention's projections, whose weights no module call explains; here against Gauss-Newton by Jacobians."""
+    model = attention_net()
+    batch = (seeded(2, 3, 3), torch.tensor([0, 1]))
+    curvature = tq.estimate_curvature(model, [batch], TASK, method="gauss_newton", draws="exact")
+    assert "a backward pass for each sample" in curvature.reason
+    for name, _ in model.named_parameters():
+        layer = name.removesuffix(".weight")
+        if layer in curvature.weights:
+            assert curvature.weights[layer].trace == pytest.approx(jacobian_trace(model, name, *batch), rel=1e-9)
+
+
+def jacobian_trace(model: nn.Module, name: str, x: Tensor, y: Tensor) -> float:
+    """Tr(G) = Tr(Jᵀ H_L J), the Jacobian formed."""
+    parameter = model.get_parameter(name).detach()
+
+    def outputs(w: Tensor) -> Tensor:
+        return functional_call(model, {name: w}, (x,))
+
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        jacobian = torch.func.jacrev(outputs)(parameter).flatten(2)
+    z = outputs(parameter)
+    p = z.softmax(1)
+    blocks = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    return torch.einsum("nci,ncd,ndi->", jacobian, blocks, jacobian).item() / len(x)
+
+
+def test_auto_takes_gauss_newton_where_it_is_exact_and_says_so() -> None:
+    make, x = NETWORKS["conv"]
+    curvature = tq.estimate_curvature(randomized(make()), [(x, labels(x))], TASK)
+    assert curvature.method == "gauss_newton"
+    assert "agree to" in curvature.reason
+
+
+class FunctionalGelu(nn.Module):
+    """Bends in a function that no module shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 6), nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.gelu(self.a(x)))
+
+
+def test_auto_is_not_fooled_by_functional_calls() -> None:
+    x = seeded(4, 5)
+    curvature = tq.estimate_curvature(randomized(FunctionalGelu()), [(x, labels(x))], TASK, draws=1)
+    assert curvature.method == "hutchinson"
+    assert "Gauss-Newton block of a differs" in curvature.reason
+    assert "called as a function" in curvature.reason
+
+
+def test_auto_names_the_module_that_bends() -> None:
+    model = randomized(nn.Sequential(nn.Linear(5, 6), nn.SiLU(), nn.Linear(6, CLASSES)))
+    x = seeded(4, 5)
+    curvature = tq.estimate_curvature(model, [(x, labels(x))], TASK, draws=1)
+    assert curvature.method == "hutchinson"
+    assert "1, SiLU" in curvature.reason
+
+
+@pytest.mark.parametrize("make", [residual_net, shared_head_net, tied_net])
+def test_the_model_comes_back_as_it_was(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    batches = token_or_image(model)
+    model.train()
+    before, rng = snapshot(model), torch.get_rng_state()
+    for method in ("gauss_newton", "auto"):
+        tq.estimate_curvature(model, batches, TASK, method=method)
+        assert snapshot(model) == before
+        assert torch.equal(rng, torch.get_rng_state())
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def token_or_image(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    if any(isinstance(module, nn.Embedding) for module in model.modules()):
+        return [token_batch()]
+    return images((2, 2))
+
+
+def test_same_seed_same_result() -> None:
+    make, x = NETWORKS["conv"]
+    model, batch = randomized(make()), [(x, labels(x))]
+    first = tq.estimate_curvature(model, batch, TASK, seed=5)
+    assert tq.estimate_curvature(model, batch, TASK, seed=5) == first
+    assert tq.estimate_curvature(model, batch, TASK, seed=6) != first
+
+
+def test_idle_layer_is_named() -> None:
+    model = randomized(nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, CLASSES)))
+    model.add_module("spare", nn.Identity())
+    model.spare.add_module("idle", nn.Linear(2, 2))
+    x = seeded(3, 5)
+    with pytest.raises(tq.ModelError, match=r"spare\.idle.*--exclude"):
+        exact(model, x, labels(x), F.cross_entropy)
+
+
+class BatchCoupled(nn.Module):
+    """Subtracts the batch's mean, so that samples are not independent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 4), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return self.b(F.relu(h - h.mean(0)))
+
+
+class SequenceFirst(nn.Module):
+    """Positions along the first axis, samples along the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 4), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.relu(self.a(x.transpose(0, 1)))).sum(0)
+
+
+@pytest.mark.parametrize("model", [BatchCoupled, SequenceFirst])
+def test_samples_that_cannot_be_told_apart_are_refused(model: type[nn.Module]) -> None:
+    x = seeded(3, 5) if model is BatchCoupled else seeded(3, 3, 5)
+    with pytest.raises(tq.ModelError, match="one sample"):
+        exact(randomized(model()), x, labels(x), F.cross_entropy)
+
+
+def test_one_sample_at_a_time_serves_any_layout() -> None:
+    model, x = randomized(SequenceFirst()), seeded(3, 4, 5)
+    batches = [(x[n : n + 1], labels(x)[n : n + 1]) for n in range(3)]
+    curvature = tq.estimate_curvature(model, batches, TASK, method="gauss_newton", draws="exact")
+    expected = exact_weight_traces(model, x, labels(x), F.cross_entropy)
+    assert {name: e.trace for name, e in curvature.weights.items()} == pytest.approx(expected, rel=1e-9)
+
+
+class KnownHessian(tq.ClassificationTask):
+    """A task that supplies its output Hessian: here half of the true one, to see that it is used."""
+
+    def output_hessian(self, outputs: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+        p = outputs.detach().softmax(1)
+        return 0.5 * (torch.diag_embed(p) - p[:, :, None] * p[:, None, :]) / len(p)
+
+
+def test_output_hessian_of_the_user_is_used() -> None:
+    make, x = NETWORKS["linear"]
+    model, batch = randomized(make()), [(x, labels(x))]
+    own = tq.estimate_curvature(model, batch, KnownHessian(), method="gauss_newton", draws="exact")
+    expected = exact_weight_traces(model, x, labels(x), F.cross_entropy)
+    assert {name: 2 * e.trace for name, e in own.weights.items()} == pytest.approx(expected, rel=1e-9)
+
+
+def test_factor_of_a_large_coupled_loss_is_refused() -> None:
+    z = seeded(2, 200).requires_grad_()
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return outputs.square().sum(1).sqrt().mean()
+
+    with pytest.raises(tq.ModelError, match="output_hessian"):
+        factor(tq.ClassificationTask(loss=loss), z, (z, torch.zeros(2)), torch.Generator())
+
+
+@pytest.mark.parametrize("draws", [0, -1, 1.5, "all"])
+def test_draws_are_checked(draws: object) -> None:
+    with pytest.raises(tq.ModelError, match="whole number from 1"):
+        tq.estimate_curvature(build(FunctionalGelu), [(seeded(2, 5), torch.zeros(2).long())], TASK, draws=draws)
