@@ -48,14 +48,25 @@ def randomized(model: nn.Module) -> nn.Module:
 
 
 class SharedTwice(nn.Module):
-    """One linear layer called twice, the second time on what the first gave."""
+    """One linear layer called on two views of the input, as a detector's head is on pyramid levels."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layer, self.last = nn.Linear(5, 5), nn.Linear(5, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(F.relu(self.layer(F.relu(self.layer(x)))))
+        return self.last(F.relu(self.layer(x)) + F.relu(self.layer(x.flip(1))))
+
+
+class Recurrent(nn.Module):
+    """A linear layer called on its own output, behind another: the network is quadratic in its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.layer, self.last = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.layer(F.relu(self.layer(F.relu(self.first(x)))))))
 
 
 class Folded(nn.Module):
@@ -320,6 +331,15 @@ def test_auto_takes_gauss_newton_where_it_is_exact_and_says_so() -> None:
     curvature = tq.estimate_curvature(randomized(make()), [(x, labels(x))], TASK)
     assert curvature.method == "gauss_newton"
     assert "agree to" in curvature.reason
+
+
+def test_auto_notices_a_layer_applied_to_its_own_output() -> None:
+    model, x = randomized(Recurrent()), seeded(4, 5)
+    curvature = tq.estimate_curvature(model, [(x, labels(x))], TASK, draws=1)
+    assert curvature.method == "hutchinson"
+    assert "block of layer differs" in curvature.reason
+    slow = exact(model, x, labels(x), F.cross_entropy)
+    assert slow.weights["layer"].trace == pytest.approx(jacobian_trace(model, "layer.weight", x, labels(x)), rel=1e-9)
 
 
 class FunctionalGelu(nn.Module):

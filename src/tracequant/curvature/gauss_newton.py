@@ -64,8 +64,8 @@ def gauss_newton(
     """Gauss-Newton traces over all samples of `batches`, with `draws` random vectors v for each (2 if None).
 
     "exact" sums over all columns of H_L's factor instead, one backward pass for each output element: no error but
-    that of the samples. Layers of other kinds than Conv, ConvTranspose, Linear and Embedding, or
-    whose weight is also used outside their module's call, get a backward pass for each sample; the result's `reason` names them.
+    that of the samples. Layers of other kinds than Conv, ConvTranspose, Linear and Embedding, or whose weight is also
+    used outside their module's call, get a backward pass for each sample; the result's `reason` names them.
 
     Raises `ModelError` naming layers that the loss does not depend on, and where samples cannot be told apart.
     """

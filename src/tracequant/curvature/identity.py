@@ -1,13 +1,16 @@
 """Whether a layer's Gauss-Newton block equals its Hessian block: measured on the model, not guessed from class names.
 
-H_ii − G_ii = Σ_k (∂L/∂z_k) ∂²z_k/∂W_i²: it vanishes where no operation behind layer i bends. So the layers that read
-the model's input, which have the whole network behind them, find any such operation, a functional one too; a few
-layers further on are tried as well, for networks with several branches. One random v and the first batch: Hv and Gv
-agree to rounding, or the identity does not hold.
+H_ii − G_ii = Σ_k (∂L/∂z_k) ∂²z_k/∂W_i²: it vanishes where no operation behind layer i bends. So the layers that read the
+model's input, which have the whole network behind them, find any such operation, a functional one too; a few layers further
+on are tried as well, for networks with several branches, and so are layers called more than once: applied to its own
+output, a layer is not linear in its weights. One random v and the first batch: Hv and Gv agree to rounding, or the identity
+does not hold.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Literal
 
 import torch
@@ -37,12 +40,12 @@ def choose_method(
     generator = torch.Generator(model_device(model)).manual_seed(seed)
     try:
         batch = next(iter(checked(batches, task, model)))
-        defects = block_differences(model, batch, task, points, _some_layers(points), generator)
+        defects = block_differences(model, batch, task, points, generator)
     except ModelError as error:
         return "hutchinson", f"Gauss-Newton cannot be compared with the Hessian ({error})"
     name = max(defects, key=lambda layer: defects[layer])
     if defects[name] <= TOLERANCE:
-        return "gauss_newton", f"Hessian and Gauss-Newton products agree to {defects[name]:.0e}"
+        return "gauss_newton", f"Hessian and Gauss-Newton products agree to {max(defects[name], 1e-7):.0e}"
     return (
         "hutchinson",
         f"the Gauss-Newton block of {name} differs from its Hessian's by {defects[name]:.1%}{_cause(model)}",
@@ -54,14 +57,15 @@ def block_differences(
     batch: Batch,
     task: Task,
     points: QuantizationPoints,
-    names: list[str],
     generator: torch.Generator,
 ) -> dict[str, float]:
-    """Layer name → ‖H_ii v − G_ii v‖ / ‖G_ii v‖ for one random v and one batch."""
+    """‖H_ii v − G_ii v‖ / ‖G_ii v‖ for one random v and one batch, of the layers that would show a difference."""
     result: dict[str, float] = {}
     with frozen_evaluation(model), double_backward():
         parameters = require_grad(model, points)
-        outputs, loss = forward(task, model, batch)
+        with _counting_calls(model, points) as calls:
+            outputs, loss = forward(task, model, batch)
+        names = _some_layers(points, calls)
         tensors = factor(task, outputs, batch, generator).tensors
         gradients = first_derivatives(loss, {"weights": {name: [parameters[name]] for name in names}})["weights"]
         for name in names:
@@ -94,13 +98,33 @@ def gauss_newton_product(
     return product
 
 
-def _some_layers(points: QuantizationPoints) -> list[str]:
-    """Layers that read the model's input (or an integer), and a few at even distances behind them."""
+def _some_layers(points: QuantizationPoints, calls: dict[str, int]) -> list[str]:
+    """Layers that read the model's input (or an integer), those called more than once, and a few at even distances."""
     inputs = {point.name for point in points.activations if point.is_model_input}
     first = [layer.name for layer in points.layers if layer.activation in inputs or layer.activation is None]
     rest = [layer.name for layer in points.layers if layer.name not in first]
+    repeated = [name for name in rest if calls[name] > 1]
     step = max(1, len(rest) // CHECKED_LAYERS)
-    return [*first[:CHECKED_LAYERS], *rest[::step][:CHECKED_LAYERS]]
+    return list(dict.fromkeys([*first[:CHECKED_LAYERS], *repeated, *rest[::step][:CHECKED_LAYERS]]))
+
+
+@contextmanager
+def _counting_calls(model: nn.Module, points: QuantizationPoints) -> Iterator[dict[str, int]]:
+    """How often each layer's modules are called in the block."""
+    calls = {layer.name: 0 for layer in points.layers}
+
+    def counter(name: str) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            calls[name] += 1
+
+        return hook
+
+    with ExitStack() as stack:
+        for layer in points.layers:
+            for module_name, _ in layer.sites:
+                handle = model.get_submodule(module_name).register_forward_hook(counter(layer.name))
+                stack.callback(handle.remove)
+        yield calls
 
 
 def _cause(model: nn.Module) -> str:
