@@ -1,10 +1,10 @@
 """Whether a layer's Gauss-Newton block equals its Hessian block: measured on the model, not guessed from class names.
 
-H_ii − G_ii = Σ_k (∂L/∂z_k) ∂²z_k/∂W_i²: it vanishes where no operation behind layer i bends. So the layers that read the
-model's input, which have the whole network behind them, find any such operation, a functional one too; a few layers
-further on are tried as well, for networks with several branches, and so are layers called more than once: applied to its
-own output, a layer is not linear in its weights. One random v and the first batch: Hv and Gv agree to rounding, or the
-identity does not hold.
+H_ii − G_ii = Σ_k (∂L/∂z_k) ∂²z_k/∂W_i²: it vanishes where no operation behind layer i bends. So the layers that read
+the model's input, which have the whole network behind them, find any such operation, a functional one too; a few
+layers further on are tried as well, for networks with several branches, and so are layers called more than once:
+applied to its own output, a layer is not linear in its weights. One random v and the first batch: Hv and Gv agree to
+rounding, or the identity does not hold.
 """
 
 from __future__ import annotations
