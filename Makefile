@@ -23,6 +23,8 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/two_bit_grid.py
 	$(BIN)/python benchmarks/hutchinson_probes.py
+	$(BIN)/python benchmarks/curvature.py
+	$(BIN)/python benchmarks/end_to_end.py
 
 # torch and torchvision are resolved in one call: installed one after the other they may not fit each other.
 $(STAMP): pyproject.toml

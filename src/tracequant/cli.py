@@ -456,7 +456,7 @@ def _print_sensitivity(run: Run) -> None:
     curvature, sensitivity = run.curvature(), run.sensitivity()
     widths = sorted({b for options in sensitivity.weight_omega.values() for b in options})
     table = Table(title="Sensitivity by layer", title_justify="left")
-    for column in ("layer", "weights", "Tr(H)/n", "± probes", "± samples", *(f"Ω {b} bit" for b in widths)):
+    for column in ("layer", "weights", "Tr(H)/n", "± draws", "± samples", *(f"Ω {b} bit" for b in widths)):
         table.add_column(column, justify="left" if column == "layer" else "right")
     for layer in sensitivity.points.layers:
         trace = curvature.weights[layer.name]

@@ -48,7 +48,8 @@ class Grid:
 
     def round(self, values: Tensor) -> Tensor:
         """Each value replaced by its nearest on the grid, values outside the range by the grid's ends."""
-        return self.dequantize(self.quantize(values))
+        # `dequantize` in place: the same operations, and so the same bits.
+        return self.quantize(values).sub_(self.zero_point).mul_(self.scale)
 
 
 def symmetric_zero_point(num_bits: int) -> float:
@@ -202,6 +203,8 @@ class Quantizer(nn.Module):
         """`values` rounded to the grid."""
         if not self.enabled:
             return values
+        if not torch.is_grad_enabled():
+            return self.grid.round(values)
         return cast(Tensor, FakeQuantize.apply(values, self.scale, self.zero_point, self.num_bits))
 
     def extra_repr(self) -> str:

@@ -38,7 +38,6 @@ def layers_figure(rows: Sequence[LayerRow], curvature: Curvature) -> Figure:
     estimates = [curvature.weights[row.name] for row in rows]
     _trace_bars(axes[0], estimates, colors)
     axes[0].set_ylabel("average Hessian trace\nTr(H)/n (loss per weight²)")
-    axes[0].set_title("Sensitive layers that cost few bytes get many bits, insensitive large ones few")
     axes[1].bar(positions, [row.numel for row in rows], color=_GREY)
     axes[1].set_yscale("log")
     axes[1].set_ylabel("weights")
