@@ -115,6 +115,11 @@ def gauss_newton(
         reason=_describe(draws, kind, slow),
         seed=seed,
         samples=samples,
+        weight_values={
+            layer.name: tuple(torch.cat(passes[f"weights:{layer.name}"], 1).mean(0).tolist())
+            for layer in points.layers
+            if weights
+        },
     )
 
 

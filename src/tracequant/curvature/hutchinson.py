@@ -15,6 +15,7 @@ own zᵢᵀHᵢzᵢ, at the price of one product; inputs of different sizes need
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
@@ -85,6 +86,9 @@ def hutchinson(
         reason=f"{draws} {distribution} draws for each of {len(sizes)} batches, probes {probes.replace('_', ' ')}",
         seed=seed,
         samples=samples,
+        weight_values={
+            name: tuple(math.fsum(row) / len(row) for row in rows) for name, rows in values["weights"].items()
+        },
     )
 
 

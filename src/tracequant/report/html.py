@@ -19,6 +19,7 @@ from tracequant.explain import explain
 from tracequant.plan import MEGABYTE, BitPlan
 from tracequant.report import figures
 from tracequant.sensitivity_result import Sensitivity
+from tracequant.stability import plan_stability
 
 if TYPE_CHECKING:
     from tracequant.run import Run
@@ -53,6 +54,7 @@ def write_report(run: Run) -> Path:
     page = template.render(
         settings=settings,
         curvature=curvature,
+        stability=plan_stability(sensitivity, curvature, plan, settings.plan) if settings.plan else None,
         points=points,
         plan=plan,
         rows=rows,

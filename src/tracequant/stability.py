@@ -1,0 +1,60 @@
+"""How firmly the samples decide a plan: the plan solved again for resampled traces. No torch.
+
+The same few uncertain inputs dominate the traces of all layers, so that the ratios between layers, which decide the
+plan, are known better than any single trace. The honest measure of convergence is therefore the plan itself: draw the
+samples anew with replacement (bootstrap), work out the traces, solve for the same budget, and see how often a layer
+keeps its bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+
+import numpy as np
+
+from tracequant import allocation
+from tracequant.curvature.result import Curvature
+from tracequant.plan import BitPlan
+from tracequant.sensitivity_result import Sensitivity, combine
+from tracequant.settings import PlanSettings
+
+
+def plan_stability(
+    sensitivity: Sensitivity,
+    curvature: Curvature,
+    plan: BitPlan,
+    settings: PlanSettings,
+    resamples: int = 100,
+    seed: int = 0,
+) -> dict[str, float] | None:
+    """Layer name → share of `resamples` in which it gets the bits it has in `plan`; None without values to draw from.
+
+    Traces of weights are resampled (samples together for all layers); perturbations and activations stay as they are.
+    """
+    if curvature.weight_values is None:
+        return None
+    names = list(plan.weight_bits)
+    values = np.array([curvature.weight_values[name] for name in names])
+    if values.shape[1] < 2:
+        return None
+    generator = np.random.default_rng(seed)
+    kept = dict.fromkeys(names, 0)
+    for _ in range(resamples):
+        drawn = values[:, generator.integers(0, values.shape[1], values.shape[1])].mean(axis=1)
+        weights = {
+            name: replace(
+                curvature.weights[name], trace=float(trace), average_trace=float(trace) / curvature.weights[name].numel
+            )
+            for name, trace in zip(names, drawn, strict=True)
+        }
+        resampled = combine(
+            replace(curvature, weights=weights),
+            sensitivity.weight_errors,
+            sensitivity.activation_errors,
+            sensitivity.weight_grid,
+            sensitivity.metric,
+        )
+        again = allocation.solve(resampled, **asdict(settings))
+        for name in names:
+            kept[name] += again.weight_bits[name] == plan.weight_bits[name]
+    return {name: count / resamples for name, count in kept.items()}
