@@ -87,24 +87,25 @@ def gauss_newton(
                 activation_numel[name] += sum(tensor.numel() for tensor in tensors)
             loss_hessian = factor(task, outputs, batch, generator)
             kind = loss_hessian.kind
-            if index == 0:
-                slow = sweep.check(loss_hessian, generator) if weights else []
-            sweep.slow = [layer for layer in points.layers if layer.name in slow] if weights else []
             sweep.measure_weights = weights
+            if index == 0:
+                slow = sweep.check(loss_hessian, generator)
+            sweep.slow = [layer for layer in points.layers if layer.name in slow] if weights else []
             rows = _passes(sweep, loss_hessian, draws, generator)
-            for name, values in rows.items():
-                # ‖J_nᵀ L v‖² carries the batch mean's 1/size; a sample's own value is size times that.
-                passes.setdefault(name, []).append(values * size)
+            if missing := [name for name in parameters if weights and f"weights:{name}" not in rows]:
+                raise idle_layers(missing)
+            nothing = torch.zeros_like(next(iter(rows.values())))
+            for name in (*(f"weights:{n}" for n in parameters if weights), *(f"activations:{n}" for n in variables)):
+                # ‖J_nᵀ L v‖² carries the batch mean's 1/size; a sample's own value is size times that. A tensor that
+                # this batch never reached counts as zero.
+                passes.setdefault(name, []).append(rows.get(name, nothing) * size)
             samples += size
-    missing = [layer.name for layer in points.layers if weights and f"weights:{layer.name}" not in passes]
-    if missing:
-        raise idle_layers(missing)
 
     def estimates(family: str, sizes: dict[str, float]) -> dict[str, TraceEstimate]:
         return {
             name: _estimate(torch.cat(passes[f"{family}:{name}"], 1), sizes[name], draws)
             for name in sizes
-            if f"{family}:{name}" in passes
+            if f"{family}:{name}" in passes and sizes[name]
         }
 
     return Curvature(
@@ -132,6 +133,7 @@ class _Sweep:
         self._model, self._points, self._parameters, self._samples = model, points, parameters, samples
         self._calls: _Calls = {}
         self._variables: dict[str, list[Tensor]] = {}
+        self.outputs: list[Tensor] = []
         self.slow: list[Layer] = []
         self.measure_weights = True
 
@@ -204,8 +206,6 @@ class _Sweep:
             last = number == len(slow) - 1
             add(f"weights:{layer.name}", self._slow_squares(layer.name, vectors, keep or not last))
         return squares
-
-    outputs: list[Tensor]
 
     def check(self, loss_hessian: OutputHessian, generator: torch.Generator) -> list[str]:
         """Names of layers whose calls do not explain their whole gradient; `ModelError` where samples interact.

@@ -41,9 +41,9 @@ class Curvature(Saveable):
 
     `points` are the layers and tensors that were looked at; later stages take them from here.
 
-    `reason` says why `method` was chosen. `weight_values` are the single values that a layer's trace is the mean of, one
-    for each sample (Hutchinson: each batch), for resampling. `top_eigenvalues` holds the largest eigenvalue of each
-    layer's block where it was asked for (`tracequant.top_eigenvalues`), HAWQ's older measure; it serves comparison only.
+    `reason` says why `method` was chosen. `weight_values` are the single values that a layer's trace is the mean of,
+    one for each sample (Hutchinson: each batch), for resampling. `top_eigenvalues` holds the largest eigenvalue of
+    each layer's block where it was asked for, HAWQ's older measure; it serves comparison only.
     """
 
     points: QuantizationPoints
