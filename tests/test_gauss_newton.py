@@ -405,6 +405,28 @@ def test_idle_layer_is_named() -> None:
         exact(model, x, labels(x), F.cross_entropy)
 
 
+class Optional(nn.Module):
+    """A layer whose second input is there for some batches only, as a head without proposals."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.main, self.extra = nn.Linear(5, CLASSES), nn.Linear(5, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.main(x) + (self.extra(x + 1) if float(x[0, 0]) > 0 else 0)
+
+
+def test_a_tensor_that_some_batches_never_reach_counts_as_zero_there() -> None:
+    model, x = randomized(Optional()), seeded(2, 5)
+    x[:, 0] = torch.tensor([1.0, -1.0])
+    batches = [(x[:1], labels(x)[:1]), (x[1:], labels(x)[1:])]
+    both, first = (
+        tq.estimate_curvature(model, chosen, TASK, method="gauss_newton", draws="exact", weights=False)
+        for chosen in (batches, batches[:1])
+    )
+    assert both.activations["extra"].trace == pytest.approx(first.activations["extra"].trace / 2)
+
+
 class BatchCoupled(nn.Module):
     """Subtracts the batch's mean, so that samples are not independent."""
 
