@@ -257,9 +257,9 @@ class Run:
             settings.draws,
             settings.options.seed,
             points,
-            probes=settings.probes,
             activations=bool(settings.activation_bits),
             progress=self._progress,
+            **({} if settings.method == "gauss_newton" else {"probes": settings.probes}),
         )
         if settings.eigenvalues:
             eigenvalues = top_eigenvalues(

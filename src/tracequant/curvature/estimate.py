@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
@@ -47,14 +48,42 @@ def estimate_curvature(
     batches = reusable(batches)
     if points is None:
         points = discover(model, batches, task)
+    if draws == "exact" and method == "hutchinson":
+        raise ModelError("draws='exact' is for gauss_newton; give hutchinson a number of draws")
     why = ""
     if method == "auto":
         method, why = choose_method(model, batches, task, points, seed)
         if method == "gauss_newton":
-            options = {name: value for name, value in options.items() if name not in ("probes", "distribution")}
-        elif draws == "exact":
+            try:
+                return _call(method, why, model, batches, task, points, draws, seed, _own_options(method, options))
+            except ModelError as error:
+                method, why = "hutchinson", f"gauss_newton cannot take this model ({error})"
+        if draws == "exact":
             raise ModelError(f"draws='exact' is for gauss_newton, which does not suit this model: {why}")
+        options = _own_options(method, options)
+    return _call(method, why, model, batches, task, points, draws, seed, options)
+
+
+def _call(
+    method: str,
+    why: str,
+    model: nn.Module,
+    batches: Batches,
+    task: Task,
+    points: QuantizationPoints,
+    draws: int | Literal["exact"] | None,
+    seed: int,
+    options: dict[str, Any],
+) -> Curvature:
+    if unknown := options.keys() - _own_options(method, options).keys():
+        raise ModelError(f"method {method!r} has no option {', '.join(sorted(unknown))}")
     if draws is not None:
-        options["draws"] = draws
+        options = options | {"draws": draws}
     result = ESTIMATORS[method](model, batches, task, points, seed=seed, **options)
     return replace(result, reason=f"{why}; {result.reason}") if why else result
+
+
+def _own_options(method: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Those of `options` that the estimator knows; with "auto" the others were meant for the one not chosen."""
+    known = inspect.signature(ESTIMATORS[method]).parameters
+    return {name: value for name, value in options.items() if name in known}

@@ -38,7 +38,7 @@ from tracequant.layers import idle_layers, replace_inputs
 from tracequant.model_state import frozen_evaluation
 from tracequant.points import Layer, QuantizationPoints
 from tracequant.progress import track
-from tracequant.task import Batches, Task, checked, forward, model_device
+from tracequant.task import Batch, Batches, Task, checked, forward, model_device
 
 DEFAULT_DRAWS = 2
 # Relative difference that rounding in float32 may leave between two ways to one gradient.
@@ -74,32 +74,20 @@ def gauss_newton(
     passes: dict[str, list[Tensor]] = {}
     numel = {layer.name: float(layer.numel) for layer in points.layers}
     activation_numel = {point.name: 0.0 for point in points.activations}
-    slow: list[str] = []
+    slow: list[str] | None = None
     kind, samples = "", 0
     with frozen_evaluation(model):
         parameters = require_grad(model, points)
-        for index, batch in enumerate(track(checked(batches, task, model), "Gauss-Newton", progress)):
-            size = task.batch_size(batch)
-            sweep = _Sweep(model, points if activations else replace(points, activations=()), parameters, size)
-            with sweep.recording() as variables:
-                outputs, _ = forward(task, model, batch)
-            for name, tensors in variables.items():
-                activation_numel[name] += sum(tensor.numel() for tensor in tensors)
-            loss_hessian = factor(task, outputs, batch, generator)
-            kind = loss_hessian.kind
-            sweep.measure_weights = weights
-            if index == 0:
-                slow = sweep.check(loss_hessian, generator)
-            sweep.slow = [layer for layer in points.layers if layer.name in slow] if weights else []
-            rows = _passes(sweep, loss_hessian, draws, generator)
-            if missing := [name for name in parameters if weights and f"weights:{name}" not in rows]:
-                raise idle_layers(missing)
-            nothing = torch.zeros_like(next(iter(rows.values())))
-            for name in (*(f"weights:{n}" for n in parameters if weights), *(f"activations:{n}" for n in variables)):
-                # ‖J_nᵀ L v‖² carries the batch mean's 1/size; a sample's own value is size times that. A tensor that
-                # this batch never reached counts as zero.
-                passes.setdefault(name, []).append(rows.get(name, nothing) * size)
-            samples += size
+        for batch in track(checked(batches, task, model), "Gauss-Newton", progress):
+            # In a function of its own, so that a batch's graph is gone before the next one is built.
+            found, seen, kind, slow = _measure_batch(
+                model, batch, task, points, parameters, weights, activations, draws, generator, slow
+            )
+            for name, values in found.items():
+                passes.setdefault(name, []).append(values)
+            for name, count in seen.items():
+                activation_numel[name] += count
+            samples += task.batch_size(batch)
 
     def estimates(family: str, sizes: dict[str, float]) -> dict[str, TraceEstimate]:
         return {
@@ -113,7 +101,7 @@ def gauss_newton(
         weights=estimates("weights", numel),
         activations=estimates("activations", {name: n / max(samples, 1) for name, n in activation_numel.items()}),
         method="gauss_newton",
-        reason=_describe(draws, kind, slow),
+        reason=_describe(draws, kind, slow or []),
         seed=seed,
         samples=samples,
         weight_values={
@@ -122,6 +110,44 @@ def gauss_newton(
             if weights
         },
     )
+
+
+def _measure_batch(
+    model: nn.Module,
+    batch: Batch,
+    task: Task,
+    points: QuantizationPoints,
+    parameters: dict[str, Tensor],
+    weights: bool,
+    activations: bool,
+    draws: int | Literal["exact"],
+    generator: torch.Generator,
+    slow: list[str] | None,
+) -> tuple[Squares, dict[str, int], str, list[str]]:
+    """One batch: values `[draws, samples]` by name, elements of activations, kind of H_L, and the slow layers.
+
+    `slow` is None for the first batch, which is checked.
+    """
+    size = task.batch_size(batch)
+    sweep = _Sweep(model, points if activations else replace(points, activations=()), parameters, size)
+    with sweep.recording() as variables:
+        outputs, _ = forward(task, model, batch)
+    hessian = factor(task, outputs, batch, generator)
+    sweep.measure_weights = weights
+    if slow is None:
+        slow = sweep.check(hessian)
+        if not weights:
+            slow = []
+    sweep.set_slow(slow)
+    rows = _passes(sweep, hessian, draws, generator)
+    if missing := [name for name in parameters if weights and f"weights:{name}" not in rows]:
+        raise idle_layers(missing)
+    nothing = torch.zeros_like(next(iter(rows.values())))
+    names = (*(f"weights:{n}" for n in parameters if weights), *(f"activations:{n}" for n in variables))
+    # ‖J_nᵀ L v‖² carries the batch mean's 1/size; a sample's own value is size times that. A tensor that this batch
+    # never reached counts as zero.
+    values = {name: rows.get(name, nothing) * size for name in names}
+    return values, {n: sum(t.numel() for t in tensors) for n, tensors in variables.items()}, hessian.kind, slow
 
 
 class _Sweep:
@@ -136,6 +162,11 @@ class _Sweep:
         self.outputs: list[Tensor] = []
         self.slow: list[Layer] = []
         self.measure_weights = True
+
+    def set_slow(self, names: list[str]) -> None:
+        """Layers that get a pass for each sample: `names`, and those whose rows this batch does not tell apart."""
+        irregular = {name for name in self._calls if not self._regular(name)} if self.measure_weights else set()
+        self.slow = [layer for layer in self._points.layers if layer.name in irregular or layer.name in names]
 
     def recording(self) -> Any:
         """A context for the forward pass; yields the activation variables by point."""
@@ -171,6 +202,10 @@ class _Sweep:
             return lambda gradient: add(f"activations:{name}", self._activation_squares(name, gradient))
 
         irregular = {layer.name for layer in self.slow}
+        for name in irregular:
+            # The pass must go through these weights too, to meet layers that only they connect to the input.
+            inputs.append(self._parameters[name])
+            receive.append(lambda gradient: None)
         for name, calls in self._calls.items():
             measured = self.measure_weights and name not in irregular
             for position, (_, edge, source) in enumerate(calls):
@@ -207,14 +242,14 @@ class _Sweep:
             add(f"weights:{layer.name}", self._slow_squares(layer.name, vectors, keep or not last))
         return squares
 
-    def check(self, loss_hessian: OutputHessian, generator: torch.Generator) -> list[str]:
+    def check(self, loss_hessian: OutputHessian) -> list[str]:
         """Names of layers whose calls do not explain their whole gradient; `ModelError` where samples interact.
 
         Two backward passes: one gives every weight's gradient, to compare with the sum that the calls give; in the
         other only the first sample has a cotangent, and no other sample may then receive anything.
         """
         self.outputs = loss_hessian.tensors
-        vectors, _ = next(iter(loss_hessian.draw(generator)))
+        vectors, _ = next(iter(loss_hessian.draw(torch.Generator(loss_hessian.tensors[0].device).manual_seed(0))))
         total = torch.autograd.grad(
             self.outputs, list(self._parameters.values()), vectors, retain_graph=True, allow_unused=True
         )
@@ -228,10 +263,12 @@ class _Sweep:
                 slow.append(name)
                 continue
             module = self._model.get_submodule(self._site(name))
+            if gradient.is_sparse:
+                gradient = gradient.to_dense()
             difference = gradient_norms.total_gradient(module, explained, self._samples).view_as(parameter) - gradient
             if float(difference.norm()) > CHECK_TOLERANCE * float(gradient.norm()):
                 slow.append(name)
-        self.slow = [layer for layer in self._points.layers if layer.name in slow]
+        self.set_slow(slow)
         if self._samples > 1:
             self._check_samples(vectors)
         return slow
@@ -306,7 +343,7 @@ class _Sweep:
             (gradient,) = torch.autograd.grad(
                 self.outputs, [self._parameters[name]], own, retain_graph=keep or not last
             )
-            squares.append(gradient.double().square().sum())
+            squares.append((gradient.to_dense() if gradient.is_sparse else gradient).double().square().sum())
         return torch.stack(squares)
 
 

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from tracequant.curvature.hutchinson import draw_probe, first_derivatives, hessian_vector_product, require_grad
-from tracequant.curvature.output_hessian import factor
+from tracequant.curvature.output_hessian import factor, loss_hessian
 from tracequant.errors import ModelError
 from tracequant.model_state import double_backward, frozen_evaluation
 from tracequant.points import QuantizationPoints
-from tracequant.task import Batch, Batches, Task, checked, forward, model_device, total_loss
+from tracequant.task import Batch, Batches, Task, checked, forward, model_device
 
 # Float32 rounding leaves 1e-6 to 1e-4; a GELU or SiLU network differs by percents and more.
 TOLERANCE = 1e-3
@@ -41,7 +41,7 @@ def choose_method(
     try:
         batch = next(iter(checked(batches, task, model)))
         defects = block_differences(model, batch, task, points, generator)
-    except ModelError as error:
+    except (ModelError, RuntimeError) as error:
         return "hutchinson", f"Gauss-Newton cannot be compared with the Hessian ({error})"
     name = max(defects, key=lambda layer: defects[layer])
     if defects[name] <= TOLERANCE:
@@ -66,13 +66,14 @@ def block_differences(
         with _counting_calls(model, points) as calls:
             outputs, loss = forward(task, model, batch)
         names = _some_layers(points, calls)
-        tensors = factor(task, outputs, batch, generator).tensors
+        factor(task, outputs, batch, generator)  # fails where gauss_newton would
+        tensors, product = loss_hessian(task, outputs, batch)
         gradients = first_derivatives(loss, {"weights": {name: [parameters[name]] for name in names}})["weights"]
         for name in names:
             weight = parameters[name]
             vector = draw_probe(weight, "rademacher", generator)
             (hessian,) = hessian_vector_product(gradients[name], [weight], [vector])
-            gauss_newton = gauss_newton_product(task, outputs, batch, tensors, weight, vector)
+            gauss_newton = gauss_newton_product(tensors, product, weight, vector)
             size = float(gauss_newton.norm())
             difference = float((hessian - gauss_newton).norm())
             result[name] = difference / size if size > 0 else float(difference > 0)
@@ -80,22 +81,18 @@ def block_differences(
 
 
 def gauss_newton_product(
-    task: Task, outputs: object, batch: Batch, tensors: list[Tensor], weight: Tensor, vector: Tensor
+    tensors: list[Tensor], product: Callable[[list[Tensor]], list[Tensor]], weight: Tensor, vector: Tensor
 ) -> Tensor:
-    """G v = Jᵀ H_L J v for one weight, the graph kept. J v comes from differentiating Jᵀw, linear in w, once more."""
+    """G v = Jᵀ H_L J v for one weight, the graph kept; `product` maps vectors of the outputs' shapes to H_L times them.
+
+    J v comes from differentiating Jᵀw, which is linear in w, once more.
+    """
     dummies = [torch.zeros_like(tensor, requires_grad=True) for tensor in tensors]
     (pulled,) = torch.autograd.grad(tensors, weight, dummies, create_graph=True)
     pushed = torch.autograd.grad(pulled, dummies, vector, retain_graph=True, allow_unused=True)
     tangents = [torch.zeros_like(t) if p is None else p for p, t in zip(pushed, tensors, strict=True)]
-    loss = total_loss(task, outputs, batch)
-    slopes = torch.autograd.grad(loss, tensors, create_graph=True)
-    curved = [(s, t) for s, t in zip(slopes, tangents, strict=True) if s.requires_grad]
-    images = torch.autograd.grad(
-        [s for s, _ in curved], tensors, [t for _, t in curved], retain_graph=True, allow_unused=True
-    )
-    kept = [(tensor, image) for tensor, image in zip(tensors, images, strict=True) if image is not None]
-    (product,) = torch.autograd.grad([t for t, _ in kept], weight, [i for _, i in kept], retain_graph=True)
-    return product
+    (result,) = torch.autograd.grad(tensors, weight, product(tangents), retain_graph=True)
+    return result
 
 
 def _some_layers(points: QuantizationPoints, calls: dict[str, int]) -> list[str]:

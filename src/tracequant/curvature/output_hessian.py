@@ -14,7 +14,7 @@ Three shapes of H_L are recognised from its products with random vectors, whatev
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,29 +110,19 @@ def factor(task: Task, outputs: Any, batch: Batch, generator: torch.Generator) -
     A task's own `output_hessian(outputs, batch)` is taken where it returns one. Raises `ModelError` if H_L is of no
     shape that can be factored, or zero.
     """
-    leaves, structure = pytree.tree_flatten(outputs)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
     own = task.output_hessian(outputs, batch)
     if own is not None:
-        return _from_user(own, tensors)
-    heads = {id(leaf): leaf.detach().clone().requires_grad_() for leaf in tensors}
-    free = pytree.tree_unflatten([heads.get(id(leaf), leaf) for leaf in leaves], structure)
-    loss = total_loss(task, free, batch)
-    z = list(heads.values())
-    gradients = list(torch.autograd.grad(loss, z, create_graph=True, allow_unused=True))
-    used = [i for i, gradient in enumerate(gradients) if gradient is not None and gradient.requires_grad]
-    if not used:
-        raise ModelError("the loss is linear in the model's outputs: its Gauss-Newton trace is zero; use hutchinson")
-    tensors, z, gradients = ([items[i] for i in used] for items in (tensors, z, gradients))
-
-    def product(vectors: list[Tensor]) -> list[Tensor]:
-        products = torch.autograd.grad(gradients, z, vectors, retain_graph=True, allow_unused=True)
-        return [torch.zeros_like(v) if hv is None else hv for hv, v in zip(products, vectors, strict=True)]
-
+        return _from_user(own, _differentiable(outputs))
+    tensors, product = loss_hessian(task, outputs, batch)
+    z = [tensor.detach() for tensor in tensors]
     probe = [torch.randn(v.shape, generator=generator, dtype=v.dtype, device=v.device) for v in z]
     image = product(probe)
+    if not any(v.any() for v in image):
+        raise ModelError(
+            "the loss has no curvature in the model's outputs (an absolute error, say): its traces are zero"
+        )
     if len(z) == 1 and z[0].ndim >= 2:
-        p = z[0].detach().softmax(1)
+        p = z[0].softmax(1)
         expected = p * probe[0] - p * (p * probe[0]).sum(1, keepdim=True)
         scale = (image[0] * expected).sum(1, keepdim=True) / expected.square().sum(1, keepdim=True).clamp_min(1e-300)
         if bool((scale >= 0).all()) and _close([scale * expected], image):
@@ -146,6 +136,47 @@ def factor(task: Task, outputs: Any, batch: Batch, generator: torch.Generator) -
         "the loss's Hessian with respect to the outputs is neither that of a softmax nor diagonal, and has more than"
         f" {DENSE_LIMIT} rows for each sample; give the task an output_hessian, or use method='hutchinson'"
     )
+
+
+def loss_hessian(task: Task, outputs: Any, batch: Batch) -> tuple[list[Tensor], Callable[[list[Tensor]], list[Tensor]]]:
+    """The outputs in which the loss bends, and the function that maps vectors v of their shapes to H_L v.
+
+    The loss is taken at detached copies of the outputs, so that outputs that depend on one another do not count twice.
+    """
+    leaves, structure = pytree.tree_flatten(outputs)
+    tensors = _differentiable(outputs)
+    heads = {id(tensor): tensor.detach().requires_grad_() for tensor in tensors}
+    # A copy for the loss, which may work in place.
+    free = pytree.tree_unflatten([heads[id(x)].clone() if id(x) in heads else x for x in leaves], structure)
+    z = list(heads.values())
+    try:
+        gradients = torch.autograd.grad(total_loss(task, free, batch), z, create_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        raise ModelError(f"the loss cannot be differentiated with respect to the outputs alone: {error}") from error
+    used = [i for i, gradient in enumerate(gradients) if gradient is not None and gradient.requires_grad]
+    if not used:
+        raise ModelError("the loss is linear in the model's outputs: its Gauss-Newton trace is zero")
+    slopes, points = [gradients[i] for i in used], [z[i] for i in used]
+
+    def product(vectors: list[Tensor]) -> list[Tensor]:
+        try:
+            images = torch.autograd.grad(slopes, points, vectors, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            raise ModelError(f"the loss has no second derivative with respect to the outputs: {error}") from error
+        return [torch.zeros_like(v) if image is None else image for image, v in zip(images, vectors, strict=True)]
+
+    return [tensors[i] for i in used], product
+
+
+def _differentiable(outputs: Any) -> list[Tensor]:
+    """The tensors among the outputs that depend on a weight, each once."""
+    leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    unique = list({id(leaf): leaf for leaf in leaves}.values())
+    if not unique:
+        raise ModelError(
+            "the task's outputs hold no tensor that depends on a weight (custom classes are not looked into)"
+        )
+    return unique
 
 
 def _rows(z: Tensor, product: Any) -> Tensor:
