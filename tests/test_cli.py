@@ -15,6 +15,7 @@ import tiny_task
 import tracequant as tq
 from tracequant import cli
 from tracequant.run import Run
+from tracequant.settings import FinetuneSettings
 
 TASK = f"{Path(tiny_task.__file__)}:build"
 ANALYZE = ("--task", TASK, "--draws", "2", "--no-eigenvalues", "--activation-bits", "4")
@@ -133,6 +134,84 @@ def test_plan_edited_by_hand_is_followed(copy: Path) -> None:
     assert edited.size_bytes == Run(copy).quantize_result().mixed.size_bytes != plan.size_bytes
     dataclasses.replace(plan, weight_bits=dict.fromkeys(bits, 5)).save(copy / "plan.json")
     assert invoke("quantize", copy, "-q") == 2
+
+
+def test_apply_replaces_an_edited_plan(copy: Path) -> None:
+    plan = Run(copy).plan()
+    dataclasses.replace(plan, weight_bits=dict.fromkeys(plan.weight_bits, 8)).save(copy / "plan.json")
+    assert invoke("plan", copy, "--average-bits", "3", "--apply", "-q") == 0
+    assert Run(copy).plan() == plan
+
+
+def test_a_stage_that_was_cut_off_is_not_finished(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even when the settings go back to those under which it once was."""
+    product = (copy / "model.safetensors").read_bytes()
+    other = [{"3": "2.2", "60": "0"}.get(argument, argument) for argument in STAGED]
+
+    def power_cut(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "evaluate_file", power_cut)
+        assert invoke(*other, "--out", copy) == 130
+    assert (copy / "model.safetensors").read_bytes() != product
+    assert not Run(copy).done("pack")
+    assert invoke(*STAGED, "--out", copy) == 0
+    assert (copy / "model.safetensors").read_bytes() == product
+    assert Run(copy).pack_result().file_bytes == len(product)
+
+
+@pytest.mark.parametrize(
+    "name", ["sensitivity.json", "quantized.safetensors", "finetuned.safetensors", "model.safetensors"]
+)
+def test_a_file_that_is_gone_is_made_again(name: str, copy: Path, finished: Path) -> None:
+    (copy / name).unlink()
+    assert invoke(*STAGED, "--out", copy) == 0
+    if name != "finetuned.safetensors":  # whose metadata may come in any order
+        assert (copy / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_a_budget_that_cannot_be_met_leaves_the_run_as_it_was(copy: Path) -> None:
+    before = modified(copy)
+    assert invoke(*[a if a != "3" else "1" for a in STAGED], "--out", copy) == 2
+    assert modified(copy) == before
+    assert all(Run(copy).done(stage) for stage in ("plan", "quantize", "finetune", "pack", "report"))
+
+
+def test_pack_refuses_while_fine_tuning_is_unfinished(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    product = (copy / "model.safetensors").read_bytes()
+    Run(copy).ask(dataclasses.replace(Run(copy).settings(), finetune=FinetuneSettings(steps=7)))
+    assert invoke("pack", copy, "-q") == 2
+    assert "is not finished" in capsys.readouterr().err
+    assert (copy / "model.safetensors").read_bytes() == product
+
+
+def test_without_fine_tuning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run"
+    assert invoke("run", *ANALYZE, "--average-bits", "3", "--finetune-steps", "0", "--out", path) == 0
+    assert "not fine-tuned" in capsys.readouterr().out
+    assert not (path / "finetune.json").exists()
+
+
+@pytest.mark.parametrize("method", ["auto", "gauss_newton", "hutchinson"])
+def test_every_method(method: str, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    assert invoke("analyze", *ANALYZE, "--method", method, "--out", path, "-q") == 0
+    assert Run(path).curvature().method == ("gauss_newton" if method == "auto" else method)
+
+
+def test_a_run_can_be_gone_on_with_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(tiny_task.__file__, tmp_path / "mine.py")
+    (tmp_path / "helper.py").write_text("SAMPLES = 32")
+    with (tmp_path / "mine.py").open("a") as file:
+        file.write("\nimport helper\n")
+    monkeypatch.chdir(tmp_path)
+    options = [a if a != TASK else "mine.py:build" for a in ANALYZE]
+    assert invoke("analyze", *options, "--out", "run", "-q") == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert invoke("plan", "../run", "--average-bits", "3", "-q") == 0
+    assert invoke("quantize", "../run", "-q") == 0
 
 
 def test_interrupted_fine_tuning_goes_on_and_ends_with_the_same_bits(

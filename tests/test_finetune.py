@@ -209,7 +209,7 @@ def test_one_step_moves_scales_by_the_rule_of_learned_step_sizes(kind: type[nn.M
     nn.functional.cross_entropy(reference(inputs), targets).backward()
     read: dict[str, int] = {}
     for name, quantizer in activation_quantizers(reference).items():
-        read[name] = quantizer.last_numel
+        read[name] = quantizer.numel_seen
     expected = []
     for (module, parameter), quantizer in weight_quantizers(reference).items():
         weight = reference.get_submodule(module).parametrizations[parameter].original  # type: ignore[union-attr, index]

@@ -495,3 +495,100 @@ def test_factor_of_a_large_coupled_loss_is_refused() -> None:
 def test_draws_are_checked(draws: object) -> None:
     with pytest.raises(tq.ModelError, match="whole number from 1"):
         tq.estimate_curvature(build(FunctionalGelu), [(seeded(2, 5), torch.zeros(2).long())], TASK, draws=draws)
+
+
+class Same(nn.Conv2d):
+    """Pads in a forward of its own, so that the module's input is not what its weight meets."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias, self.stride)
+
+
+class FunctionalFirst(nn.Module):
+    """The first layer's weight is used without calling its module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 6), nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(F.relu(F.linear(x, self.first.weight)))
+
+
+@pytest.mark.parametrize("case", ["own padding", "functional first layer"])
+def test_layers_whose_calls_do_not_explain_their_gradient(case: str) -> None:
+    if case == "own padding":
+        model = nn.Sequential(Same(2, 3, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(12, CLASSES))
+        x = seeded(2, 2, 4, 4)
+    else:
+        model, x = FunctionalFirst(), seeded(3, 5)
+    model = randomized(model)
+    curvature = exact(model, x, labels(x), F.cross_entropy)
+    expected = exact_weight_traces(model, x, labels(x), F.cross_entropy)
+    assert {name: e.trace for name, e in curvature.weights.items()} == pytest.approx(expected, rel=1e-9)
+    assert "a backward pass for each sample" in curvature.reason
+
+
+class ManyOutputs(nn.Module):
+    """Outputs that depend on one another, one of them twice, one that the loss does not bend in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(5, 6), nn.Linear(6, CLASSES), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = self.a(x)
+        return {"hidden": h, "again": h, "logits": self.b(F.relu(h)), "linear": self.c(F.relu(h))}
+
+
+class ManyOutputsTask(tq.Task):
+    """A squared error, a squared penalty on the hidden layer, and a linear term."""
+
+    def outputs(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        return model(batch[0])
+
+    def loss(self, outputs: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
+        hidden = outputs["hidden"].square().sum(1).mean()
+        return F.mse_loss(outputs["logits"], batch[0][:, :CLASSES]) + 0.1 * hidden + outputs["linear"].mean()
+
+    def metric(self, outputs: object, batch: object) -> float:
+        return 0.0
+
+    def batch_size(self, batch: tuple[Tensor, Tensor]) -> int:
+        return len(batch[0])
+
+
+def test_outputs_that_depend_on_one_another() -> None:
+    model, x, task = randomized(ManyOutputs()), seeded(3, 5), ManyOutputsTask()
+    points = tq.discover(model, [(x, x)], task, exclude=["c"])
+    result = tq.estimate_curvature(model, [(x, x)], task, draws="exact", points=points)
+    assert result.method == "gauss_newton"
+    for name in ("a", "b"):
+
+        def value(w: Tensor, name: str = name) -> Tensor:
+            return task.loss(functional_call(model, {f"{name}.weight": w}, (x,)), (x, x))
+
+        block = exact_hessian(value, model.get_submodule(name).weight.detach())
+        assert result.weights[name].trace == pytest.approx(torch.trace(block).item(), rel=1e-9)
+
+
+def test_auto_without_a_second_derivative_says_what_it_gives() -> None:
+    model = randomized(nn.Sequential(nn.Linear(5, 4), nn.Hardsigmoid(), nn.Linear(4, CLASSES)))
+    x = seeded(3, 5)
+    curvature = tq.estimate_curvature(model, [(x, labels(x))], TASK)
+    assert curvature.method == "gauss_newton"
+    assert "no second derivative" in curvature.reason
+
+
+def test_options_of_the_other_method_are_refused() -> None:
+    model, x = randomized(FunctionalGelu()), seeded(2, 5)
+    with pytest.raises(tq.ModelError, match="has no option probes"):
+        tq.estimate_curvature(model, [(x, labels(x))], TASK, method="gauss_newton", probes="shared")
+    with pytest.raises(tq.ModelError, match="exact"):
+        tq.estimate_curvature(model, [(x, labels(x))], TASK, method="hutchinson", draws="exact")
+
+
+def test_a_loss_without_curvature_is_refused() -> None:
+    make, x = NETWORKS["linear"]
+    with pytest.raises(tq.ModelError, match=r"no curvature|linear in the model"):
+        exact(randomized(make()), x, labels(x), lambda z, y: z.abs().mean())

@@ -226,7 +226,8 @@ def test_a_negative_trace_counts_as_zero():
     """More bits must never look worse; the trace itself is kept in the table."""
     model = conv_net()
     curvature = made_up(discover(model, images(), TASK), average_trace=-1.0)
-    result = measure_sensitivity(model, curvature, images(), TASK, weight_bits=(2, 4), activation_bits=(4,))
+    with pytest.warns(UserWarning, match="3 of 3 layers have a trace of zero or less"):
+        result = measure_sensitivity(model, curvature, images(), TASK, weight_bits=(2, 4), activation_bits=(4,))
     omegas = [*result.weight_omega.values(), *result.activation_omega.values()]
     assert [value for options in omegas for value in options.values()] == [0.0] * (3 * 2 + 3)
     assert result.weight_errors["fc"][2] > 0

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import tracequant as tq
 from models import (
     CLASSES,
     EnergyTask,
@@ -363,3 +364,37 @@ def test_checked_batches_have_the_loaders_length():
     assert len(checked(labelled(6, sizes=(1, 1, 1)), TASK, gelu_mlp())) == 3
     with pytest.raises(TypeError):
         len(checked(iter([]), TASK, gelu_mlp()))
+
+
+def test_ignored_targets_may_lie_outside_and_do_not_count():
+    task = ClassificationTask(ignore_index=255)
+    logits = torch.tensor([[2.0, 0.0], [0.0, 2.0], [0.0, 2.0]])
+    batch = (logits, torch.tensor([0, 255, 0]))
+    task.check(logits, batch)
+    assert task.metric(logits, batch) == 50.0
+    with pytest.raises(DataError, match="ignore_index"):
+        ClassificationTask().check(logits, batch)
+
+
+class PaddedClassifier(nn.Module):
+    """A transformer encoder with a padding mask, which torch's fused path turns into nested tensors."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.embed, self.encoder = nn.Embedding(9, 8), nn.TransformerEncoder(layer, 1)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, ids):
+        return self.head(self.encoder(self.embed(ids), src_key_padding_mask=ids == 0).mean(1))
+
+
+def test_a_padded_encoder_goes_through_every_stage():
+    torch.manual_seed(0)
+    model, ids = PaddedClassifier().eval(), torch.tensor([[1, 2, 3, 0], [4, 5, 6, 7]])
+    batches, task = [(ids, torch.tensor([0, 2]))], ClassificationTask()
+    curvature = tq.estimate_curvature(model, batches, task, draws=1, seed=1)
+    sensitivity = tq.measure_sensitivity(model, curvature, batches, task, metric="l2")
+    quantized = tq.quantize(model, tq.solve(sensitivity, average_bits=4), batches, task)
+    assert task.evaluate(quantized, batches).samples == 2
+    assert torch.backends.mha.get_fastpath_enabled()

@@ -7,7 +7,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -21,7 +21,14 @@ from tracequant.explain import explain
 from tracequant.plan import MEGABYTE, BitPlan
 from tracequant.run import Measured, Run
 from tracequant.sensitivity_result import Sensitivity
-from tracequant.settings import AnalyzeSettings, FinetuneSettings, PlanSettings, TaskOptions, WeightGrid
+from tracequant.settings import (
+    AnalyzeSettings,
+    FinetuneSettings,
+    PlanSettings,
+    RunSettings,
+    TaskOptions,
+    WeightGrid,
+)
 
 app = typer.Typer(
     name="tracequant",
@@ -36,6 +43,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 _err = Console(stderr=True, highlight=False)
+INTERRUPTED = 130  # the shells' exit code for SIGINT
 
 # Options that several commands share.
 TaskName = Annotated[str, typer.Option("--task", help="digits, cifar10, or path/to/file.py:function", metavar="TASK")]
@@ -94,7 +102,7 @@ Space = Annotated[
     typer.Option(help="all assignments, or only those that never give a layer of larger trace fewer bits"),
 ]
 Steps = Annotated[int, typer.Option("--finetune-steps", min=0, help="fine-tuning steps; 0 for none")]
-LearningRate = Annotated[float, typer.Option(help="peak learning rate, cosine to zero")]
+LearningRate = Annotated[float, typer.Option(min=0, help="peak learning rate, cosine to zero")]
 Optimizer = Annotated[Literal["sgd", "adamw"], typer.Option()]
 Distillation = Annotated[float, typer.Option(min=0, max=1, help="weight of the float teacher's loss; 0 for none")]
 Order = Annotated[
@@ -150,7 +158,7 @@ def analyze(
     """Measure the curvature and sensitivity of every layer. Takes minutes; every budget after it takes none."""
     settings = _analyze_settings(locals())
     run = _open(out, quiet)
-    run.ask(analyze=settings)
+    run.ask(replace(run.settings(), analyze=settings) if run.exists() else RunSettings(settings))
     run.analyze()
     if as_json:
         _print_json(run.sensitivity().to_json())
@@ -184,8 +192,7 @@ def plan(
         solved.save(out)
     keep = apply or not run.done("quantize")
     if keep:
-        run.ask(plan=settings)
-        run.make_plan()
+        run.keep_plan(settings, solved)
     if as_json:
         _print_json(solved.to_json())
     elif not quiet:
@@ -217,18 +224,16 @@ def finetune(
 ) -> None:
     """Fine-tune the quantized model. Interrupted, the same command goes on from the last checkpoint."""
     run = _open(run_path, quiet)
-    run.ask(
-        finetune=FinetuneSettings(
-            steps=steps,
-            learning_rate=learning_rate,
-            optimizer=optimizer,
-            distillation=distillation,
-            order=order,
-            freeze_batchnorm=freeze_batchnorm,
-            uniform_too=uniform_too,
-        )
+    recipe = FinetuneSettings(
+        steps=steps,
+        learning_rate=learning_rate,
+        optimizer=optimizer,
+        distillation=distillation,
+        order=order,
+        freeze_batchnorm=freeze_batchnorm,
+        uniform_too=uniform_too,
     )
-    run.finetune()
+    run.finetune(recipe)
     _print_results(run, quiet, as_json)
 
 
@@ -358,13 +363,18 @@ def _run_stages(
     from tracequant.allocation import Budget
 
     Budget(plan.max_size_mb, plan.compression, plan.average_bits)  # a bad budget should not cost an analysis
-    run.ask(analyze, plan, finetune)
+    run.ask(replace(run.settings(), analyze=analyze) if run.exists() else RunSettings(analyze))
+    if finetune.steps:
+        run.check_recipe(finetune)
     run.analyze()
+    run.solve(plan)  # a budget that cannot be met leaves the run as it was
+    run.ask(RunSettings(analyze, plan, finetune if finetune.steps else None))
     run.make_plan()
     if not (quiet or as_json):
         _print_plan(run.sensitivity(), run.plan())
     run.quantize()
-    run.finetune()
+    if finetune.steps:
+        run.finetune(finetune)
     run.pack()
     path = run.report()
     _print_results(run, quiet, as_json)
@@ -387,11 +397,17 @@ def run_guarded(command: Callable[[], Any]) -> int:
         _err.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
         return 2
     except KeyboardInterrupt:
-        _err.print("interrupted; finished stages are kept, run the same command to go on", style="yellow")
-        return 130
+        return _interrupted()
     except SystemExit as exit_:
+        if exit_.code == INTERRUPTED:  # typer has caught the interrupt
+            return _interrupted()
         return exit_.code if isinstance(exit_.code, int) else 0 if exit_.code is None else 1
     return 0
+
+
+def _interrupted() -> int:
+    _err.print("interrupted; finished stages are kept, run the same command to go on", style="yellow")
+    return INTERRUPTED
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
@@ -413,9 +429,14 @@ def _open(path: Path, quiet: bool) -> Run:
 
 def _analyze_settings(given: dict[str, Any]) -> AnalyzeSettings:
     return AnalyzeSettings(
-        task=given["task"],
+        task=_absolute_task(given["task"]),
         options=TaskOptions(
-            given["data_dir"], given["weights"], given["model"], given["samples"], given["batch_size"], given["seed"]
+            _absolute(given["data_dir"]),
+            _absolute(given["weights"]),
+            given["model"],
+            given["samples"],
+            given["batch_size"],
+            given["seed"],
         ),
         device=given["device"],
         method=given["method"],
@@ -430,6 +451,16 @@ def _analyze_settings(given: dict[str, Any]) -> AnalyzeSettings:
         weight_grid=WeightGrid(not given["per_tensor"], not given["asymmetric"], given["range_method"]),
         eigenvalues=given["eigenvalues"],
     )
+
+
+def _absolute(path: str | None) -> str | None:
+    """An existing path as seen from anywhere; the run may be gone on with from another folder."""
+    return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
+
+
+def _absolute_task(spec: str) -> str:
+    file, colon, function = spec.rpartition(":")
+    return f"{_absolute(file)}{colon}{function}" if colon else spec
 
 
 def _parse_bits(text: str, option: str) -> tuple[int, ...]:
@@ -508,7 +539,8 @@ def _print_results(run: Run, quiet: bool, as_json: bool) -> None:
 
 def _print_packed(run: Run) -> None:
     packed, solved = run.pack_result(), run.plan()
+    kind = "" if packed.fine_tuned else " (not fine-tuned)"
     print(
-        f"Packed: {run.path / 'model.safetensors'}, {packed.file_bytes:,} bytes ({packed.promised_bytes:,} promised),"
-        f" weights {solved.compression:.2f}x smaller; loaded again it gives {packed.evaluation.metric:.2f}"
+        f"Packed{kind}: {run.path / 'model.safetensors'}, {packed.file_bytes:,} bytes ({packed.promised_bytes:,}"
+        f" promised), weights {solved.compression:.2f}x smaller; loaded again it gives {packed.evaluation.metric:.2f}"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import glob
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -28,7 +29,7 @@ def quantize(model: nn.Module, plan: BitPlan, batches: Batches, task: Task, prog
     """
     batches = reusable(batches)
     _check_names(plan.weight_bits, quantizable_names(model), "layer")
-    points = discover(model, batches, task, include=tuple(plan.weight_bits))
+    points = discover(model, batches, task, include=tuple(glob.escape(name) for name in plan.weight_bits))
     _check_names(plan.activation_bits, list(points.activation_by_name), "activation")
     quantized = copy.deepcopy(model)
     for layer in points.layers:

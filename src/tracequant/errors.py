@@ -17,6 +17,10 @@ class ModelError(TracequantError):
     """The model cannot be analysed or quantized as asked; the message names the layer."""
 
 
+class SecondDerivativeError(ModelError):
+    """An operation of the model cannot be differentiated twice, which Hutchinson's method needs."""
+
+
 class TaskError(TracequantError):
     """A task is unknown, cannot be loaded, or returns something that is not a loss."""
 

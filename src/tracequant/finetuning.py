@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from tracequant.artifact import replace_file
 from tracequant.errors import ArtifactError, DataError, ModelError
@@ -75,9 +76,10 @@ def finetune(
     finite.
     """
     quantizers = _quantizers(model)
-    if steps < 0 or stages < 1 or not 0 <= distillation <= 1:
+    if steps < 0 or stages < 1 or learning_rate < 0 or not 0 <= distillation <= 1:
         raise DataError(
-            f"expected steps >= 0, stages >= 1, distillation in [0, 1]; got {steps}, {stages}, {distillation}"
+            "expected steps >= 0, stages >= 1, learning_rate >= 0, distillation in [0, 1]; got"
+            f" {steps}, {stages}, {learning_rate}, {distillation}"
         )
     schedule = _stages(model, order, omega, stages, steps)
     device = model_device(model)
@@ -136,15 +138,17 @@ def _train_step(
     autocast: AbstractContextManager[Any] = (
         torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
     )
+    # The model alone runs in bfloat16: losses are small, and some of them refuse it.
     with autocast:
-        outputs = task.outputs(model, batch)
-        if first_epoch:
-            task.check(outputs, batch)
-        loss = total_loss(task, outputs, batch)
+        outputs = _full_precision(task.outputs(model, batch))
         if teacher is not None and distillation > 0:
             with torch.no_grad():
-                guidance = task.outputs(teacher, batch)
-            loss = (1 - distillation) * loss + distillation * task.distillation_loss(outputs, guidance)
+                guidance = _full_precision(task.outputs(teacher, batch))
+    if first_epoch:
+        task.check(outputs, batch)
+    loss = total_loss(task, outputs, batch)
+    if teacher is not None and distillation > 0:
+        loss = (1 - distillation) * loss + distillation * task.distillation_loss(outputs, guidance)
     value = loss.item()
     if not math.isfinite(value):
         raise DataError(
@@ -157,6 +161,13 @@ def _train_step(
     return value
 
 
+def _full_precision(outputs: Any) -> Any:
+    """Outputs with bfloat16 tensors as float32."""
+    return pytree.tree_map(
+        lambda x: x.float() if isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16 else x, outputs
+    )
+
+
 def _scale_gradients(model: nn.Module) -> None:
     """Divide scale gradients by sqrt(numel per scale · largest code), Esser et al. 2020, Section 2.2."""
     for _, quantizer, chain in _named_weights(model):
@@ -165,8 +176,9 @@ def _scale_gradients(model: nn.Module) -> None:
             quantizer.scale.grad /= math.sqrt(share * max(1, 2 ** (quantizer.num_bits - 1) - 1))
     for activation in activation_quantizers(model).values():
         if activation.scale.grad is not None:
-            # The number of elements of an activation depends on the input; the gradient is a sum over all of them.
-            activation.scale.grad /= math.sqrt(activation.last_numel * (2**activation.num_bits - 1))
+            # The gradient is a sum over all elements of all calls since the last step.
+            activation.scale.grad /= math.sqrt(activation.numel_seen * (2**activation.num_bits - 1))
+        activation.numel_seen = 0
 
 
 def _named_weights(model: nn.Module) -> list[tuple[str, WeightQuantizer, Any]]:

@@ -97,9 +97,15 @@ def quantizable_names(model: nn.Module) -> list[str]:
 
 def idle_layers(names: Sequence[str]) -> ModelError:
     """The error for layers that the loss does not depend on."""
+    # Many layers under one name are an auxiliary head, left out by one pattern.
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        groups[name.split(".")[0]].append(name)
+    patterns = [f"{top}.*" if len(members) > 1 else members[0] for top, members in groups.items()]
+    flags = " ".join(f"--exclude '{pattern}'" for pattern in patterns)
     return ModelError(
         f"the loss of a batch does not depend on layer {', '.join(names[:4])}{' and others' if len(names) > 4 else ''};"
-        f" leave out what the task does not use, for instance with exclude={[names[0]]} (--exclude '{names[0]}')"
+        f" leave out what the task does not use, for instance with exclude={patterns} ({flags})"
     )
 
 
@@ -309,7 +315,8 @@ def _group_activations(calls: _Calls) -> list[ActivationPoint]:
         if calls.reads[name]:
             groups[root(name)].append(name)
     points = []
-    inputs = {id(leaf) for leaf in pytree.tree_leaves(calls.batch) if isinstance(leaf, Tensor)}
+    # By storage: a flattened or permuted view of the input is still the input.
+    inputs = {_storage(leaf) for leaf in pytree.tree_leaves(calls.batch) if isinstance(leaf, Tensor)}
     for name, consumers in groups.items():
         tensors = {id(tensor): tensor for consumer in consumers for tensor in calls.reads[consumer]}
         points.append(
@@ -317,10 +324,14 @@ def _group_activations(calls: _Calls) -> list[ActivationPoint]:
                 name=name,
                 consumers=tuple(consumers),
                 numel=sum(tensor.numel() for tensor in tensors.values()) / calls.samples,
-                is_model_input=any(key in inputs for key in tensors),
+                is_model_input=any(_storage(tensor) in inputs for tensor in tensors.values()),
             )
         )
     return points
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _tie_groups(patterns: Sequence[str], names: list[str]) -> tuple[tuple[str, ...], ...]:

@@ -24,11 +24,15 @@ def frozen_evaluation(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
         for name, buffer in module.named_buffers(recurse=False)
     ]
+    # torch's fused encoder layers call no submodules, and turn padded batches into nested tensors.
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.random.fork_rng(devices=_cuda_devices(model)):
             model.eval()
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
         for module, mode in modes.items():
             module.training = mode
         for parameter, requires_grad, grad in gradients:
@@ -36,7 +40,8 @@ def frozen_evaluation(model: nn.Module) -> Iterator[None]:
             parameter.grad = grad
         with torch.no_grad():
             for module, name, buffer, saved in buffers:
-                buffer.copy_(saved)
+                if not torch.equal(buffer, saved):  # an expanded buffer cannot be written, but does not change either
+                    buffer.copy_(saved)
                 setattr(module, name, buffer)  # the model may have put another tensor in its place
 
 

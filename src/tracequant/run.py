@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tracequant import allocation
 from tracequant.artifact import Saveable, read_json, replace_file, write_json
 from tracequant.curvature.result import Curvature
-from tracequant.errors import ArtifactError, RunError
+from tracequant.errors import ArtifactError, ModelError, RunError, SecondDerivativeError, TaskError
 from tracequant.plan import BitPlan
 from tracequant.sensitivity_result import Sensitivity
 from tracequant.settings import AnalyzeSettings, FinetuneSettings, PlanSettings, RunSettings
@@ -44,6 +44,15 @@ if TYPE_CHECKING:
 
 Stage = Literal["analyze", "plan", "quantize", "finetune", "pack", "report"]
 STAGES: tuple[Stage, ...] = ("analyze", "plan", "quantize", "finetune", "pack", "report")
+# What a finished stage has left; without one of these files it is not finished.
+FILES: dict[Stage, tuple[str, ...]] = {
+    "analyze": ("curvature.json", "sensitivity.json"),
+    "plan": ("plan.json",),
+    "quantize": ("quantize.json", "quantized.safetensors", "uniform.safetensors"),
+    "finetune": ("finetune.json", "finetuned.safetensors"),
+    "pack": ("pack.json", "model.safetensors"),
+    "report": ("report.html",),
+}
 Say = Callable[[str], None]
 
 
@@ -103,39 +112,30 @@ class Run:
 
     def settings(self) -> RunSettings:
         """What this run was asked for; `RunError` if the directory is not a run."""
-        if not (self.path / "settings.json").is_file():
+        if not self.exists():
             raise RunError(
                 f"{self.path} is not a run directory (it has no settings.json); make one with"
                 f" `tracequant analyze --task ... --out {self.path}`"
             )
         return RunSettings.load(self.path / "settings.json")
 
+    def exists(self) -> bool:
+        """Whether the directory is a run already."""
+        return (self.path / "settings.json").is_file()
+
     def done(self, stage: Stage) -> bool:
-        """Whether the stage is finished under the present settings."""
-        if not (self.path / "settings.json").is_file():
+        """Whether the stage is finished under the present settings, and its files are there."""
+        if not all((self.path / name).is_file() for name in ("settings.json", *FILES[stage])):
             return False
         return self._keys().get(stage) == self._key(stage, self.settings())
 
-    def ask(
-        self,
-        analyze: AnalyzeSettings | None = None,
-        plan: PlanSettings | None = None,
-        finetune: FinetuneSettings | None = None,
-    ) -> None:
-        """Record new settings. `RunError` if the directory belongs to another task, data set or weights file."""
-        exists = (self.path / "settings.json").is_file()
-        if not exists and self.path.is_dir() and any(self.path.iterdir()):
-            raise RunError(f"{self.path} is not empty and not a run directory; choose another --out")
-        if exists:
-            before = self.settings()
-            if analyze is not None and self._keys():
-                self._check_identity(before.analyze, analyze)
-            settings = RunSettings(analyze or before.analyze, plan or before.plan, finetune or before.finetune)
-        else:
-            if analyze is None:
-                self.settings()
-                raise AssertionError("unreachable: settings() raises without a settings file")
-            settings = RunSettings(analyze, plan, finetune)
+    def ask(self, settings: RunSettings) -> None:
+        """Record settings. `RunError` if the directory belongs to another task, data set or weights file."""
+        if not self.exists():
+            if self.path.is_dir() and any(self.path.iterdir()):
+                raise RunError(f"{self.path} is not empty and not a run directory; choose another --out")
+        elif self._keys():
+            self._check_identity(self.settings().analyze, settings.analyze)
         settings.save(self.path / "settings.json")
 
     def _check_identity(self, before: AnalyzeSettings, now: AnalyzeSettings) -> None:
@@ -169,6 +169,14 @@ class Run:
         path = self.path / "stages.json"
         return dict(read_json(path)) if path.is_file() else {}
 
+    def _begin(self, stage: Stage) -> float:
+        """The time, after marking the stage and those after it as not finished: their files are about to change."""
+        later = STAGES[STAGES.index(stage) :]
+        keys = self._keys()
+        if any(name in keys for name in later):
+            write_json(self.path / "stages.json", {name: key for name, key in keys.items() if name not in later})
+        return time.perf_counter()
+
     def _finish(self, stage: Stage, seconds: float) -> None:
         write_json(self.path / "stages.json", self._keys() | {stage: self._key(stage, self.settings())})
         self._say(f"{stage}: done in {seconds:.1f} s")
@@ -176,10 +184,13 @@ class Run:
     def _need(self, stage: Stage) -> None:
         self.settings()
         if not self.done(stage):
-            extra = " --max-size-mb X" if stage == "plan" else ""
+            command = {
+                "analyze": f"analyze --task ... --out {self.path}",
+                "plan": f"plan {self.path} --max-size-mb X",
+            }.get(stage, f"{stage} {self.path}")
             raise RunError(
                 f"{self.path} has no finished stage {stage!r} under its present settings; run"
-                f" `tracequant {stage} {self.path}{extra}` first"
+                f" `tracequant {command}` first"
             )
 
     # Artifacts
@@ -235,7 +246,7 @@ class Run:
         """Measure curvature and sensitivities."""
         if self.done("analyze"):
             return
-        start = time.perf_counter()
+        start = self._begin("analyze")
         from tracequant.curvature.estimate import estimate_curvature
         from tracequant.curvature.spectrum import top_eigenvalues
         from tracequant.layers import discover
@@ -244,6 +255,10 @@ class Run:
         settings = self.settings().analyze
         setup = self.setup()
         model, task, batches = setup.model, setup.task, setup.calibration
+        if other := {str(p.dtype) for p in model.parameters() if str(p.dtype) != "torch.float32"}:
+            raise ModelError(
+                f"the model has {', '.join(sorted(other))} parameters; packing needs float32: model.float()"
+            )
         points = discover(model, batches, task, settings.include, settings.exclude, settings.ties)
         self._say(
             f"analyze: {len(points.layers)} layers, {len(points.activations)} activations,"
@@ -262,10 +277,12 @@ class Run:
             **({} if settings.method == "gauss_newton" else {"probes": settings.probes}),
         )
         if settings.eigenvalues:
-            eigenvalues = top_eigenvalues(
-                model, batches, task, points, seed=settings.options.seed, progress=self._progress
-            )
-            curvature = replace(curvature, top_eigenvalues=eigenvalues)
+            seed = settings.options.seed
+            try:
+                eigenvalues = top_eigenvalues(model, batches, task, points, seed=seed, progress=self._progress)
+                curvature = replace(curvature, top_eigenvalues=eigenvalues)
+            except SecondDerivativeError as error:
+                self._say(f"analyze: no eigenvalues, HAWQ's point will be missing from the report ({error})")
         sensitivity = measure_sensitivity(
             model,
             curvature,
@@ -286,26 +303,31 @@ class Run:
         self._need("analyze")
         return allocation.solve(self.sensitivity(), **asdict(settings))
 
+    def keep_plan(self, settings: PlanSettings, plan: BitPlan) -> None:
+        """Make `plan`, solved for `settings`, the run's plan, also over one that was edited."""
+        start = self._begin("plan")
+        self.ask(replace(self.settings(), plan=settings))
+        plan.save(self.path / "plan.json")
+        self._finish("plan", time.perf_counter() - start)
+
     def make_plan(self) -> None:
         """Solve for the recorded budget and keep the plan."""
         if self.done("plan"):
             return
-        start = time.perf_counter()
         settings = self.settings().plan
         if settings is None:
             raise RunError(
                 f"{self.path} has no budget yet: run `tracequant plan {self.path} --max-size-mb X`, or --compression or"
                 " --average-bits"
             )
-        self.solve(settings).save(self.path / "plan.json")
-        self._finish("plan", time.perf_counter() - start)
+        self.keep_plan(settings, self.solve(settings))
 
     def quantize(self) -> None:
         """Quantize by the plan and uniformly, and evaluate both beside the float model."""
         if self.done("quantize"):
             return
         self._need("plan")
-        start = time.perf_counter()
+        start = self._begin("quantize")
         from tracequant.cost import float_bytes
         from tracequant.export.packed import pack
 
@@ -328,21 +350,21 @@ class Run:
         )
         self._finish("quantize", time.perf_counter() - start)
 
-    def finetune(self) -> None:
-        """Fine-tune the mixed model, going on from a checkpoint where there is one."""
+    def finetune(self, recipe: FinetuneSettings) -> None:
+        """Fine-tune the mixed model by `recipe`, going on from a checkpoint where there is one."""
+        self._need("quantize")
+        self.check_recipe(recipe)
+        settings = replace(self.settings(), finetune=recipe)
+        self.ask(settings)
         if self.done("finetune"):
             return
-        self._need("quantize")
-        start = time.perf_counter()
-        settings = self.settings()
-        if settings.finetune is None:
-            raise RunError(f"{self.path} has no fine-tuning settings; run `tracequant finetune {self.path} --steps N`")
+        start = self._begin("finetune")
         key, plan = self._key("finetune", settings), self.plan()
         outcome_uniform: Measured | None = None
-        if settings.finetune.uniform_too:
+        if recipe.uniform_too:
             uniform_bits, uniform = self._nearest_uniform(self.sensitivity(), plan)
             name = f"uniform {uniform_bits} bits, fine-tuned"
-            outcome_uniform, _ = self._finetune_one(uniform, f"uniform-{key}", name, "uniform.safetensors")
+            outcome_uniform, _ = self._finetune_one(uniform, f"uniform-{key}", name, "uniform_finetuned.safetensors")
         mixed, losses = self._finetune_one(plan, key, "mixed, fine-tuned", "finetuned.safetensors")
         FinetuneOutcome(tuple(losses), time.perf_counter() - start, mixed, outcome_uniform).save(
             self.path / "finetune.json"
@@ -350,6 +372,17 @@ class Run:
         for leftover in self.path.glob("checkpoint-*.pt"):
             leftover.unlink()
         self._finish("finetune", time.perf_counter() - start)
+
+    def check_recipe(self, recipe: FinetuneSettings) -> None:
+        """Raise `TaskError` if the recipe has a teacher and the task has no distillation loss."""
+        from tracequant.task import Task
+
+        task = self.setup().task
+        if recipe.distillation > 0 and type(task).distillation_loss is Task.distillation_loss:
+            raise TaskError(
+                f"{type(task).__name__} has no distillation_loss(outputs, teacher_outputs); implement it, or fine-tune"
+                " without a teacher (--distillation 0)"
+            )
 
     def _finetune_one(self, plan: BitPlan, key: str, name: str, file: str) -> tuple[Measured, list[float]]:
         from safetensors.torch import save_file
@@ -394,15 +427,19 @@ class Run:
         """Write the product, `model.safetensors`, and evaluate it as it is loaded again."""
         if self.done("pack"):
             return
-        start = time.perf_counter()
         from safetensors.torch import load_file
 
         from tracequant.export.packed import pack
 
         self._need("quantize")
-        plan = self.plan()
+        plan, fine_tuned = self.plan(), self.done("finetune")
+        if self.settings().finetune is not None and not fine_tuned:
+            raise RunError(
+                f"fine-tuning of {self.path} was asked for and is not finished: go on with `tracequant finetune`, or"
+                f" take the packed model from before it, {self.path / 'quantized.safetensors'}"
+            )
+        start = self._begin("pack")
         quantized = self._quantized(plan)
-        fine_tuned = self.done("finetune")
         if fine_tuned:
             quantized.load_state_dict(load_file(self.path / "finetuned.safetensors"))
         size = pack(quantized, self.path / "model.safetensors")
@@ -419,6 +456,8 @@ class Run:
         path = Path(file) if file else self.path / "model.safetensors"
         if not path.is_file():
             raise ArtifactError(f"{path} does not exist; `tracequant pack {self.path}` makes it")
+        if file is None and (self.path / "pack.json").is_file() and not self.done("pack"):
+            self._say(f"{path} is older than the run's present plan or settings; `tracequant pack` makes it anew")
         setup = self.setup()
         evaluation = setup.task.evaluate(load(path, setup.model), setup.evaluation, self._progress)
         return Measured(path.name, evaluation.metric, evaluation.loss, path.stat().st_size, math.nan)
@@ -426,7 +465,7 @@ class Run:
     def report(self) -> Path:
         """Write the report from what is there, figures beside it."""
         self._need("plan")
-        start = time.perf_counter()
+        start = self._begin("report")
         from tracequant.report.html import write_report
 
         path = write_report(self)

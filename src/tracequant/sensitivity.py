@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Literal
 
@@ -17,7 +18,7 @@ from tracequant.progress import track
 from tracequant.quantizer import Grid, check_bits, choose_grid, choose_weight_grid
 from tracequant.sensitivity_result import MODEL_INPUT_BITS, Sensitivity, combine
 from tracequant.settings import WeightGrid
-from tracequant.task import Batches, Task, checked, reusable
+from tracequant.task import Batches, Task, checked, model_device, reusable
 
 # Values kept of each batch to choose an activation's range from; the error at that range is measured on all values.
 RANGE_SAMPLE = 1 << 16
@@ -56,6 +57,9 @@ def measure_sensitivity(
             "the curvature was measured for weights only; estimate it with activations=True, or pass activation_bits=()"
         )
 
+    if missing := [layer.name for layer in points.layers if layer.name not in curvature.weights]:
+        raise ModelError(f"the curvature holds no trace of {missing[0]}; estimate it with weights=True")
+    _warn_of_flat_layers(curvature, metric)
     weight_errors: dict[str, dict[int, float]] = {}
     for layer in points.layers:
         weight = weight_parameter(model, layer).detach()
@@ -90,12 +94,17 @@ def calibrate(
     negative gets the full grid above 0.
     """
     samples: dict[str, list[Tensor]] = {name: [] for name in bits}
+    generator = torch.Generator(model_device(model)).manual_seed(0)
 
     def read(name: str, tensor: Tensor) -> None:
         if name in samples and tensor.numel() > 0:
             flat = tensor.detach().flatten()
-            step = max(1, flat.numel() // RANGE_SAMPLE)
-            samples[name].append(torch.cat([flat[::step], flat.amin()[None], flat.amax()[None]]))
+            values = flat
+            if flat.numel() > RANGE_SAMPLE:
+                # At random: a fixed stride would meet the same few channels again and again.
+                chosen = torch.randint(flat.numel(), (RANGE_SAMPLE,), generator=generator, device=flat.device)
+                values = flat[chosen]
+            samples[name].append(torch.cat([values, flat.amin()[None], flat.amax()[None]]))
 
     with frozen_evaluation(model), torch.no_grad():
         for batch in track(checked(batches, task, model), "Activation ranges", progress):
@@ -140,6 +149,17 @@ def _activation_errors(
             seen.clear()
             total += task.batch_size(batch)
     return {name: {b: value / total for b, value in options.items()} for name, options in sums.items()}
+
+
+def _warn_of_flat_layers(curvature: Curvature, metric: str) -> None:
+    """Traces that are not positive say nothing of what a layer can bear; the user should hear of them."""
+    flat = [name for name, estimate in curvature.weights.items() if estimate.trace <= 0]
+    if flat and metric == "trace":
+        warnings.warn(
+            f"{len(flat)} of {len(curvature.weights)} layers have a trace of zero or less ({', '.join(flat[:3])}, ...)"
+            " and count as insensitive; use more samples or draws, check that the model is trained, or use metric='l2'",
+            stacklevel=3,
+        )
 
 
 def _squared_error(values: Tensor, grid: Grid) -> float:

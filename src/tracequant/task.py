@@ -60,7 +60,8 @@ class Task(abc.ABC):
 
     def to_device(self, batch: Batch, device: torch.device) -> Batch:
         """The batch with every tensor in it moved to `device`."""
-        return pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
+        # Not only tensors: batches of other libraries have a method of this name too.
+        return pytree.tree_map(lambda x: x.to(device) if hasattr(x, "to") else x, batch)
 
     def check(self, outputs: Any, batch: Batch) -> None:  # noqa: B027 - optional to override
         """Raise `DataError` if the batch does not fit the outputs; called before the loss."""
@@ -77,7 +78,7 @@ class Task(abc.ABC):
         """Distance of a student's outputs to its teacher's, for fine-tuning with `teacher=`."""
         raise TaskError(
             f"{type(self).__name__} has no distillation_loss(outputs, teacher_outputs); implement it or fine-tune"
-            " without a teacher"
+            " without a teacher (--distillation 0)"
         )
 
     def evaluate(self, model: nn.Module, batches: Batches, progress: bool = False) -> Evaluation:
@@ -99,7 +100,8 @@ class ClassificationTask(Task):
 
     `loss(logits, targets)` is your own loss, averaged over the batch; it is the function whose curvature is measured.
     `forward(model, inputs)` is for models that are not called with one tensor; the default is `model(inputs)`, or
-    `model(**inputs)` where the inputs are a mapping. The metric is top-1 accuracy in percent.
+    `model(**inputs)` where the inputs are a mapping. Targets equal to `ignore_index` may lie outside the classes and do
+    not count in the metric, top-1 accuracy in percent.
     """
 
     metric_name = "accuracy %"
@@ -108,9 +110,11 @@ class ClassificationTask(Task):
         self,
         loss: Callable[[Any, Any], Tensor] = F.cross_entropy,
         forward: Callable[[nn.Module, Any], Any] | None = None,
+        ignore_index: int = -100,
     ) -> None:
         self._loss = loss
         self._forward = forward
+        self._ignore_index = ignore_index
 
     def outputs(self, model: nn.Module, batch: Batch) -> Any:
         """The logits."""
@@ -128,6 +132,10 @@ class ClassificationTask(Task):
         """Top-1 accuracy in percent."""
         targets = self._split(batch)[1]
         hits = outputs.argmax(dim=1) == (targets.argmax(dim=1) if targets.ndim == outputs.ndim else targets)
+        if targets.ndim < outputs.ndim:
+            hits = hits[targets != self._ignore_index]
+        if hits.numel() == 0:
+            return 0.0
         return 100.0 * int(hits.sum().item()) / int(hits.numel())
 
     def batch_size(self, batch: Batch) -> int:
@@ -135,7 +143,7 @@ class ClassificationTask(Task):
         return len(self._split(batch)[1])
 
     def check(self, outputs: Any, batch: Batch) -> None:
-        """Targets must be one per row of logits and name a class that exists (or be -100, which is ignored)."""
+        """Targets must be one per row of logits and name a class that exists (or be `ignore_index`)."""
         targets = self._split(batch)[1]
         if not isinstance(outputs, Tensor) or outputs.ndim < 2:
             raise TaskError(
@@ -147,11 +155,11 @@ class ClassificationTask(Task):
         if targets.dtype.is_floating_point or targets.ndim != outputs.ndim - 1 or targets.numel() == 0:
             return
         classes = outputs.shape[1]
-        wrong = targets[(targets != -100) & ((targets < 0) | (targets >= classes))]
+        wrong = targets[(targets != self._ignore_index) & ((targets < 0) | (targets >= classes))]
         if wrong.numel() > 0:
             raise DataError(
                 f"target {int(wrong[0])} is out of range: the model has {classes} classes, numbered 0 to {classes - 1};"
-                " check the labels, or the model's last layer"
+                " check the labels, the model's last layer, or pass ClassificationTask(ignore_index=...)"
             )
 
     def distillation_loss(self, outputs: Any, teacher_outputs: Any) -> Tensor:

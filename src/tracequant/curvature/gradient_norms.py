@@ -25,7 +25,10 @@ Call = tuple[Tensor, Tensor]
 
 
 def supported(module: nn.Module) -> bool:
-    """Whether `squared_norms` covers the module's kind and options."""
+    """Whether `squared_norms` covers the module: kind, options, and a forward that no subclass has replaced."""
+    base = next((kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn.modules")), None)
+    if base is None or type(module).forward is not base.forward:  # type: ignore[attr-defined]
+        return False
     if isinstance(module, nn.Embedding):
         return module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
     return isinstance(module, (*CONVOLUTIONS, *TRANSPOSED, nn.Linear))

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from tracequant.curvature.result import Curvature, TraceEstimate, summarize
-from tracequant.errors import ModelError
+from tracequant.errors import ModelError, SecondDerivativeError
 from tracequant.layers import idle_layers, reading, weight_parameter
 from tracequant.model_state import double_backward, frozen_evaluation
 from tracequant.points import QuantizationPoints
@@ -196,7 +196,7 @@ def _check_differentiable(gradients: Sequence[Tensor | None]) -> None:
     while pending:
         node = pending.pop()
         if node.name() == "torch::autograd::Error":
-            raise ModelError(_NO_SECOND_DERIVATIVE)
+            raise SecondDerivativeError(_NO_SECOND_DERIVATIVE)
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
@@ -221,7 +221,7 @@ def hessian_vector_product(gradients: list[Tensor], targets: list[Tensor], vecto
         )
     except RuntimeError as error:
         if any(text in str(error) for text in ("not implemented", "not supported", "differentiate twice")):
-            raise ModelError(f"{_NO_SECOND_DERIVATIVE} ({error})") from error
+            raise SecondDerivativeError(f"{_NO_SECOND_DERIVATIVE} ({error})") from error
         raise
     return [
         torch.zeros_like(target) if product is None else product

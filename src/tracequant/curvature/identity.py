@@ -9,6 +9,7 @@ rounding, or the identity does not hold.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Literal
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from tracequant.curvature.hutchinson import draw_probe, first_derivatives, hessian_vector_product, require_grad
 from tracequant.curvature.output_hessian import factor, loss_hessian
-from tracequant.errors import ModelError
+from tracequant.errors import ModelError, SecondDerivativeError
 from tracequant.model_state import double_backward, frozen_evaluation
 from tracequant.points import QuantizationPoints
 from tracequant.task import Batch, Batches, Task, checked, forward, model_device
@@ -41,15 +42,18 @@ def choose_method(
     try:
         batch = next(iter(checked(batches, task, model)))
         defects = block_differences(model, batch, task, points, generator)
+    except SecondDerivativeError:
+        return "gauss_newton", (
+            "an operation has no second derivative, so that the Hessian cannot be had; these are Gauss-Newton traces,"
+            " which may differ from it"
+        )
     except (ModelError, RuntimeError) as error:
         return "hutchinson", f"Gauss-Newton cannot be compared with the Hessian ({error})"
     name = max(defects, key=lambda layer: defects[layer])
     if defects[name] <= TOLERANCE:
         return "gauss_newton", f"Hessian and Gauss-Newton products agree to {max(defects[name], 1e-7):.0e}"
-    return (
-        "hutchinson",
-        f"the Gauss-Newton block of {name} differs from its Hessian's by {defects[name]:.1%}{_cause(model)}",
-    )
+    share = f"{defects[name]:.1%}" if defects[name] < 1 else "more than 100%"
+    return "hutchinson", f"the Gauss-Newton block of {name} differs from its Hessian's by {share}{_cause(model)}"
 
 
 def block_differences(
@@ -76,7 +80,11 @@ def block_differences(
             gauss_newton = gauss_newton_product(tensors, product, weight, vector)
             size = float(gauss_newton.norm())
             difference = float((hessian - gauss_newton).norm())
-            result[name] = difference / size if size > 0 else float(difference > 0)
+            # Where nothing reaches the layer (a last layer of zeros, say) there is nothing to compare.
+            if size > 0 or difference > 0:
+                result[name] = difference / size if size > 0 else math.inf
+    if not result:
+        raise ModelError("no signal reaches the layers: is the last layer all zeros, the model untrained?")
     return result
 
 
@@ -96,9 +104,9 @@ def gauss_newton_product(
 
 
 def _some_layers(points: QuantizationPoints, calls: dict[str, int]) -> list[str]:
-    """Layers that read the model's input (or an integer), those called more than once, and a few at even distances."""
+    """Layers that read the model's input, embeddings, those called more than once, and a few at even distances."""
     inputs = {point.name for point in points.activations if point.is_model_input}
-    first = [layer.name for layer in points.layers if layer.activation in inputs or layer.activation is None]
+    first = [layer.name for layer in points.layers if layer.activation in inputs or layer.kind == "Embedding"]
     rest = [layer.name for layer in points.layers if layer.name not in first]
     repeated = [name for name in rest if calls[name] > 1]
     step = max(1, len(rest) // CHECKED_LAYERS)
@@ -125,8 +133,9 @@ def _counting_calls(model: nn.Module, points: QuantizationPoints) -> Iterator[di
 
 
 def _cause(model: nn.Module) -> str:
-    """The first module that is known to bend, as an explanation; functional operations have no name to give."""
-    for name, module in model.named_modules():
-        if isinstance(module, _BENT):
-            return f" (for instance {name}, {type(module).__name__}, is not piecewise linear)"
+    """The last module that is known to bend, which lies behind most layers; functional calls have no name."""
+    bent = [(name, module) for name, module in model.named_modules() if isinstance(module, _BENT)]
+    if bent:
+        name, module = bent[-1]
+        return f" (for instance {name}, {type(module).__name__}, is not piecewise linear)"
     return " (an operation that is not piecewise linear, called as a function)"

@@ -44,6 +44,9 @@ def write_report(run: Run) -> Path:
     losses = run.finetune_outcome().losses if run.done("finetune") else ()
     if losses:
         pictures["loss"] = figures.loss_figure(losses)
+    for stale in (run.path / "figures").glob("*"):
+        if stale.stem not in pictures:
+            stale.unlink()
     embedded = {name: _save(figure, run.path / "figures" / name) for name, figure in pictures.items()}
 
     template = jinja2.Environment(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -62,6 +63,9 @@ def _load_function(spec: str) -> Callable[..., Any]:
     if module_spec is None or module_spec.loader is None:
         raise TaskError(f"task file {file} is not a Python file")
     module = importlib.util.module_from_spec(module_spec)
+    # As for a script: modules beside the file can be imported, and the module can be found by its own dataclasses.
+    sys.modules[module_spec.name] = module
+    sys.path.insert(0, str(path.resolve().parent))
     module_spec.loader.exec_module(module)
     function = getattr(module, name, None)
     if not callable(function):
