@@ -7,7 +7,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -224,16 +224,7 @@ def finetune(
 ) -> None:
     """Fine-tune the quantized model. Interrupted, the same command goes on from the last checkpoint."""
     run = _open(run_path, quiet)
-    recipe = FinetuneSettings(
-        steps=steps,
-        learning_rate=learning_rate,
-        optimizer=optimizer,
-        distillation=distillation,
-        order=order,
-        freeze_batchnorm=freeze_batchnorm,
-        uniform_too=uniform_too,
-    )
-    run.finetune(recipe)
+    run.finetune(_recipe(locals()))
     _print_results(run, quiet, as_json)
 
 
@@ -319,15 +310,7 @@ def run_all(
         _open(out, quiet),
         _analyze_settings(locals()),
         PlanSettings(max_size_mb, compression, average_bits, average_activation_bits, space),
-        FinetuneSettings(
-            steps=steps,
-            learning_rate=learning_rate,
-            optimizer=optimizer,
-            distillation=distillation,
-            order=order,
-            freeze_batchnorm=freeze_batchnorm,
-            uniform_too=uniform_too,
-        ),
+        _recipe(locals()),
         quiet,
         as_json,
     )
@@ -450,6 +433,13 @@ def _analyze_settings(given: dict[str, Any]) -> AnalyzeSettings:
         metric=given["metric"],
         weight_grid=WeightGrid(not given["per_tensor"], not given["asymmetric"], given["range_method"]),
         eigenvalues=given["eigenvalues"],
+    )
+
+
+def _recipe(given: dict[str, Any]) -> FinetuneSettings:
+    """Fine-tuning settings from a command's options, which have the same names."""
+    return FinetuneSettings(
+        **{field.name: given[field.name] for field in fields(FinetuneSettings) if field.name in given}
     )
 
 
