@@ -178,6 +178,21 @@ def test_a_budget_that_cannot_be_met_leaves_the_run_as_it_was(copy: Path) -> Non
     assert all(Run(copy).done(stage) for stage in ("plan", "quantize", "finetune", "pack", "report"))
 
 
+@pytest.mark.parametrize("option", [("--weights", "x.safetensors"), ("--device", "nonsense"), ("--batch-size", "5")])
+def test_a_refused_option_leaves_the_run_as_it_was(option: tuple[str, str], copy: Path) -> None:
+    settings = (copy / "settings.json").read_text()
+    assert invoke(*STAGED, *option, "--out", copy) == 2
+    assert (copy / "settings.json").read_text() == settings
+    assert invoke("plan", copy, "--average-bits", "2.5", "-q") == 0
+    assert Run(copy).done("pack")
+
+
+def test_a_path_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert invoke("analyze", *ANALYZE, "--out", tmp_path / "file") == 2
+    assert "error:" in capsys.readouterr().err
+
+
 def test_pack_refuses_while_fine_tuning_is_unfinished(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     product = (copy / "model.safetensors").read_bytes()
     Run(copy).ask(dataclasses.replace(Run(copy).settings(), finetune=FinetuneSettings(steps=7)))

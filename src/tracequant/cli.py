@@ -7,7 +7,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -40,7 +40,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,  # the boxes cut long option names short
 )
 _err = Console(stderr=True, highlight=False)
 INTERRUPTED = 130  # the shells' exit code for SIGINT
@@ -49,7 +49,7 @@ INTERRUPTED = 130  # the shells' exit code for SIGINT
 TaskName = Annotated[str, typer.Option("--task", help="digits, cifar10, or path/to/file.py:function", metavar="TASK")]
 Out = Annotated[Path, typer.Option("--out", help="run directory to make or go on with", metavar="RUN")]
 RunPath = Annotated[Path, typer.Argument(help="run directory", metavar="RUN")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars and no tables")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print nothing but errors")]
 AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON on standard output")]
 DataDir = Annotated[str | None, typer.Option(help="the task's data set", metavar="DIR")]
 Weights = Annotated[str | None, typer.Option(help="trained weights of the task's model (safetensors)", metavar="FILE")]
@@ -103,7 +103,7 @@ Space = Annotated[
 ]
 Steps = Annotated[int, typer.Option("--finetune-steps", min=0, help="fine-tuning steps; 0 for none")]
 LearningRate = Annotated[float, typer.Option(min=0, help="peak learning rate, cosine to zero")]
-Optimizer = Annotated[Literal["sgd", "adamw"], typer.Option()]
+Optimizer = Annotated[Literal["sgd", "adamw"], typer.Option(help="sgd has Nesterov momentum 0.9")]
 Distillation = Annotated[float, typer.Option(min=0, max=1, help="weight of the float teacher's loss; 0 for none")]
 Order = Annotated[
     Literal["all", "sensitive_first", "sensitive_last"],
@@ -158,7 +158,7 @@ def analyze(
     """Measure the curvature and sensitivity of every layer. Takes minutes; every budget after it takes none."""
     settings = _analyze_settings(locals())
     run = _open(out, quiet)
-    run.ask(replace(run.settings(), analyze=settings) if run.exists() else RunSettings(settings))
+    run.adopt(settings)
     run.analyze()
     if as_json:
         _print_json(run.sensitivity().to_json())
@@ -212,7 +212,7 @@ def quantize(run_path: RunPath, quiet: Quiet = False, as_json: AsJson = False) -
 @app.command()
 def finetune(
     run_path: RunPath,
-    steps: Annotated[int, typer.Option(min=0, help="fine-tuning steps")] = 400,
+    steps: Annotated[int, typer.Option(min=1, help="fine-tuning steps")] = 400,
     learning_rate: LearningRate = 0.01,
     optimizer: Optimizer = "sgd",
     distillation: Distillation = 0.5,
@@ -257,7 +257,7 @@ def pack(run_path: RunPath, quiet: Quiet = False, as_json: AsJson = False) -> No
 
 @app.command()
 def report(run_path: RunPath, quiet: Quiet = False, as_json: AsJson = False) -> None:
-    """Write RUN/report.html and its figures from whatever stages are finished."""
+    """Write RUN/report.html and its figures from what is finished, the plan at least."""
     run = _open(run_path, quiet)
     path = run.report()
     if as_json:
@@ -346,7 +346,7 @@ def _run_stages(
     from tracequant.allocation import Budget
 
     Budget(plan.max_size_mb, plan.compression, plan.average_bits)  # a bad budget should not cost an analysis
-    run.ask(replace(run.settings(), analyze=analyze) if run.exists() else RunSettings(analyze))
+    run.adopt(analyze)
     if finetune.steps:
         run.check_recipe(finetune)
     run.analyze()
@@ -377,6 +377,9 @@ def run_guarded(command: Callable[[], Any]) -> int:
     try:
         command()
     except TracequantError as error:
+        _err.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
+        return 2
+    except OSError as error:  # a path that cannot be made or written, a full disk
         _err.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
         return 2
     except KeyboardInterrupt:
@@ -478,7 +481,7 @@ def _print_sensitivity(run: Run) -> None:
     widths = sorted({b for options in sensitivity.weight_omega.values() for b in options})
     table = Table(title="Sensitivity by layer", title_justify="left")
     for column in ("layer", "weights", "Tr(H)/n", "± draws", "± samples", *(f"Ω {b} bit" for b in widths)):
-        table.add_column(column, justify="left" if column == "layer" else "right")
+        table.add_column(column, justify="left" if column == "layer" else "right", overflow="fold")
     for layer in sensitivity.points.layers:
         trace = curvature.weights[layer.name]
         errors = (_error(trace.standard_error / layer.numel), _error(trace.sampling_error / layer.numel))
@@ -498,7 +501,7 @@ def _print_plan(sensitivity: Sensitivity, solved: BitPlan) -> None:
     columns = ["layer", "weights", "Tr(H)/n", "bits", "input bits", "Ω", "share of Ω"]
     wide = console.width >= 160
     for column in [*columns, "why"] if wide else columns:
-        table.add_column(column, justify="left" if column in ("layer", "why") else "right")
+        table.add_column(column, justify="left" if column in ("layer", "why") else "right", overflow="fold")
     for row in explain(sensitivity, solved):
         cells = [
             row.name,
@@ -516,7 +519,8 @@ def _print_plan(sensitivity: Sensitivity, solved: BitPlan) -> None:
 def _print_results(run: Run, quiet: bool, as_json: bool) -> None:
     rows: list[Measured] = run.result_rows()
     if as_json:
-        _print_json({"rows": [asdict(row) for row in rows], "report": str(run.path / "report.html")})
+        page = run.path / "report.html"
+        _print_json({"rows": [asdict(row) for row in rows], "report": str(page) if page.is_file() else None})
     elif not quiet:
         table = Table(title=f"Results ({run.quantize_result().samples:,} evaluation samples)", title_justify="left")
         for column in ("model", run.quantize_result().metric_name, "MB on disk", "bits per weight"):

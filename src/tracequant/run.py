@@ -138,14 +138,29 @@ class Run:
             self._check_identity(self.settings().analyze, settings.analyze)
         settings.save(self.path / "settings.json")
 
+    def adopt(self, analyze: AnalyzeSettings) -> None:
+        """Record what to analyze. Where it differs from before the task is loaded: if that fails, nothing changes."""
+        before = self.settings() if self.exists() else None
+        if before is not None and before.analyze == analyze:
+            return
+        self.ask(replace(before, analyze=analyze) if before is not None else RunSettings(analyze))
+        try:
+            self.setup()
+        except BaseException:
+            if before is not None:
+                before.save(self.path / "settings.json")
+            else:
+                (self.path / "settings.json").unlink()
+            raise
+
     def _check_identity(self, before: AnalyzeSettings, now: AnalyzeSettings) -> None:
         for name in ("task", "data_dir", "weights", "model"):
             old = before.task if name == "task" else getattr(before.options, name)
             new = now.task if name == "task" else getattr(now.options, name)
             if old != new:
                 raise RunError(
-                    f"{self.path} belongs to another model: its {name} is {old!r}, you asked for {new!r}; choose"
-                    " another --out, or delete the directory"
+                    f"{self.path} belongs to another model: its {name} is {old or 'the default'}, you asked for"
+                    f" {new or 'the default'}; choose another --out, or delete the directory"
                 )
 
     def _key(self, stage: Stage, settings: RunSettings) -> str:
@@ -236,7 +251,7 @@ class Run:
                 if analysed != fingerprint(setup.model):
                     raise RunError(
                         f"{self.path} was made with other weights of this model (fingerprint {analysed}); choose"
-                        " another --out, or delete the directory"
+                        " another --out, and see that the task gives the same weights every time it is loaded"
                     )
             setup.model.to(_device(setup.device or settings.device))
             self._setup = setup
@@ -453,7 +468,10 @@ class Run:
         """Metric and loss of a packed file (the run's product by default) on the evaluation data."""
         from tracequant.export.packed import load
 
+        self.settings()
         path = Path(file) if file else self.path / "model.safetensors"
+        if file and not path.is_file():
+            raise ArtifactError(f"{path} does not exist")
         if not path.is_file():
             raise ArtifactError(f"{path} does not exist; `tracequant pack {self.path}` makes it")
         if file is None and (self.path / "pack.json").is_file() and not self.done("pack"):

@@ -156,7 +156,8 @@ def _warn_of_flat_layers(curvature: Curvature, metric: str) -> None:
     flat = [name for name, estimate in curvature.weights.items() if estimate.trace <= 0]
     if flat and metric == "trace":
         warnings.warn(
-            f"{len(flat)} of {len(curvature.weights)} layers have a trace of zero or less ({', '.join(flat[:3])}, ...)"
+            f"{len(flat)} of {len(curvature.weights)} layers have a trace of zero or less"
+            f" ({', '.join(flat[:3])}{', ...' if len(flat) > 3 else ''})"
             " and count as insensitive; use more samples or draws, check that the model is trained, or use metric='l2'",
             stacklevel=3,
         )

@@ -31,6 +31,14 @@ class Sensitivity(Saveable):
     weight_grid: WeightGrid
     metric: str
 
+    def __str__(self) -> str:
+        lines = [f"Sensitivity of {len(self.weight_omega)} layers, metric {self.metric}; Ω by bits"]
+        for kind, table in (("weights of", self.weight_omega), ("input of", self.activation_omega)):
+            for name, options in table.items():
+                omegas = ", ".join(f"{num_bits}: {omega:.3g}" for num_bits, omega in options.items())
+                lines.append(f"  {kind} {name}: {omegas}")
+        return "\n".join(lines)
+
 
 def combine(
     curvature: Curvature,

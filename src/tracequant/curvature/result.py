@@ -56,6 +56,14 @@ class Curvature(Saveable):
     weight_values: dict[str, tuple[float, ...]] | None = None
     top_eigenvalues: dict[str, float] | None = None
 
+    def __str__(self) -> str:
+        lines = [f"Curvature by {self.method} on {self.samples} samples ({self.reason})"]
+        for kind, estimates in (("weights of", self.weights), ("input of", self.activations)):
+            for name, e in estimates.items():
+                errors = f"± {e.standard_error / e.numel:.1g} (draws) ± {e.sampling_error / e.numel:.1g} (samples)"
+                lines.append(f"  {kind} {name}: average trace {e.average_trace:.4g} {errors}")
+        return "\n".join(lines)
+
 
 def summarize(values: Sequence[Sequence[float]], batch_sizes: Sequence[int], numel: float) -> TraceEstimate:
     """The estimate from `values[batch][draw]`, each a value of zᵀHz for the mean loss of its batch (Eq. 7).
