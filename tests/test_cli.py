@@ -67,10 +67,16 @@ def test_run_again_does_nothing_twice(copy: Path) -> None:
     assert modified(copy) == before
 
 
-def test_another_budget_keeps_the_analysis(copy: Path) -> None:
+def test_a_finished_run_does_not_load_the_task_again(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINY_FAULT", "other weights")  # which loading would notice
+    assert invoke(*STAGED, "--out", copy) == 0
+
+
+def test_another_budget_keeps_the_analysis(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = modified(copy)
-    arguments = [a if a != "3" else "2.5" for a in STAGED]
+    arguments = [a if a != "3" else "2.5" for a in STAGED if a != "-q"]
     assert invoke(*arguments, "--out", copy) == 0
+    assert "is older than" not in capsys.readouterr().err
     after = modified(copy)
     assert {name for name in before if before[name] == after[name]} >= {"curvature.json", "sensitivity.json"}
     assert after["model.safetensors"] != before["model.safetensors"]
@@ -152,7 +158,7 @@ def test_a_stage_that_was_cut_off_is_not_finished(copy: Path, monkeypatch: pytes
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "evaluate_file", power_cut)
+        patch.setattr(Run, "_evaluate", power_cut)
         assert invoke(*other, "--out", copy) == 130
     assert (copy / "model.safetensors").read_bytes() != product
     assert not Run(copy).done("pack")

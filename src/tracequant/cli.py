@@ -324,7 +324,7 @@ def demo(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """The whole flow on scikit-learn's digits: no data to bring, a few minutes on two cores."""
+    """The whole flow on scikit-learn's digits: no data to bring, under a minute on two cores."""
     _run_stages(
         _open(out, quiet),
         AnalyzeSettings("digits", TaskOptions(), activation_bits=(4,)),
@@ -347,8 +347,8 @@ def _run_stages(
 
     Budget(plan.max_size_mb, plan.compression, plan.average_bits)  # a bad budget should not cost an analysis
     run.adopt(analyze)
-    if finetune.steps:
-        run.check_recipe(finetune)
+    if finetune.steps and not run.done("analyze"):
+        run.check_recipe(finetune)  # here, lest it should fail after the analysis
     run.analyze()
     run.solve(plan)  # a budget that cannot be met leaves the run as it was
     run.ask(RunSettings(analyze, plan, finetune if finetune.steps else None))

@@ -5,9 +5,9 @@
     RUN/sensitivity.json     analyze: Ω by layer and bit width
     RUN/plan.json            plan: the bits
     RUN/quantize.json        quantize: accuracies of the float, uniform and mixed models
-    RUN/quantized.safetensors            the mixed model before fine-tuning, packed
-    RUN/checkpoint.pt        finetune, while it runs
-    RUN/finetuned.safetensors            finetune: the trained state
+    RUN/quantized.safetensors    quantize: the mixed model before fine-tuning, packed (and uniform.safetensors)
+    RUN/checkpoint-KEY.pt    finetune, while it runs
+    RUN/finetuned.safetensors    finetune: the trained state
     RUN/finetune.json        finetune: losses and accuracies
     RUN/model.safetensors    pack: the product
     RUN/pack.json            pack: its size and accuracy
@@ -367,11 +367,13 @@ class Run:
 
     def finetune(self, recipe: FinetuneSettings) -> None:
         """Fine-tune the mixed model by `recipe`, going on from a checkpoint where there is one."""
+        settings = replace(self.settings(), finetune=recipe)
+        if self.settings() == settings and self.done("finetune"):
+            return
         self._need("quantize")
         self.check_recipe(recipe)
-        settings = replace(self.settings(), finetune=recipe)
         self.ask(settings)
-        if self.done("finetune"):
+        if self.done("finetune"):  # a recipe of before, asked for again
             return
         start = self._begin("finetune")
         key, plan = self._key("finetune", settings), self.plan()
@@ -458,7 +460,7 @@ class Run:
         if fine_tuned:
             quantized.load_state_dict(load_file(self.path / "finetuned.safetensors"))
         size = pack(quantized, self.path / "model.safetensors")
-        measured = self.evaluate_file()
+        measured = self._evaluate(self.path / "model.safetensors")
         name = "packed" if fine_tuned else "packed, not fine-tuned"
         row = Measured(name, measured.metric, measured.loss, size, plan.average_bits)
         PackResult(plan.size_bytes, size, fine_tuned, row).save(self.path / "pack.json")
@@ -466,8 +468,6 @@ class Run:
 
     def evaluate_file(self, file: str | Path | None = None) -> Measured:
         """Metric and loss of a packed file (the run's product by default) on the evaluation data."""
-        from tracequant.export.packed import load
-
         self.settings()
         path = Path(file) if file else self.path / "model.safetensors"
         if file and not path.is_file():
@@ -476,6 +476,11 @@ class Run:
             raise ArtifactError(f"{path} does not exist; `tracequant pack {self.path}` makes it")
         if file is None and (self.path / "pack.json").is_file() and not self.done("pack"):
             self._say(f"{path} is older than the run's present plan or settings; `tracequant pack` makes it anew")
+        return self._evaluate(path)
+
+    def _evaluate(self, path: Path) -> Measured:
+        from tracequant.export.packed import load
+
         setup = self.setup()
         evaluation = setup.task.evaluate(load(path, setup.model), setup.evaluation, self._progress)
         return Measured(path.name, evaluation.metric, evaluation.loss, path.stat().st_size, math.nan)
