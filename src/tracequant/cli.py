@@ -350,9 +350,10 @@ def _run_stages(
     if finetune.steps and not run.done("analyze"):
         run.check_recipe(finetune)  # here, lest it should fail after the analysis
     run.analyze()
-    run.solve(plan)  # a budget that cannot be met leaves the run as it was
+    solved = run.solve(plan)  # a budget that cannot be met leaves the run as it was
     run.ask(RunSettings(analyze, plan, finetune if finetune.steps else None))
-    run.make_plan()
+    if not run.done("plan"):
+        run.keep_plan(plan, solved)
     if not (quiet or as_json):
         _print_plan(run.sensitivity(), run.plan())
     run.quantize()

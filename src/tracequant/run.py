@@ -325,18 +325,6 @@ class Run:
         plan.save(self.path / "plan.json")
         self._finish("plan", time.perf_counter() - start)
 
-    def make_plan(self) -> None:
-        """Solve for the recorded budget and keep the plan."""
-        if self.done("plan"):
-            return
-        settings = self.settings().plan
-        if settings is None:
-            raise RunError(
-                f"{self.path} has no budget yet: run `tracequant plan {self.path} --max-size-mb X`, or --compression or"
-                " --average-bits"
-            )
-        self.keep_plan(settings, self.solve(settings))
-
     def quantize(self) -> None:
         """Quantize by the plan and uniformly, and evaluate both beside the float model."""
         if self.done("quantize"):

@@ -40,7 +40,6 @@ class Task(abc.ABC):
     """
 
     metric_name: str = "metric"
-    higher_is_better: bool = True
 
     @abc.abstractmethod
     def outputs(self, model: nn.Module, batch: Batch) -> Any:
