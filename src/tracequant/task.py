@@ -62,6 +62,25 @@ class Task(abc.ABC):
         # Not only tensors: batches of other libraries have a method of this name too.
         return pytree.tree_map(lambda x: x.to(device) if hasattr(x, "to") else x, batch)
 
+    def select(self, batch: Batch, start: int, stop: int) -> Batch:
+        """Samples `start` to `stop` of a batch, as a batch: how one that does not fit into memory is divided.
+
+        The default slices tensors whose first axis has the batch's length, and lists of that length (images of
+        different sizes), in any nesting. Override it for batches of another make; raise `TaskError` where it cannot be.
+        """
+        size = self.batch_size(batch)
+        part = _slice(batch, size, start, stop)
+        try:
+            found = self.batch_size(part)
+        except Exception as error:  # whatever a user's batch_size makes of a batch that it does not know
+            raise TaskError(f"the batch cannot be divided ({error}); give {type(self).__name__} a select()") from error
+        if found != stop - start:
+            raise TaskError(
+                f"{stop - start} samples were cut from a batch of {size} and batch_size() counts {found}; give"
+                f" {type(self).__name__} a select(batch, start, stop)"
+            )
+        return part
+
     def check(self, outputs: Any, batch: Batch) -> None:  # noqa: B027 - optional to override
         """Raise `DataError` if the batch does not fit the outputs; called before the loss."""
 
@@ -219,6 +238,11 @@ def total_loss(task: Task, outputs: Any, batch: Batch) -> Tensor:
 def forward(task: Task, model: nn.Module, batch: Batch) -> tuple[Any, Tensor]:
     """Outputs and loss of one batch, the outputs checked against the batch and the loss for finiteness."""
     outputs = task.outputs(model, batch)
+    return outputs, checked_loss(task, outputs, batch)
+
+
+def checked_loss(task: Task, outputs: Any, batch: Batch) -> Tensor:
+    """The loss of a batch's outputs; `DataError` if they do not fit the batch or the loss is not finite."""
     task.check(outputs, batch)
     loss = total_loss(task, outputs, batch)
     if not torch.isfinite(loss):
@@ -226,7 +250,7 @@ def forward(task: Task, model: nn.Module, batch: Batch) -> tuple[Any, Tensor]:
             f"the loss is {loss.item()}: the inputs are finite, so the model or the loss overflows; check the"
             " normalisation of the inputs, the loss, and that the weights are trained and finite"
         )
-    return outputs, loss
+    return loss
 
 
 def model_device(model: nn.Module) -> torch.device:
@@ -269,6 +293,36 @@ def check_finite(batch: Batch, index: int) -> None:
                 f"batch {index}{pytree.keystr(path)} holds {bad} values that are NaN or infinite"
                 f" (shape {list(leaf.shape)}); clean the data or its normalisation"
             )
+
+
+def _slice(value: Any, size: int, start: int, stop: int, fields: bool = True) -> Any:
+    """`value` with everything that has one entry for each of `size` samples cut to `start:stop`.
+
+    A batch is a collection of `fields`, and what is inside a field a collection of samples, unless the entries say
+    otherwise: two tensors of two rows each are two fields of two samples.
+    """
+    if isinstance(value, Tensor):
+        return value[start:stop] if _has_rows(value, size) else value
+    if isinstance(value, Mapping):
+        cut = {key: _slice(item, size, start, stop, fields=False) for key, item in value.items()}
+        return cut if type(value) is dict else type(value)(cut)  # type: ignore[call-arg]
+    if not isinstance(value, (list, tuple)):
+        return value
+    rows = [_has_rows(item, size) for item in value]
+    if len(value) == size and not (any(rows) if fields else all(rows)):
+        items = list(value[start:stop])
+    else:
+        items = [_slice(item, size, start, stop, fields=False) for item in value]
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+
+
+def _has_rows(value: Any, size: int) -> bool:
+    """Whether a tensor, list or mapping holds one entry for each sample."""
+    if isinstance(value, Tensor):
+        return value.ndim > 0 and len(value) == size
+    if isinstance(value, Mapping):
+        return any(_has_rows(item, size) for item in value.values())
+    return isinstance(value, (list, tuple)) and len(value) == size
 
 
 class _Sized:

@@ -20,9 +20,10 @@ Not y drawn from p instead of v: on a well-trained network the rare draws of an 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -30,19 +31,23 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from tracequant.curvature import gradient_norms
+from tracequant.curvature.collect import Part, Stop, collect, exceeded, generator, warn_of_error
 from tracequant.curvature.hutchinson import reading_variables, require_grad
-from tracequant.curvature.output_hessian import Cotangents, OutputHessian, factor
+from tracequant.curvature.output_hessian import Cotangents, OutputHessian, differentiable, factor
+from tracequant.curvature.pieces import Piece, Precision
 from tracequant.curvature.result import Curvature, TraceEstimate
-from tracequant.errors import ModelError
+from tracequant.errors import ModelError, TaskError
 from tracequant.layers import idle_layers, replace_inputs
-from tracequant.model_state import frozen_evaluation
 from tracequant.points import Layer, QuantizationPoints
-from tracequant.progress import track
-from tracequant.task import Batch, Batches, Task, checked, forward, model_device
+from tracequant.task import Batches, Task, model_device
 
 DEFAULT_DRAWS = 2
 # Relative difference that rounding in float32 may leave between two ways to one gradient.
 CHECK_TOLERANCE = 1e-3
+# Samples that serve to check what the model's graph is like.
+CHECK_SAMPLES = 4
+# Fewer samples do not tell their own spread, by which `relative_error` stops.
+LEAST_SAMPLES = 32
 
 # Layer name → (input, edge of the output, whether nothing before the call can be differentiated) of each call.
 _Calls = dict[str, list[tuple[Tensor, GradientEdge, bool]]]
@@ -59,6 +64,10 @@ def gauss_newton(
     seed: int = 0,
     weights: bool = True,
     activations: bool = True,
+    relative_error: float | None = None,
+    checkpoint: str | Path | None = None,
+    stop: Stop | None = None,
+    precision: Precision = "float32",
     progress: bool = False,
 ) -> Curvature:
     """Gauss-Newton traces over all samples of `batches`, with `draws` random vectors v for each (2 if None).
@@ -67,96 +76,185 @@ def gauss_newton(
     that of the samples. Layers of other kinds than Conv, ConvTranspose, Linear and Embedding, or whose weight is also
     used outside their module's call, get a backward pass for each sample; the result's `reason` names them.
 
+    With `relative_error` no more batches are taken once the `sampling_error` of every trace is below that share of it.
+    `checkpoint`, `stop` and `precision` are those of `collect`.
+
     Raises `ModelError` naming layers that the loss does not depend on, and where samples cannot be told apart.
     """
-    draws = DEFAULT_DRAWS if draws is None else draws
-    generator = torch.Generator(model_device(model)).manual_seed(seed)
-    passes: dict[str, list[Tensor]] = {}
-    numel = {layer.name: float(layer.numel) for layer in points.layers}
-    activation_numel = {point.name: 0.0 for point in points.activations}
-    slow: list[str] | None = None
-    kind, samples = "", 0
-    with frozen_evaluation(model):
-        parameters = require_grad(model, points)
-        for batch in track(checked(batches, task, model), "Gauss-Newton", progress):
-            # In a function of its own, so that a batch's graph is gone before the next one is built.
-            found, seen, kind, slow = _measure_batch(
-                model, batch, task, points, parameters, weights, activations, draws, generator, slow
-            )
-            for name, values in found.items():
-                passes.setdefault(name, []).append(values)
-            for name, count in seen.items():
-                activation_numel[name] += count
-            samples += task.batch_size(batch)
+    estimator = _GaussNewton(model, task, points, DEFAULT_DRAWS if draws is None else draws, seed, weights, activations)
 
-    def estimates(family: str, sizes: dict[str, float]) -> dict[str, TraceEstimate]:
+    def content(curvature: Curvature) -> bool:
+        certain = (
+            relative_error is not None
+            and curvature.samples >= LEAST_SAMPLES
+            and not exceeded(curvature, "sampling_error", relative_error)
+        )
+        return certain or (stop is not None and stop(curvature))
+
+    own_stop = None if relative_error is None and stop is None else content
+    result = collect(estimator, model, batches, task, checkpoint, own_stop, precision, progress)
+    if relative_error is not None:
+        warn_of_error(result, "sampling_error", relative_error, "give more samples")
+    return result
+
+
+class _GaussNewton:
+    label = "Gauss-Newton"
+    memory = 2.0
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        points: QuantizationPoints,
+        draws: int | Literal["exact"],
+        seed: int,
+        weights: bool,
+        activations: bool,
+    ) -> None:
+        self._model, self._task, self._seed = model, task, seed
+        self._points, self._weights, self._activations = points, weights, activations
+        self._exact = draws == "exact"
+        self.draws = 1 if draws == "exact" else draws
+        # What `_check` finds on the first batch.
+        self._slow: list[str] | None = None
+
+    def settings(self) -> dict[str, Any]:
         return {
-            name: _estimate(torch.cat(passes[f"{family}:{name}"], 1), sizes[name], draws)
-            for name in sizes
-            if f"{family}:{name}" in passes and sizes[name]
+            "method": "gauss_newton",
+            "draws": "exact" if self._exact else self.draws,
+            "seed": self._seed,
+            "families": [self._weights, self._activations],
+            "model": self._points.fingerprint,
+            "layers": [layer.name for layer in self._points.layers],
         }
 
-    return Curvature(
-        points=points,
-        weights=estimates("weights", numel),
-        activations=estimates("activations", {name: n / max(samples, 1) for name, n in activation_numel.items()}),
-        method="gauss_newton",
-        reason=_describe(draws, kind, slow or []),
-        seed=seed,
-        samples=samples,
-        weight_values={
-            layer.name: tuple(torch.cat(passes[f"weights:{layer.name}"], 1).mean(0).tolist())
-            for layer in points.layers
-            if weights
-        },
-    )
+    def prepare(self) -> None:
+        self._parameters = require_grad(self._model, self._points)
 
+    def measure(self, piece: Piece, draws: Sequence[int]) -> Part:
+        """Squared gradient norms `[draws, samples]`, each sample's own value of ‖J_nᵀ L v‖²."""
+        if self._slow is None:
+            self._slow = self._check(piece) if self._weights else []
+        sweep = self._sweep(piece.samples, piece.start, piece.size)
+        with sweep.recording() as variables:
+            outputs, _ = piece.forward(self._model, self._task)
+        device = model_device(self._model)
+        hessian = factor(self._task, outputs, piece.batch, generator(self._seed, piece.index, 0, device=device))
+        sweep.outputs = hessian.tensors
+        sweep.measure_weights = self._weights
+        sweep.set_slow(self._slow)
+        rows = self._passes(sweep, hessian, piece.index, draws)
+        if missing := [name for name in self._parameters if self._weights and f"weights:{name}" not in rows]:
+            raise idle_layers(missing)
+        nothing = torch.zeros_like(next(iter(rows.values())))
+        names = (*(f"weights:{n}" for n in self._parameters if self._weights), *(f"activations:{n}" for n in variables))
+        slow = ", ".join(layer.name for layer in sweep.slow)
+        return Part(
+            piece.samples,
+            # ‖J_nᵀ L v‖² carries the batch mean's 1/size; a sample's own value is size times that. A tensor that this
+            # batch never reached counts as zero.
+            {name: rows.get(name, nothing) * piece.size for name in names},
+            {name: sum(tensor.numel() for tensor in tensors) for name, tensors in variables.items()},
+            (f"{hessian.kind} output Hessian", *([f"a backward pass for each sample for {slow}"] if slow else [])),
+        )
 
-def _measure_batch(
-    model: nn.Module,
-    batch: Batch,
-    task: Task,
-    points: QuantizationPoints,
-    parameters: dict[str, Tensor],
-    weights: bool,
-    activations: bool,
-    draws: int | Literal["exact"],
-    generator: torch.Generator,
-    slow: list[str] | None,
-) -> tuple[Squares, dict[str, int], str, list[str]]:
-    """One batch: values `[draws, samples]` by name, elements of activations, kind of H_L, and the slow layers.
+    def add(self, parts: Sequence[Part]) -> Part:
+        """Pieces are further samples."""
+        return Part(
+            sum(part.samples for part in parts),
+            {name: torch.cat([part.values[name] for part in parts], 1) for name in parts[0].values},
+            {name: sum(part.elements[name] for part in parts) for name in parts[0].elements},
+            tuple(dict.fromkeys(note for part in parts for note in part.notes)),
+        )
 
-    `slow` is None for the first batch, which is checked.
-    """
-    size = task.batch_size(batch)
-    sweep = _Sweep(model, points if activations else replace(points, activations=()), parameters, size)
-    with sweep.recording() as variables:
-        outputs, _ = forward(task, model, batch)
-    hessian = factor(task, outputs, batch, generator)
-    sweep.measure_weights = weights
-    if slow is None:
-        slow = sweep.check(hessian)
-        if not weights:
-            slow = []
-    sweep.set_slow(slow)
-    rows = _passes(sweep, hessian, draws, generator)
-    if missing := [name for name in parameters if weights and f"weights:{name}" not in rows]:
-        raise idle_layers(missing)
-    nothing = torch.zeros_like(next(iter(rows.values())))
-    names = (*(f"weights:{n}" for n in parameters if weights), *(f"activations:{n}" for n in variables))
-    # ‖J_nᵀ L v‖² carries the batch mean's 1/size; a sample's own value is size times that. A tensor that this batch
-    # never reached counts as zero.
-    values = {name: rows.get(name, nothing) * size for name in names}
-    return values, {n: sum(t.numel() for t in tensors) for n, tensors in variables.items()}, hessian.kind, slow
+    def summarize(self, parts: Sequence[Part]) -> Curvature:
+        whole = self.add(parts)
+        draws = "exact" if self._exact else self.draws
+
+        def estimates(family: str, sizes: dict[str, float]) -> dict[str, TraceEstimate]:
+            return {
+                name: _estimate(whole.values[f"{family}:{name}"], size, draws)
+                for name, size in sizes.items()
+                if f"{family}:{name}" in whole.values and size
+            }
+
+        numel = {layer.name: float(layer.numel) for layer in self._points.layers}
+        text = "exact sum over outputs" if self._exact else f"{draws} draw{'s' if draws != 1 else ''} for each sample"
+        return Curvature(
+            points=self._points,
+            weights=estimates("weights", numel),
+            activations=estimates("activations", {name: n / whole.samples for name, n in whole.elements.items()}),
+            method="gauss_newton",
+            reason=", ".join((text, *whole.notes)),
+            seed=self._seed,
+            samples=whole.samples,
+            weight_values={
+                name: tuple(whole.values[f"weights:{name}"].mean(0).tolist()) for name in numel if self._weights
+            },
+        )
+
+    def _sweep(self, samples: int, offset: int, size: int) -> _Sweep:
+        points = self._points if self._activations else replace(self._points, activations=())
+        return _Sweep(self._model, points, self._parameters, samples, offset, size)
+
+    def _passes(self, sweep: _Sweep, hessian: OutputHessian, index: int, draws: Sequence[int]) -> Squares:
+        """Name → values `[draws, samples]` (one row, the sum over all columns, for the exact sum)."""
+        device = model_device(self._model)
+
+        def plan() -> Iterator[tuple[int, Cotangents]]:
+            if self._exact:
+                yield from ((0, column) for column in hessian.columns())
+            for row, draw in enumerate(draws if not self._exact else ()):
+                random = generator(self._seed, index, 1 + draw, device=device)
+                yield from ((row, vector) for vector in hessian.draw(random))
+
+        rows: dict[str, list[Tensor]] = {}
+        upcoming = plan()
+        current = next(upcoming, None)
+        while current is not None:
+            following = next(upcoming, None)
+            row, cotangents = current
+            for name, values in sweep.run(cotangents, keep=following is not None).items():
+                own = rows.setdefault(name, [torch.zeros_like(values) for _ in draws])
+                own[row] = own[row] + values
+            current = following
+        return {name: torch.stack(values).cpu() for name, values in rows.items()}
+
+    def _check(self, piece: Piece) -> list[str]:
+        """Names of layers that need a pass for each sample; `ModelError` where samples interact.
+
+        A few samples tell that as well as all of them do, unless they miss a layer, or seem to interact.
+        """
+        if piece.whole and piece.size > CHECK_SAMPLES:
+            with suppress(TaskError, ModelError):
+                few = self._task.select(piece.batch, 0, CHECK_SAMPLES)
+                sweep = self._sweep(CHECK_SAMPLES, 0, CHECK_SAMPLES)
+                with sweep.recording():
+                    outputs = self._task.outputs(self._model, few)
+                return sweep.check(differentiable(outputs), all_layers=True)
+        sweep = self._sweep(piece.samples, piece.start, piece.size)
+        with sweep.recording():
+            outputs, _ = piece.forward(self._model, self._task)
+        random = generator(self._seed, piece.index, 0, device=model_device(self._model))
+        return sweep.check(factor(self._task, outputs, piece.batch, random).tensors)
 
 
 class _Sweep:
     """One batch's graph: which layer calls and activation variables it has, and backward passes over it."""
 
     def __init__(
-        self, model: nn.Module, points: QuantizationPoints, parameters: dict[str, Tensor], samples: int
+        self,
+        model: nn.Module,
+        points: QuantizationPoints,
+        parameters: dict[str, Tensor],
+        samples: int,
+        offset: int,
+        size: int,
     ) -> None:
-        self._model, self._points, self._parameters, self._samples = model, points, parameters, samples
+        self._model, self._points, self._parameters = model, points, parameters
+        # Rows of the outputs that have a graph: `samples` of `size`, from `offset` on.
+        self._samples, self._offset, self._size = samples, offset, size
         self._calls: _Calls = {}
         self._variables: dict[str, list[Tensor]] = {}
         self.outputs: list[Tensor] = []
@@ -242,21 +340,26 @@ class _Sweep:
             add(f"weights:{layer.name}", self._slow_squares(layer.name, vectors, keep or not last))
         return squares
 
-    def check(self, loss_hessian: OutputHessian) -> list[str]:
+    def check(self, outputs: list[Tensor], all_layers: bool = False) -> list[str]:
         """Names of layers whose calls do not explain their whole gradient; `ModelError` where samples interact.
 
         Two backward passes: one gives every weight's gradient, to compare with the sum that the calls give; in the
-        other only the first sample has a cotangent, and no other sample may then receive anything.
+        other only the first sample has a cotangent, and no other sample may then receive anything. `all_layers` raises
+        `ModelError` too if a layer was not reached.
         """
-        self.outputs = loss_hessian.tensors
-        vectors, _ = next(iter(loss_hessian.draw(torch.Generator(loss_hessian.tensors[0].device).manual_seed(0))))
+        self.outputs = outputs
+        device = outputs[0].device
+        random = torch.Generator(device).manual_seed(0)
+        vectors = [torch.randn(z.shape, generator=random, dtype=z.dtype, device=device) for z in outputs]
         total = torch.autograd.grad(
-            self.outputs, list(self._parameters.values()), vectors, retain_graph=True, allow_unused=True
+            outputs, list(self._parameters.values()), vectors, retain_graph=True, allow_unused=True
         )
         calls = self._collect(vectors)
         slow = []
         for (name, parameter), gradient in zip(self._parameters.items(), total, strict=True):
             if gradient is None:
+                if all_layers:
+                    raise idle_layers([name])
                 continue
             explained = calls.get(name)
             if explained is None or not self._regular(name):
@@ -274,14 +377,14 @@ class _Sweep:
         return slow
 
     def _check_samples(self, vectors: list[Tensor]) -> None:
-        if any(len(vector) != self._samples for vector in vectors):
+        if any(vector.ndim == 0 or len(vector) != self._size for vector in vectors):
             raise ModelError(
-                f"outputs of shape {[list(v.shape) for v in vectors]} do not have the batch's {self._samples} samples"
+                f"outputs of shape {[list(v.shape) for v in vectors]} do not have the batch's {self._size} samples"
                 " along their first axis, so that samples cannot be told apart; use batches of one sample"
             )
         first = [torch.zeros_like(vector) for vector in vectors]
         for masked, vector in zip(first, vectors, strict=True):
-            masked[0] = vector[0]
+            masked[self._offset] = vector[self._offset]
         for key, values in self.run((first, 1.0), keep=True, each_sample=False).items():
             if float(values[1:].sum()) > CHECK_TOLERANCE**2 * float(values.sum()):
                 name = key.split(":", 1)[1]
@@ -330,7 +433,7 @@ class _Sweep:
                 f"the input of layer {name} has {len(gradient)} rows for {self._samples} samples; use batches of one"
                 " sample"
             )
-        return gradient.reshape(self._samples, -1).double().square().sum(1)
+        return torch.linalg.vector_norm(gradient.reshape(self._samples, -1), dim=1).double().square()
 
     def _slow_squares(self, name: str, vectors: list[Tensor], keep: bool) -> Tensor:
         """‖G_n‖² by one backward pass for each sample."""
@@ -338,40 +441,14 @@ class _Sweep:
         for n in range(self._samples):
             own = [torch.zeros_like(vector) for vector in vectors]
             for masked, vector in zip(own, vectors, strict=True):
-                masked[n if self._samples > 1 else slice(None)] = vector[n if self._samples > 1 else slice(None)]
+                row = self._offset + n if self._size > 1 else slice(None)
+                masked[row] = vector[row]
             last = n == self._samples - 1
             (gradient,) = torch.autograd.grad(
                 self.outputs, [self._parameters[name]], own, retain_graph=keep or not last
             )
             squares.append((gradient.to_dense() if gradient.is_sparse else gradient).double().square().sum())
         return torch.stack(squares)
-
-
-def _passes(
-    sweep: _Sweep, loss_hessian: OutputHessian, draws: int | Literal["exact"], generator: torch.Generator
-) -> Squares:
-    """Name → values `[draws, samples]` (one row, the sum over all columns, for "exact")."""
-    sweep.outputs = loss_hessian.tensors
-
-    def plan() -> Iterator[tuple[int, Cotangents]]:
-        if draws == "exact":
-            yield from ((0, column) for column in loss_hessian.columns())
-        else:
-            for draw in range(draws):
-                yield from ((draw, vector) for vector in loss_hessian.draw(generator))
-
-    rows: dict[str, list[Tensor]] = {}
-    count = 1 if draws == "exact" else draws
-    upcoming = plan()
-    current = next(upcoming, None)
-    while current is not None:
-        following = next(upcoming, None)
-        draw, cotangents = current
-        for name, values in sweep.run(cotangents, keep=following is not None).items():
-            own = rows.setdefault(name, [torch.zeros_like(values) for _ in range(count)])
-            own[draw] = own[draw] + values
-        current = following
-    return {name: torch.stack(values).cpu() for name, values in rows.items()}
 
 
 @contextmanager
@@ -426,11 +503,3 @@ def _estimate(values: Tensor, numel: float, draws: int | Literal["exact"]) -> Tr
     if samples > 1:
         spread = float(means.std()) / math.sqrt(samples)
     return TraceEstimate(trace, trace / numel, probe_error, spread, numel, 0 if draws == "exact" else count, samples)
-
-
-def _describe(draws: int | Literal["exact"], kind: str, slow: list[str]) -> str:
-    text = "exact sum over outputs" if draws == "exact" else f"{draws} draw{'s' if draws != 1 else ''} for each sample"
-    text += f", {kind} output Hessian"
-    if slow:
-        text += f"; a backward pass for each sample for {', '.join(slow)}"
-    return text

@@ -2,26 +2,60 @@
 
 A convolution or linear layer's gradient for sample n is G_n = D_n A_nᵀ, with A_n `[k, T]` the unfolded input and D_n
 `[o, T]` the gradient of the output, T positions. Then ‖G_n‖² costs o·k·T multiplications by forming G_n, or T²(o + k)
-by the Gram form Σ (AᵀA) ⊙ (DᵀD); the cheaper one is taken. Positions of several calls of one layer are laid side by
-side along T, which adds their gradients up before squaring.
+by the Gram form Σ (AᵀA) ⊙ (DᵀD). Unfolding copies every pixel once for each place in the kernel, which takes longer
+than the multiplications, so two forms do without:
+
+- *grouped*: G_n by the library's own weight gradient of a convolution, with the samples as groups (CPU only: GPU
+  libraries are slow at many groups);
+- *pixels*: (AᵀA)_tt' is a sum of entries of the Gram matrix of the input's pixels, one for each place in the kernel.
+
+The form that should take the least time is chosen by its count of multiplications and copies. Positions of several
+calls of one layer are laid side by side along T, which adds their gradients up before squaring.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from tracequant.layers import CONVOLUTIONS, TRANSPOSED
 
 # Elements of the largest intermediate: samples are taken in chunks that stay below it.
-CHUNK_ELEMENTS = 1 << 24
+CHUNK_ELEMENTS = 1 << 23
+
+# Measured on a CPU, in multiplications that take as long as handling one element: copying it when unfolding, writing
+# it to a gradient of a convolution with many groups, adding it up in the Gram form over pixels.
+UNFOLD, WRITE, ADD = 150, 400, 100
+# By how much the grouped form is slower than its multiplications where a group has only a few channels.
+FEW_CHANNELS = 10
 
 Call = tuple[Tensor, Tensor]
+
+
+class _Convolution(NamedTuple):
+    """A convolution of `x` `[N, C, ...]`, the gradient of whose output is `y` `[N, O, ...]`."""
+
+    x: Tensor
+    y: Tensor
+    weight_shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        return self.weight_shape[2:]
+
+    @property
+    def positions(self) -> int:
+        return self.y[0, 0].numel()
 
 
 def supported(module: nn.Module) -> bool:
@@ -36,38 +70,42 @@ def supported(module: nn.Module) -> bool:
 
 def squared_norms(module: nn.Module, calls: list[Call], samples: int) -> Tensor:
     """‖G_n‖² for every sample, float64 `[samples]`, from the (input, gradient of the output) of each call."""
-    parts = []
-    for chunk in _chunks(module, calls, samples):
-        norms = (
-            _embedding_norms(module, chunk) if isinstance(module, nn.Embedding) else _norms(*_positions(module, chunk))
-        )
-        parts.append(norms.double())
-    return torch.cat(parts)
+    calls = [folded for call in calls for folded in _by_sample(module, call, samples)]
+    if isinstance(module, nn.Embedding):
+        size = sum(a[0].numel() * max(a[0].numel(), d.shape[-1]) for a, d in calls)
+        parts = [_embedding_norms(module, chunk) for chunk in _chunks(calls, samples, size)]
+    elif isinstance(module, nn.Linear):
+        rows = [(_rows_last(a).unsqueeze(1), _rows_last(d).unsqueeze(1)) for a, d in _cast(module, calls)]
+        parts = [
+            _norms(*_side_by_side(chunk)) for chunk in _chunks(rows, samples, sum(_positions_cost(*c) for c in rows))
+        ]
+    else:
+        convolutions = [_as_convolution(module, a, d) for a, d in _cast(module, calls)]
+        form, size = _cheapest(convolutions)
+        pairs = [(c.x, c.y) for c in convolutions]
+        parts = []
+        for chunk in _chunks(pairs, samples, size):
+            own = [c._replace(x=x, y=y) for c, (x, y) in zip(convolutions, chunk, strict=True)]
+            parts.append(form(own))
+    return torch.cat([part.double() for part in parts])
 
 
 def total_gradient(module: nn.Module, calls: list[Call], samples: int) -> Tensor:
     """Σ_n G_n in the shape of the weight, for checking that the calls explain all of the gradient."""
     weight: Tensor = module.weight  # type: ignore[assignment]
     total = torch.zeros_like(weight)
-    for chunk in _chunks(module, calls, samples):
-        if isinstance(module, nn.Embedding):
-            for index, d in chunk:
-                rows = d * _embedding_mask(module, index).unsqueeze(-1)
-                total.index_add_(0, index.flatten(), rows.flatten(0, -2).to(total.dtype))
+    if isinstance(module, nn.Embedding):
+        for index, d in calls:
+            rows = d * _embedding_mask(module, index).unsqueeze(-1)
+            total.index_add_(0, index.flatten(), rows.flatten(0, -2).to(total.dtype))
+        return total
+    for a, d in _cast(module, calls):
+        if isinstance(module, nn.Linear):
+            total += d.flatten(0, -2).mT @ a.flatten(0, -2)
         else:
-            a, d = _positions(module, chunk)
-            # Groups lead both in a convolution's weight [o, k] and, being the input channels, in a transposed one's.
-            total += torch.einsum("ngot,ngkt->gok", d, a).reshape(weight.shape)
+            convolution = _as_convolution(module, a, d)
+            total += _weight_gradient(convolution)
     return total
-
-
-def _chunks(module: nn.Module, calls: list[Call], samples: int) -> Iterator[list[Call]]:
-    """The calls of a few samples at a time, so that unfolded inputs stay below `CHUNK_ELEMENTS`."""
-    calls = [folded for call in calls for folded in _by_sample(module, call, samples)]
-    size = sum(_unfolded_elements(module, a, d) for a, d in calls) / samples
-    step = max(1, min(samples, int(CHUNK_ELEMENTS / max(size, 1.0))))
-    for start in range(0, samples, step):
-        yield [(a[start : start + step], d[start : start + step]) for a, d in calls]
 
 
 def _by_sample(module: nn.Module, call: Call, samples: int) -> list[Call]:
@@ -81,6 +119,19 @@ def _by_sample(module: nn.Module, call: Call, samples: int) -> list[Call]:
     return list(zip(a.unbind(1), d.unbind(1), strict=True))
 
 
+def _cast(module: nn.Module, calls: list[Call]) -> list[Call]:
+    """The calls in the weight's precision, which autocast may have left."""
+    dtype: torch.dtype = module.weight.dtype  # type: ignore[assignment, union-attr]
+    return [(a.to(dtype), d.to(dtype)) for a, d in calls]
+
+
+def _chunks(calls: list[Call], samples: int, size: float) -> Iterator[list[Call]]:
+    """The calls of a few samples at a time, so that intermediates of `size` a sample stay below `CHUNK_ELEMENTS`."""
+    step = max(1, min(samples, int(CHUNK_ELEMENTS / max(size, 1.0))))
+    for start in range(0, samples, step):
+        yield [(a[start : start + step], d[start : start + step]) for a, d in calls]
+
+
 def _norms(a: Tensor, d: Tensor) -> Tensor:
     """‖D_n A_nᵀ‖² over groups, `a` `[N, g, k, T]`, `d` `[N, g, o, T]`."""
     k, o, positions = a.shape[2], d.shape[2], a.shape[3]
@@ -91,33 +142,117 @@ def _norms(a: Tensor, d: Tensor) -> Tensor:
     return torch.matmul(d, a.mT).square().sum((1, 2, 3))
 
 
-def _positions(module: nn.Module, calls: list[Call]) -> Call:
-    """Inputs `[N, g, k, T]` and output gradients `[N, g, o, T]` of all calls, side by side along T."""
-    pairs = [_unfold(module, a, d) for a, d in calls]
-    if len(pairs) == 1:
-        return pairs[0]
-    return torch.cat([a for a, _ in pairs], 3), torch.cat([d for _, d in pairs], 3)
+def _positions_cost(a: Tensor, d: Tensor) -> float:
+    """Elements of the larger of the product that `_norms` makes and its inputs, for one sample."""
+    g, k, o, positions = a.shape[1], a.shape[2], d.shape[2], a.shape[3]
+    product = positions**2 if positions * (o + k) < o * k else o * k
+    return float(g * max(product, positions * max(o, k)))
 
 
-def _unfold(module: nn.Module, a: Tensor, d: Tensor) -> Call:
-    d = d.to(module.weight.dtype)  # type: ignore[arg-type]
-    a = a.to(d.dtype)
-    if isinstance(module, nn.Linear):
-        return _rows_last(a).unsqueeze(1), _rows_last(d).unsqueeze(1)
+def _side_by_side(calls: list[Call]) -> Call:
+    """Inputs `[N, g, k, T]` and output gradients `[N, g, o, T]` of all calls along T."""
+    if len(calls) == 1:
+        return calls[0]
+    return torch.cat([a for a, _ in calls], 3), torch.cat([d for _, d in calls], 3)
+
+
+def _as_convolution(module: nn.Module, a: Tensor, d: Tensor) -> _Convolution:
+    # The geometry of both kinds of module has the same names.
+    geometry = cast(nn.Conv2d, module)
+    padding: Any = geometry.padding
+    shape = tuple(geometry.weight.shape)
     if isinstance(module, TRANSPOSED):
-        # A transposed convolution is the convolution's backward pass: input and output change places.
-        margin = cast(tuple[int, ...], module.padding)  # no strings here, unlike in a convolution
-        patches = _patches(d, module.kernel_size, module.stride, margin, module.dilation)
-        return _grouped(patches, module.groups), _grouped(a.flatten(2), module.groups)
-    assert isinstance(module, CONVOLUTIONS)
-    if module.padding_mode == "zeros":
+        # A transposed convolution is a convolution's backward pass: input and output change places.
+        return _Convolution(d, a, shape, geometry.stride, padding, geometry.dilation, geometry.groups)
+    if isinstance(padding, str) or geometry.padding_mode != "zeros":
+        mode = "constant" if geometry.padding_mode == "zeros" else geometry.padding_mode
         # In F.pad's order, with "same" and "valid" resolved.
-        padding = list(module._reversed_padding_repeated_twice)
-        a = F.pad(a, padding) if any(padding) else a
-    else:
-        a = F.pad(a, module._reversed_padding_repeated_twice, mode=module.padding_mode)
-    patches = _patches(a, module.kernel_size, module.stride, (0,) * len(module.kernel_size), module.dilation)
-    return _grouped(patches, module.groups), _grouped(d.flatten(2), module.groups)
+        a = F.pad(a, geometry._reversed_padding_repeated_twice, mode=mode)
+        padding = (0,) * len(geometry.kernel_size)
+    return _Convolution(a, d, shape, geometry.stride, padding, geometry.dilation, geometry.groups)
+
+
+def _cheapest(convolutions: list[_Convolution]) -> tuple[Any, float]:
+    """The form to take, and the elements of its largest intermediate for one sample."""
+    first = convolutions[0]
+    weights = math.prod(first.weight_shape)
+    outputs = first.weight_shape[0]
+    inputs = first.weight_shape[1] * math.prod(first.kernel)  # k of one group
+    places = math.prod(first.kernel)
+    positions = sum(c.positions for c in convolutions)
+    unfolded = float(positions * inputs * first.groups)
+    gram = positions**2 * (first.groups * inputs + outputs)
+    copy = UNFOLD * unfolded if places > 1 else 0.0
+    options = [(min(weights * positions, gram) + copy, _unfolded_norms, max(unfolded, positions**2, weights))]
+    if first.x.device.type == "cpu" and places > 1:
+        slow = FEW_CHANNELS if 1 < first.weight_shape[1] < 8 else 1
+        options.append((weights * (slow * positions + WRITE), _grouped_norms, weights))
+    if len(convolutions) == 1 and first.groups == 1 and places > 1:
+        pixels = math.prod(s + 2 * p for s, p in zip(first.x.shape[2:], first.padding, strict=True))
+        work = 1.5 * (pixels**2 * first.x.shape[1] + positions**2 * outputs) + ADD * places * positions**2
+        options.append((work, _pixel_norms, pixels**2 + 2 * positions**2))
+    _, form, size = min(options, key=lambda option: option[0])
+    return form, size
+
+
+def _unfolded_norms(convolutions: list[_Convolution]) -> Tensor:
+    pairs = [(_grouped(_patches(c), c.groups), _grouped(c.y.flatten(2), c.groups)) for c in convolutions]
+    return _norms(*_side_by_side(pairs))
+
+
+def _grouped_norms(convolutions: list[_Convolution]) -> Tensor:
+    """‖G_n‖² from the gradients of all samples, which a convolution with the samples as groups gives."""
+    total: Tensor | None = None
+    for c in convolutions:
+        samples = len(c.x)
+        joined = c._replace(
+            x=c.x.reshape(1, -1, *c.x.shape[2:]),
+            y=c.y.reshape(1, -1, *c.y.shape[2:]),
+            weight_shape=(samples * c.weight_shape[0], *c.weight_shape[1:]),
+            groups=samples * c.groups,
+        )
+        gradient = _weight_gradient(joined).view(samples, -1)
+        total = gradient if total is None else total.add_(gradient)
+    assert total is not None
+    return torch.linalg.vector_norm(total, dim=1).square()
+
+
+def _pixel_norms(convolutions: list[_Convolution]) -> Tensor:
+    """The Gram form, AᵀA added up from the Gram matrix of the padded input's pixels."""
+    (c,) = convolutions
+    x = F.pad(c.x, [p for size in reversed(c.padding) for p in (size, size)]) if any(c.padding) else c.x
+    flat, y = x.flatten(2), c.y.flatten(2)
+    pixels = torch.matmul(flat.mT, flat).view(len(x), *x.shape[2:], *x.shape[2:])
+    counts = c.y.shape[2:]
+    total: Tensor | None = None
+    for place in _places(c.kernel):
+        window = tuple(
+            slice(k * d, k * d + s * (count - 1) + 1, s)
+            for k, d, s, count in zip(place, c.dilation, c.stride, counts, strict=True)
+        )
+        shifted = pixels[(slice(None), *window, *window)]
+        total = shifted.clone() if total is None else total.add_(shifted)
+    assert total is not None
+    return total.view(len(x), -1).mul_(torch.matmul(y.mT, y).view(len(x), -1)).sum(1)
+
+
+def _places(kernel: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """All index tuples of a kernel."""
+    if not kernel:
+        yield ()
+        return
+    for first in range(kernel[0]):
+        for rest in _places(kernel[1:]):
+            yield (first, *rest)
+
+
+def _weight_gradient(c: _Convolution) -> Tensor:
+    """Σ_n G_n of a convolution, by the library."""
+    function = (conv1d_weight, conv2d_weight, conv3d_weight)[len(c.kernel) - 1]
+    return cast(
+        Tensor,
+        function(c.x, c.weight_shape, c.y, c.stride, c.padding, c.dilation, c.groups),  # type: ignore[no-untyped-call]
+    )
 
 
 def _rows_last(x: Tensor) -> Tensor:
@@ -130,34 +265,24 @@ def _grouped(x: Tensor, groups: int) -> Tensor:
     return x.reshape(len(x), groups, -1, x.shape[2])
 
 
-def _patches(
-    x: Tensor,
-    kernel: tuple[int, ...],
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
-) -> Tensor:
-    """Patches `[N, C · prod(kernel), T]` of `x` `[N, C, ...]` for any number of dimensions, channels outermost."""
-    if any(padding):
-        x = F.pad(x, [p for size in reversed(padding) for p in (size, size)])
-    if all(size == 1 for size in kernel):
-        steps = tuple(slice(None, None, step) for step in stride)
+def _patches(c: _Convolution) -> Tensor:
+    """The unfolded input `[N, C · prod(kernel), T]` for any number of dimensions, channels outermost."""
+    x = F.pad(c.x, [p for size in reversed(c.padding) for p in (size, size)]) if any(c.padding) else c.x
+    if all(size == 1 for size in c.kernel):
+        counts = c.y.shape[2:]
+        steps = tuple(slice(0, s * (count - 1) + 1, s) for s, count in zip(c.stride, counts, strict=True))
         return x[(slice(None), slice(None), *steps)].flatten(2)
     x = x.contiguous()
-    spatial = x.shape[2:]
-    counts = [
-        (size - d * (k - 1) - 1) // s + 1 for size, k, s, d in zip(spatial, kernel, stride, dilation, strict=True)
-    ]
     strides = x.stride()[2:]
     view = x.as_strided(
-        (*x.shape[:2], *kernel, *counts),
+        (*x.shape[:2], *c.kernel, *c.y.shape[2:]),
         (
             *x.stride()[:2],
-            *(s * d for s, d in zip(strides, dilation, strict=True)),
-            *(s * step for s, step in zip(strides, stride, strict=True)),
+            *(s * d for s, d in zip(strides, c.dilation, strict=True)),
+            *(s * step for s, step in zip(strides, c.stride, strict=True)),
         ),
     )
-    return view.reshape(len(x), x.shape[1] * math.prod(kernel), math.prod(counts))
+    return view.reshape(len(x), x.shape[1] * math.prod(c.kernel), c.positions)
 
 
 def _embedding_mask(module: nn.Embedding, index: Tensor) -> Tensor:
@@ -173,14 +298,3 @@ def _embedding_norms(module: nn.Embedding, calls: list[Call]) -> Tensor:
     )
     same = index.unsqueeze(2) == index.unsqueeze(1)
     return (torch.matmul(d, d.mT) * same).sum((1, 2))
-
-
-def _unfolded_elements(module: nn.Module, a: Tensor, d: Tensor) -> float:
-    """Size of the larger intermediate of one call on a whole batch."""
-    if isinstance(module, nn.Embedding):
-        return float(a.numel() * max(a.numel() // len(a), d.shape[-1]))
-    kernel = math.prod(getattr(module, "kernel_size", (1,)))
-    inputs = (d if isinstance(module, TRANSPOSED) else a).numel() * kernel
-    if isinstance(module, CONVOLUTIONS):
-        inputs //= max(1, math.prod(module.stride))
-    return float(max(inputs, len(d) * module.weight.numel()))  # type: ignore[operator]

@@ -112,7 +112,7 @@ def factor(task: Task, outputs: Any, batch: Batch, generator: torch.Generator) -
     """
     own = task.output_hessian(outputs, batch)
     if own is not None:
-        return _from_user(own, _differentiable(outputs))
+        return _from_user(own, differentiable(outputs))
     tensors, product = loss_hessian(task, outputs, batch)
     z = [tensor.detach() for tensor in tensors]
     probe = [torch.randn(v.shape, generator=generator, dtype=v.dtype, device=v.device) for v in z]
@@ -144,7 +144,7 @@ def loss_hessian(task: Task, outputs: Any, batch: Batch) -> tuple[list[Tensor], 
     The loss is taken at detached copies of the outputs, so that outputs that depend on one another do not count twice.
     """
     leaves, structure = pytree.tree_flatten(outputs)
-    tensors = _differentiable(outputs)
+    tensors = differentiable(outputs)
     heads = {id(tensor): tensor.detach().requires_grad_() for tensor in tensors}
     # A copy for the loss, which may work in place.
     free = pytree.tree_unflatten([heads[id(x)].clone() if id(x) in heads else x for x in leaves], structure)
@@ -168,7 +168,7 @@ def loss_hessian(task: Task, outputs: Any, batch: Batch) -> tuple[list[Tensor], 
     return [tensors[i] for i in used], product
 
 
-def _differentiable(outputs: Any) -> list[Tensor]:
+def differentiable(outputs: Any) -> list[Tensor]:
     """The tensors among the outputs that depend on a weight, each once."""
     leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
     unique = list({id(leaf): leaf for leaf in leaves}.values())
