@@ -7,7 +7,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -68,6 +68,18 @@ Draws = Annotated[
 Probes = Annotated[
     Literal["per_layer", "shared"],
     typer.Option(help="one probe for each layer, or one for all: faster but far noisier"),
+]
+RelativeError = Annotated[
+    float | None,
+    typer.Option(min=0, help="take no more samples or draws once every trace is known to this share of it"),
+]
+Stable = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="take no more samples once every layer keeps its bits in this share of resamples"),
+]
+Arithmetic = Annotated[
+    Literal["float32", "tf32", "bfloat16"],
+    typer.Option("--precision", help="arithmetic of the analysis; tf32 (GPU) and bfloat16 are faster and less exact"),
 ]
 Bits = Annotated[str, typer.Option(help="weight bit widths on offer, 1 to 8", metavar="LIST")]
 ActivationBits = Annotated[
@@ -142,6 +154,9 @@ def analyze(
     method: Method = "auto",
     draws: Draws = None,
     probes: Probes = "per_layer",
+    relative_error: RelativeError = None,
+    stable: Stable = None,
+    precision: Arithmetic = "float32",
     bits: Bits = "2,3,4,8",
     activation_bits: ActivationBits = "4,8",
     include: Include = None,
@@ -156,10 +171,9 @@ def analyze(
     as_json: AsJson = False,
 ) -> None:
     """Measure the curvature and sensitivity of every layer. Takes minutes; every budget after it takes none."""
-    settings = _analyze_settings(locals())
     run = _open(out, quiet)
-    run.adopt(settings)
-    run.analyze()
+    if not _analyze_together(run, _analyze_settings(locals())):
+        return
     if as_json:
         _print_json(run.sensitivity().to_json())
     elif not quiet:
@@ -285,6 +299,9 @@ def run_all(
     method: Method = "auto",
     draws: Draws = None,
     probes: Probes = "per_layer",
+    relative_error: RelativeError = None,
+    stable: Stable = None,
+    precision: Arithmetic = "float32",
     bits: Bits = "2,3,4,8",
     activation_bits: ActivationBits = "4,8",
     include: Include = None,
@@ -346,10 +363,8 @@ def _run_stages(
     from tracequant.allocation import Budget
 
     Budget(plan.max_size_mb, plan.compression, plan.average_bits)  # a bad budget should not cost an analysis
-    run.adopt(analyze)
-    if finetune.steps and not run.done("analyze"):
-        run.check_recipe(finetune)  # here, lest it should fail after the analysis
-    run.analyze()
+    if not _analyze_together(run, analyze, plan, finetune if finetune.steps else None):
+        return
     solved = run.solve(plan)  # a budget that cannot be met leaves the run as it was
     run.ask(RunSettings(analyze, plan, finetune if finetune.steps else None))
     if not run.done("plan"):
@@ -365,6 +380,27 @@ def _run_stages(
     if not (quiet or as_json):
         _print_packed(run)
         print(f"Report: {path}")
+
+
+def _analyze_together(
+    run: Run, analyze: AnalyzeSettings, plan: PlanSettings | None = None, finetune: FinetuneSettings | None = None
+) -> bool:
+    """Analyze, along with the other processes under `torchrun`. Whether this one is the first, which goes on alone."""
+    from tracequant import distributed
+
+    with distributed.process_group():
+        first = distributed.rank() == 0
+        if first:
+            run.adopt(analyze)
+            if finetune is not None and not run.done("analyze"):
+                run.check_recipe(finetune)  # here, lest it should fail after the analysis
+            if plan is not None and analyze.stable is not None and not run.done("analyze"):
+                run.ask(replace(run.settings(), plan=plan))  # the plan that is to be stable
+        else:
+            run.be_silent()
+        distributed.gather(None)  # the others start when the settings are there
+        run.analyze()
+    return first
 
 
 def main() -> None:
@@ -429,6 +465,9 @@ def _analyze_settings(given: dict[str, Any]) -> AnalyzeSettings:
         method=given["method"],
         draws=given["draws"],
         probes=given["probes"],
+        relative_error=given["relative_error"],
+        stable=given["stable"],
+        precision=given["precision"],
         include=tuple(given["include"] or ("*",)),
         exclude=tuple(given["exclude"] or ()),
         ties=tuple(given["tie"] or ()),

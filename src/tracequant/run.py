@@ -1,6 +1,7 @@
 """A run directory: the stages of the flow, their artifacts, and what is left to do.
 
     RUN/settings.json        what was asked
+    RUN/batches              analyze, while it runs: what was measured on each batch
     RUN/curvature.json       analyze: traces of all layers and activations
     RUN/sensitivity.json     analyze: Ω by layer and bit width
     RUN/plan.json            plan: the bits
@@ -23,6 +24,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -107,6 +109,10 @@ class Run:
         self._say = say
         self._progress = progress
         self._setup: TaskSetup | None = None
+
+    def be_silent(self) -> None:
+        """Say nothing from now on and draw no bars: another process speaks."""
+        self._say, self._progress = (lambda text: None), False
 
     # Settings and keys
 
@@ -258,15 +264,17 @@ class Run:
         return self._setup
 
     def analyze(self) -> None:
-        """Measure curvature and sensitivities."""
+        """Measure curvature and sensitivities; of several processes the first writes what all have measured."""
         if self.done("analyze"):
             return
-        start = self._begin("analyze")
+        from tracequant import distributed
         from tracequant.curvature.estimate import estimate_curvature
         from tracequant.curvature.spectrum import top_eigenvalues
         from tracequant.layers import discover
-        from tracequant.sensitivity import measure_sensitivity
+        from tracequant.sensitivity import measure_sensitivity, measure_weight_errors
+        from tracequant.stability import is_stable
 
+        start = self._begin("analyze") if distributed.rank() == 0 else 0.0
         settings = self.settings().analyze
         setup = self.setup()
         model, task, batches = setup.model, setup.task, setup.calibration
@@ -279,6 +287,12 @@ class Run:
             f"analyze: {len(points.layers)} layers, {len(points.activations)} activations,"
             f" {sum(layer.numel for layer in points.layers):,} weights"
         )
+        weight_errors = measure_weight_errors(model, points, settings.weight_bits, settings.weight_grid)
+
+        def stable(curvature: Curvature) -> bool:
+            assert settings.stable is not None
+            return is_stable(curvature, weight_errors, settings.weight_grid, self.settings().plan, settings.stable)
+
         curvature = estimate_curvature(
             model,
             batches,
@@ -288,9 +302,15 @@ class Run:
             settings.options.seed,
             points,
             activations=bool(settings.activation_bits),
+            relative_error=settings.relative_error,
+            stop=None if settings.stable is None else stable,
+            precision=settings.precision,
+            checkpoint=self.path / "batches",
             progress=self._progress,
             **({} if settings.method == "gauss_newton" else {"probes": settings.probes}),
         )
+        if distributed.rank() != 0:
+            return
         if settings.eigenvalues:
             seed = settings.options.seed
             try:
@@ -307,10 +327,12 @@ class Run:
             settings.activation_bits,
             settings.metric,
             settings.weight_grid,
+            weight_errors,
             progress=self._progress,
         )
         curvature.save(self.path / "curvature.json")
         sensitivity.save(self.path / "sensitivity.json")
+        shutil.rmtree(self.path / "batches", ignore_errors=True)
         self._finish("analyze", time.perf_counter() - start)
 
     def solve(self, settings: PlanSettings) -> BitPlan:

@@ -33,6 +33,7 @@ def measure_sensitivity(
     activation_bits: Sequence[int] = (4, 8),
     metric: Literal["trace", "l2"] = "trace",
     weight_grid: WeightGrid | None = None,
+    weight_errors: dict[str, dict[int, float]] | None = None,
     progress: bool = False,
 ) -> Sensitivity:
     """Perturbations and Ω (HAWQ-V2, Eq. 10) of every layer at `weight_bits` and every point at `activation_bits`.
@@ -40,7 +41,8 @@ def measure_sensitivity(
     Weights: ‖Q(W) − W‖² with the grid that conversion will use (`weight_grid`). Activations: the mean over samples of
     ‖Q(a) − a‖², with ranges chosen on `batches`. `metric` "trace" weights them by the average trace; "l2" leaves the
     trace out (the paper's ablation, Table 3b). With `activation_bits=()` activations stay in float. The tensor that the
-    caller hands to the model is offered 8 bits only: images arrive that way.
+    caller hands to the model is offered 8 bits only: images arrive that way. `weight_errors` are those of
+    `measure_weight_errors` for these bits and this grid, where they are known already.
 
     Raises `ModelError` for bit widths outside 1 to 8, weights that are not finite, and a curvature without activations.
     """
@@ -60,15 +62,8 @@ def measure_sensitivity(
     if missing := [layer.name for layer in points.layers if layer.name not in curvature.weights]:
         raise ModelError(f"the curvature holds no trace of {missing[0]}; estimate it with weights=True")
     _warn_of_flat_layers(curvature, metric)
-    weight_errors: dict[str, dict[int, float]] = {}
-    for layer in points.layers:
-        weight = weight_parameter(model, layer).detach()
-        if not torch.isfinite(weight).all():
-            raise ModelError(f"layer {layer.name} holds weights that are NaN or infinite")
-        weight_errors[layer.name] = {
-            num_bits: _squared_error(weight, choose_weight_grid(weight, num_bits, layer.channel_axis, weight_grid))
-            for num_bits in weight_bits
-        }
+    if weight_errors is None:
+        weight_errors = measure_weight_errors(model, points, weight_bits, weight_grid)
     activation_errors: dict[str, dict[int, float]] = {}
     if activation_bits:
         options = {
@@ -78,6 +73,27 @@ def measure_sensitivity(
         grids = calibrate(model, batches, task, points, options, progress)
         activation_errors = _activation_errors(model, batches, task, points, grids, progress)
     return combine(curvature, weight_errors, activation_errors, weight_grid, metric)
+
+
+def measure_weight_errors(
+    model: nn.Module, points: QuantizationPoints, weight_bits: Sequence[int], weight_grid: WeightGrid
+) -> dict[str, dict[int, float]]:
+    """‖Q(W) − W‖² of every layer at every bit width: the part of Ω that takes no data.
+
+    Raises `ModelError` for bit widths outside 1 to 8 and for weights that are not finite.
+    """
+    for num_bits in weight_bits:
+        check_bits(num_bits)
+    result = {}
+    for layer in points.layers:
+        weight = weight_parameter(model, layer).detach()
+        if not torch.isfinite(weight).all():
+            raise ModelError(f"layer {layer.name} holds weights that are NaN or infinite")
+        result[layer.name] = {
+            num_bits: _squared_error(weight, choose_weight_grid(weight, num_bits, layer.channel_axis, weight_grid))
+            for num_bits in sorted(set(weight_bits))
+        }
+    return result
 
 
 def calibrate(

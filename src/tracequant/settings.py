@@ -38,7 +38,11 @@ class TaskOptions:
 
 @dataclass(frozen=True)
 class AnalyzeSettings:
-    """What to measure: the task, the estimator, the layers, the bit widths on offer."""
+    """What to measure: the task, the estimator, the layers, the bit widths on offer.
+
+    No more batches are taken once all traces are known to `relative_error`, or once every layer keeps its bits in a
+    share `stable` of the resamples.
+    """
 
     task: str
     options: TaskOptions
@@ -54,6 +58,9 @@ class AnalyzeSettings:
     metric: Literal["trace", "l2"] = "trace"
     weight_grid: WeightGrid = WeightGrid()
     eigenvalues: bool = True
+    relative_error: float | None = None
+    stable: float | None = None
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,31 @@ from tracequant import allocation
 from tracequant.curvature.result import Curvature
 from tracequant.plan import BitPlan
 from tracequant.sensitivity_result import Sensitivity, combine
-from tracequant.settings import PlanSettings
+from tracequant.settings import PlanSettings, WeightGrid
+
+# The rule is applied after every batch, which leaves less time than a report has.
+STOP_RESAMPLES = 40
+
+
+def is_stable(
+    curvature: Curvature,
+    weight_errors: dict[str, dict[int, float]],
+    weight_grid: WeightGrid,
+    settings: PlanSettings | None,
+    share: float,
+) -> bool:
+    """Whether every layer keeps its bits in at least `share` of the resamples, for a rule when to stop measuring.
+
+    Without a budget the plan is the one half way between the least and the most bits.
+    """
+    if settings is None:
+        widths = [b for options in weight_errors.values() for b in options]
+        settings = PlanSettings(average_bits=(min(widths) + max(widths)) / 2)
+    sensitivity = combine(curvature, weight_errors, {}, weight_grid, "trace")
+    settings = replace(settings, average_activation_bits=None)
+    plan = allocation.solve(sensitivity, **asdict(settings))
+    kept = plan_stability(sensitivity, curvature, plan, settings, resamples=STOP_RESAMPLES)
+    return kept is not None and min(kept.values()) >= share
 
 
 def plan_stability(

@@ -296,7 +296,7 @@ def _digest(batch: Batch) -> str:
 
 def _described(failure: Exception | None) -> tuple[str, str] | None:
     """An exception as class name and text, to be sent to the other processes."""
-    return failure and (type(failure).__name__, str(failure))
+    return None if failure is None else (type(failure).__name__, str(failure))
 
 
 def _agree(

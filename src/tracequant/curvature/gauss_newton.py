@@ -170,7 +170,7 @@ class _GaussNewton:
 
     def summarize(self, parts: Sequence[Part]) -> Curvature:
         whole = self.add(parts)
-        draws = "exact" if self._exact else self.draws
+        draws: int | Literal["exact"] = "exact" if self._exact else self.draws
 
         def estimates(family: str, sizes: dict[str, float]) -> dict[str, TraceEstimate]:
             return {
@@ -433,7 +433,8 @@ class _Sweep:
                 f"the input of layer {name} has {len(gradient)} rows for {self._samples} samples; use batches of one"
                 " sample"
             )
-        return torch.linalg.vector_norm(gradient.reshape(self._samples, -1), dim=1).double().square()
+        norms: Tensor = torch.linalg.vector_norm(gradient.reshape(self._samples, -1), dim=1)
+        return norms.double().square()
 
     def _slow_squares(self, name: str, vectors: list[Tensor], keep: bool) -> Tensor:
         """‖G_n‖² by one backward pass for each sample."""

@@ -72,7 +72,7 @@ def squared_norms(module: nn.Module, calls: list[Call], samples: int) -> Tensor:
     """‖G_n‖² for every sample, float64 `[samples]`, from the (input, gradient of the output) of each call."""
     calls = [folded for call in calls for folded in _by_sample(module, call, samples)]
     if isinstance(module, nn.Embedding):
-        size = sum(a[0].numel() * max(a[0].numel(), d.shape[-1]) for a, d in calls)
+        size = float(sum(a[0].numel() * max(a[0].numel(), d.shape[-1]) for a, d in calls))
         parts = [_embedding_norms(module, chunk) for chunk in _chunks(calls, samples, size)]
     elif isinstance(module, nn.Linear):
         rows = [(_rows_last(a).unsqueeze(1), _rows_last(d).unsqueeze(1)) for a, d in _cast(module, calls)]
@@ -121,7 +121,7 @@ def _by_sample(module: nn.Module, call: Call, samples: int) -> list[Call]:
 
 def _cast(module: nn.Module, calls: list[Call]) -> list[Call]:
     """The calls in the weight's precision, which autocast may have left."""
-    dtype: torch.dtype = module.weight.dtype  # type: ignore[assignment, union-attr]
+    dtype: torch.dtype = module.weight.dtype  # type: ignore[assignment]
     return [(a.to(dtype), d.to(dtype)) for a, d in calls]
 
 
@@ -214,7 +214,8 @@ def _grouped_norms(convolutions: list[_Convolution]) -> Tensor:
         gradient = _weight_gradient(joined).view(samples, -1)
         total = gradient if total is None else total.add_(gradient)
     assert total is not None
-    return torch.linalg.vector_norm(total, dim=1).square()
+    norms: Tensor = torch.linalg.vector_norm(total, dim=1)
+    return norms.square()
 
 
 def _pixel_norms(convolutions: list[_Convolution]) -> Tensor:

@@ -16,23 +16,38 @@ own zᵢᵀHᵢzᵢ, at the price of one product; inputs of different sizes need
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
+from tracequant.curvature.collect import Part, Stop, collect, generator, warn_of_error
+from tracequant.curvature.pieces import Piece, Precision
 from tracequant.curvature.result import Curvature, TraceEstimate, summarize
 from tracequant.errors import ModelError, SecondDerivativeError
 from tracequant.layers import idle_layers, reading, weight_parameter
 from tracequant.model_state import double_backward, frozen_evaluation
 from tracequant.points import QuantizationPoints
-from tracequant.progress import track
-from tracequant.task import Batch, Batches, Task, checked, forward, model_device, reusable
+from tracequant.task import Batch, Batches, Task, forward, model_device
 
 Distribution = Literal["rademacher", "gaussian"]
 Probes = Literal["shared", "per_layer"]
+Mode = Literal["auto", "reverse", "forward"]
+
+# Maps probes by name to the products with the Hessian, for one family ("weights" or "activations").
+_Product = Callable[[str, dict[str, list[Tensor]]], dict[str, list[Tensor]]]
+
+# Family ("weights" or "activations") → layer or point → the tensors to differentiate by.
+_Families = dict[str, dict[str, list[Tensor]]]
+
+DEFAULT_DRAWS = 16
+# With `relative_error`: the most draws for each batch unless told otherwise, and the fewest that tell their own spread.
+MOST_DRAWS, LEAST_DRAWS = 1000, 8
 
 
 def hutchinson(
@@ -40,83 +55,313 @@ def hutchinson(
     batches: Batches,
     task: Task,
     points: QuantizationPoints,
-    draws: int = 16,
+    draws: int | None = None,
     seed: int = 0,
     probes: Probes = "per_layer",
     distribution: Distribution = "rademacher",
+    mode: Mode = "auto",
     weights: bool = True,
     activations: bool = True,
+    relative_error: float | None = None,
+    checkpoint: str | Path | None = None,
+    stop: Stop | None = None,
+    precision: Precision = "float32",
     progress: bool = False,
 ) -> Curvature:
     """Traces of every layer and activation point over all samples of `batches`, `draws` probes for each batch.
 
     Each batch gets probes of its own: for the same work the mean over batches is then less noisy than with one z for
-    the whole set. The graph of a batch is built once and serves all draws. The model is given back as it came.
+    the whole set. `mode` "reverse" differentiates gᵀz backwards, through a graph that is built once for all draws;
+    "forward" carries z forwards through the computation of g, which keeps no second graph but goes through the model
+    for every product, and needs other derivatives of the operations. "auto" is reverse where that is possible: it was
+    the faster one on every network measured (`python benchmarks/hutchinson_probes.py`).
 
-    Raises `ModelError` naming layers that the loss does not depend on, or saying that a second derivative is missing.
+    `draws` is 16 by default. With `relative_error` a layer is probed until its `standard_error` is below that share of
+    its trace, at most `draws` times a batch (default 1,000). `checkpoint`, `stop` and `precision` are those of
+    `collect`. The model is given back as it came.
+
+    Raises `ModelError` naming layers that the loss does not depend on, or the layer that has no second derivative.
     """
-    generator = torch.Generator(model_device(model)).manual_seed(seed)
-    values: dict[str, dict[str, list[list[float]]]] = {"weights": {}, "activations": {}}
-    sizes: list[int] = []
-    numel = {layer.name: float(layer.numel) for layer in points.layers}
-    activation_numel = {point.name: 0.0 for point in points.activations}
-    with frozen_evaluation(model), double_backward():
-        parameters = require_grad(model, points)
-        for batch in track(checked(reusable(batches), task, model), "Hutchinson", progress):
-            # In a function of its own, so that a batch's graph is gone before the next one is built.
-            found, seen = _measure_batch(
-                model, batch, task, points, parameters, weights, activations, (draws, probes, distribution, generator)
-            )
-            for family, rows in found.items():
-                for name, row in rows.items():
-                    values[family].setdefault(name, []).append(row)
-            for name, count in seen.items():
-                activation_numel[name] += count
-            sizes.append(task.batch_size(batch))
-    samples = sum(sizes)
-
-    def estimates(family: str, sizes_of: dict[str, float]) -> dict[str, TraceEstimate]:
-        return {name: summarize(rows, sizes, sizes_of[name]) for name, rows in values[family].items() if sizes_of[name]}
-
-    return Curvature(
-        points=points,
-        weights=estimates("weights", numel),
-        activations=estimates("activations", {name: n / samples for name, n in activation_numel.items()}),
-        method="hutchinson",
-        reason=f"{draws} {distribution} draws for each of {len(sizes)} batches, probes {probes.replace('_', ' ')}",
-        seed=seed,
-        samples=samples,
-        weight_values={
-            name: tuple(math.fsum(row) / len(row) for row in rows) for name, rows in values["weights"].items()
-        },
-    )
+    for name, value, known in (
+        ("probes", probes, Probes),
+        ("distribution", distribution, Distribution),
+        ("mode", mode, Mode),
+    ):
+        if value not in get_args(known):
+            raise ModelError(f"unknown {name} {value!r}; choose {' or '.join(get_args(known))}")
+    if draws is None:
+        draws = DEFAULT_DRAWS if relative_error is None else MOST_DRAWS
+    try:
+        count = len(batches)  # type: ignore[arg-type]
+    except TypeError:
+        count = 1
+    target = None if relative_error is None else relative_error * math.sqrt(count)
+    estimator = _Hutchinson(model, task, points, draws, seed, probes, distribution, mode, weights, activations, target)
+    with double_backward():
+        result = collect(estimator, model, batches, task, checkpoint, stop, precision, progress)
+    if relative_error is not None:
+        warn_of_error(result, "standard_error", relative_error, "allow more draws, or give more samples")
+    return result
 
 
-_Row = list[float]
+class _Hutchinson:
+    label = "Hutchinson"
+    memory = 5.0
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        points: QuantizationPoints,
+        draws: int,
+        seed: int,
+        probes: Probes,
+        distribution: Distribution,
+        mode: Mode,
+        weights: bool,
+        activations: bool,
+        target: float | None,
+    ) -> None:
+        self._model, self._task, self._points, self._seed = model, task, points, seed
+        self._probes, self._distribution, self._mode = probes, distribution, mode
+        self._weights, self._activations = weights, activations
+        # The relative error that suffices within a batch: that of the mean over n independent batches is 1/√n of it.
+        self._target = target
+        self.draws = draws
+        self._batch: Any = None
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "method": "hutchinson",
+            "draws": self.draws,
+            "seed": self._seed,
+            "probes": [self._probes, self._distribution, self._target],
+            "families": [self._weights, self._activations],
+            "model": self._points.fingerprint,
+            "layers": [layer.name for layer in self._points.layers],
+        }
+
+    def prepare(self) -> None:
+        self._parameters = require_grad(self._model, self._points)
+
+    def measure(self, piece: Piece, draws: Sequence[int]) -> Part:
+        """Values of zᵀHz, `[draws, 1]`, of the piece's part of the batch's mean loss."""
+        device, self._batch = model_device(self._model), piece.batch
+        loss, families, elements = self._graph(piece)
+        product = self._product(piece, loss, families)
+        del loss
+        values: dict[str, Tensor] = {}
+        for number, (family, targets) in enumerate(families.items()):
+            shapes = {name: [_whole_shape(t, piece, family) for t in tensors] for name, tensors in targets.items()}
+            rows: dict[str, list[float]] = {name: [] for name in targets}
+            for draw in draws:
+                random = generator(self._seed, piece.index, draw, number, device=device)
+                for group in [[name] for name in targets] if self._probes == "per_layer" else [list(targets)]:
+                    probes = {
+                        name: [
+                            draw_probe(tensor, self._distribution, random, shape)[_rows(tensor, shape, piece)]
+                            for tensor, shape in zip(targets[name], shapes[name], strict=True)
+                        ]
+                        for name in group
+                    }
+                    group = [name for name in group if not self._certain(rows[name], piece)]
+                    for name, products in product(family, {name: probes[name] for name in group}).items():
+                        pairs = zip(probes[name], products, strict=True)
+                        rows[name].append(sum((v.double() * p.double()).sum().item() for v, p in pairs))
+            for name, row in rows.items():
+                values[f"{family}:{name}"] = torch.tensor(row, dtype=torch.float64).unsqueeze(1)
+        return Part(piece.samples, values, elements, ("forward-over-reverse",) if self._mode == "forward" else ())
+
+    def add(self, parts: Sequence[Part]) -> Part:
+        """Pieces share their draws and add up to the batch's loss."""
+        return Part(
+            sum(part.samples for part in parts),
+            {name: torch.stack([part.values[name] for part in parts]).sum(0) for name in parts[0].values},
+            {name: sum(part.elements[name] for part in parts) for name in parts[0].elements},
+            tuple(dict.fromkeys(note for part in parts for note in part.notes)),
+        )
+
+    def summarize(self, parts: Sequence[Part]) -> Curvature:
+        sizes = [part.samples for part in parts]
+        samples = sum(sizes)
+
+        def rows(family: str, name: str) -> list[list[float]]:
+            return [part.values[f"{family}:{name}"].squeeze(1).tolist() for part in parts]
+
+        def estimates(family: str, sizes_of: dict[str, float]) -> dict[str, TraceEstimate]:
+            return {
+                name: summarize(rows(family, name), sizes, numel)
+                for name, numel in sizes_of.items()
+                if f"{family}:{name}" in parts[0].values and numel
+            }
+
+        elements = {name: sum(part.elements[name] for part in parts) / samples for name in parts[0].elements}
+        limit = "" if self._target is None else "at most "
+        notes = dict.fromkeys(note for part in parts for note in part.notes)
+        return Curvature(
+            points=self._points,
+            weights=estimates("weights", {layer.name: float(layer.numel) for layer in self._points.layers}),
+            activations=estimates("activations", elements),
+            method="hutchinson",
+            reason=", ".join(
+                (
+                    f"{limit}{self.draws} {self._distribution} draws for each of {len(sizes)} batches",
+                    f"probes {self._probes.replace('_', ' ')}",
+                    *notes,
+                )
+            ),
+            seed=self._seed,
+            samples=samples,
+            weight_values={
+                layer.name: tuple(math.fsum(row) / len(row) for row in rows("weights", layer.name))
+                for layer in self._points.layers
+                if self._weights
+            },
+        )
+
+    def _certain(self, row: list[float], piece: Piece) -> bool:
+        """Whether a layer's draws on this batch suffice; pieces of a batch must all have the same draws."""
+        if self._target is None or not piece.whole or len(row) < LEAST_DRAWS:
+            return False
+        mean = math.fsum(row) / len(row)
+        variance = math.fsum((value - mean) ** 2 for value in row) / (len(row) - 1) / len(row)
+        return math.sqrt(variance) <= self._target * abs(mean)
+
+    def _product(self, piece: Piece, loss: Tensor, families: _Families) -> _Product:
+        if self._mode == "forward":
+            return self._forward(piece, loss, families)
+        try:
+            return self._reverse(loss, families)
+        except SecondDerivativeError:
+            if self._mode == "reverse" or not self._can_go_forward(piece):
+                raise
+        self._mode = "forward"
+        loss, families, _ = self._graph(piece)
+        return self._forward(piece, loss, families)
+
+    def _can_go_forward(self, piece: Piece) -> bool:
+        """Whether torch has forward derivatives of all operations of the forward and backward pass."""
+        loss, families, _ = self._graph(piece)
+        family, targets = next(iter(families.items()))
+        name = next(iter(targets))
+        try:
+            self._forward(piece, loss, families)(family, {name: [torch.ones_like(t) for t in targets[name]]})
+        except RuntimeError:
+            return False
+        return True
+
+    def _reverse(self, loss: Tensor, families: _Families) -> _Product:
+        """Products by differentiating gᵀz, from one graph for all draws."""
+        try:
+            gradients = first_derivatives(loss, families)
+        except SecondDerivativeError as error:
+            raise self._named(error) from error
+
+        def product(family: str, probes: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+            targets, slopes = families[family], gradients[family]
+            flat = [tensor for name in probes for tensor in targets[name]]
+            if not flat:
+                return {name: [] for name in probes}
+            try:
+                found = iter(
+                    hessian_vector_product(
+                        [slope for name in probes for slope in slopes[name]],
+                        flat,
+                        [vector for vectors in probes.values() for vector in vectors],
+                    )
+                )
+            except SecondDerivativeError as error:
+                raise self._named(error) from error
+            return {name: [next(found) for _ in targets[name]] for name in probes}
+
+        return product
+
+    def _forward(self, piece: Piece, loss: Tensor, families: _Families) -> _Product:
+        """Products by carrying z through the forward and backward pass as a tangent."""
+        _gradients(loss, families, create_graph=False)  # raises where the loss does not depend on a layer
+
+        def product(family: str, probes: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+            if not any(probes.values()):
+                return {name: [] for name in probes}
+            with forward_ad.dual_level(), ExitStack() as stack:
+                if family == "weights":
+                    targets = stack.enter_context(_dual_weights(self._model, self._points, probes))
+                else:
+                    targets = stack.enter_context(reading_variables(self._model, self._points, probes))
+                _, loss = piece.forward(self._model, self._task)
+                flat = [tensor for name in probes for tensor in targets[name]]
+                found = torch.autograd.grad(loss, flat, allow_unused=True)
+                tangents = iter([None if gradient is None else _tangent(gradient) for gradient in found])
+                result: dict[str, list[Tensor]] = {}
+                for name in probes:
+                    own = [next(tangents) for _ in targets[name]]
+                    result[name] = [
+                        torch.zeros_like(z) if t is None else t.detach() for t, z in zip(own, probes[name], strict=True)
+                    ]
+                return result
+
+        return product
+
+    def _graph(self, piece: Piece) -> tuple[Tensor, _Families, dict[str, int]]:
+        """The loss, what to differentiate it by, and the number of elements of each activation."""
+        with reading_variables(self._model, self._points) as variables:
+            _, loss = piece.forward(self._model, self._task)
+        families: _Families = {}
+        if self._weights:
+            families["weights"] = {name: [parameter] for name, parameter in self._parameters.items()}
+        if self._activations:
+            # A tensor that this batch never reached stays in, with the value zero.
+            families["activations"] = dict(variables)
+        elements = {name: sum(tensor.numel() for tensor in tensors) for name, tensors in variables.items()}
+        return loss, families, elements
+
+    def _named(self, error: SecondDerivativeError) -> SecondDerivativeError:
+        return SecondDerivativeError(f"{error}; it is in {culprit(self._model, self._task, self._batch)}")
 
 
-def _measure_batch(
-    model: nn.Module,
-    batch: Batch,
-    task: Task,
-    points: QuantizationPoints,
-    parameters: dict[str, Tensor],
-    weights: bool,
-    activations: bool,
-    sampling: tuple[int, Probes, Distribution, torch.Generator],
-) -> tuple[dict[str, dict[str, _Row]], dict[str, int]]:
-    """Values of zᵀHz of one batch by family and name, and the number of elements of each activation."""
-    with reading_variables(model, points) as variables:
-        _, loss = forward(task, model, batch)
-    families: dict[str, dict[str, list[Tensor]]] = {}
-    if weights:
-        families["weights"] = {name: [parameter] for name, parameter in parameters.items()}
-    if activations:
-        # A tensor that this batch never reached stays in, with the value zero.
-        families["activations"] = dict(variables)
-    gradients = first_derivatives(loss, families)
-    rows = {family: _products(targets, gradients[family], *sampling) for family, targets in families.items()}
-    return rows, {name: sum(tensor.numel() for tensor in tensors) for name, tensors in variables.items()}
+def culprit(model: nn.Module, task: Task, batch: Batch) -> str:
+    """The innermost module that cannot be differentiated twice, by calling each again on its own inputs."""
+    calls: list[tuple[str, nn.Module, Any]] = []
+
+    def record(name: str) -> Callable[..., None]:
+        return lambda module, args, kwargs, output: calls.append((name, module, pytree.tree_map(_copy, (args, kwargs))))
+
+    def _copy(value: Any) -> Any:
+        return value.detach().clone() if isinstance(value, Tensor) else value
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            stack.callback(module.register_forward_hook(record(name), with_kwargs=True).remove)
+        task.outputs(model, batch)
+    for name, module, (args, kwargs) in calls:  # children come before their parents
+        if not _differentiable_twice(module, args, kwargs):
+            return f"{name or 'the model'} ({type(module).__name__})"
+    return "the loss"
+
+
+def _differentiable_twice(module: nn.Module, args: Any, kwargs: Any) -> bool:
+    leaves, structure = pytree.tree_flatten((args, kwargs))
+    leaves = [x.requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in leaves]
+    inputs = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
+    # A copy for the module, which may work in place.
+    free = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
+    own_args, own_kwargs = pytree.tree_unflatten(free, structure)
+    outputs = [
+        x for x in pytree.tree_leaves(module(*own_args, **own_kwargs)) if isinstance(x, Tensor) and x.requires_grad
+    ]
+    if not outputs or not inputs:
+        return True
+    try:
+        slopes = torch.autograd.grad(
+            outputs, inputs, [torch.ones_like(x) for x in outputs], create_graph=True, allow_unused=True
+        )
+        _check_differentiable(slopes)
+        bent = [slope for slope in slopes if slope is not None and slope.requires_grad]
+        if bent:
+            torch.autograd.grad(bent, inputs, [torch.ones_like(x) for x in bent], allow_unused=True)
+    except (SecondDerivativeError, RuntimeError):
+        return False
+    return True
 
 
 def require_grad(model: nn.Module, points: QuantizationPoints) -> dict[str, Tensor]:
@@ -130,11 +375,14 @@ def require_grad(model: nn.Module, points: QuantizationPoints) -> dict[str, Tens
 
 
 @contextmanager
-def reading_variables(model: nn.Module, points: QuantizationPoints) -> Iterator[dict[str, list[Tensor]]]:
+def reading_variables(
+    model: nn.Module, points: QuantizationPoints, tangents: dict[str, list[Tensor]] | None = None
+) -> Iterator[dict[str, list[Tensor]]]:
     """Yield a dictionary that fills, during a forward pass, with the tensors each point's consumers read.
 
     Every tensor becomes a node of its own, the same for all its consumers, so that a derivative with respect to it
-    takes in all of them and nothing that reads the original beside them (the identity path of a residual block).
+    takes in all of them and nothing that reads the original beside them (the identity path of a residual block). Those
+    of the points in `tangents` get these tangents, in the order in which they are read.
     """
     variables: dict[str, list[Tensor]] = {point.name: [] for point in points.activations}
     nodes: dict[int, tuple[Tensor, Tensor]] = {}
@@ -143,8 +391,11 @@ def reading_variables(model: nn.Module, points: QuantizationPoints) -> Iterator[
         if id(tensor) not in nodes:
             node = tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
             # The original is kept as well: its id must not be given to another tensor meanwhile.
-            nodes[id(tensor)] = (tensor, node)
             variables[name].append(node)
+            if tangents is not None and name in tangents:
+                z = tangents[name][len(variables[name]) - 1]
+                node = node + _dual(torch.zeros_like(node), z)
+            nodes[id(tensor)] = (tensor, node)
         return nodes[id(tensor)][1]
 
     with reading(model, points, read):
@@ -152,20 +403,57 @@ def reading_variables(model: nn.Module, points: QuantizationPoints) -> Iterator[
     nodes.clear()
 
 
+@contextmanager
+def _dual_weights(
+    model: nn.Module, points: QuantizationPoints, tangents: dict[str, list[Tensor]]
+) -> Iterator[dict[str, list[Tensor]]]:
+    """Put weights with tangents into the model; yields the weights to differentiate by."""
+    targets: dict[str, list[Tensor]] = {}
+    with ExitStack() as stack:
+        for name, (z,) in tangents.items():
+            layer = points.by_name[name]
+            primal = weight_parameter(model, layer).detach().requires_grad_()
+            dual = _dual(primal, z)
+            for module_name, parameter in layer.sites:
+                # Not by setattr, which accepts nothing but an nn.Parameter.
+                parameters: dict[str, Any] = model.get_submodule(module_name)._parameters
+                stack.callback(parameters.__setitem__, parameter, parameters[parameter])
+                parameters[parameter] = dual
+            targets[name] = [primal]
+        yield targets
+
+
+def _dual(primal: Tensor, tangent: Tensor) -> Tensor:
+    result: Tensor = forward_ad.make_dual(primal, tangent)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _tangent(tensor: Tensor) -> Tensor | None:
+    result: Tensor | None = forward_ad.unpack_dual(tensor).tangent  # type: ignore[no-untyped-call]
+    return result
+
+
 def first_derivatives(loss: Tensor, families: dict[str, dict[str, list[Tensor]]]) -> dict[str, dict[str, list[Tensor]]]:
     """Gradients of the loss with respect to all targets, differentiable once more, in the shape of `families`."""
+    result = _gradients(loss, families, create_graph=True)
+    _check_differentiable([g for targets in result.values() for gradients in targets.values() for g in gradients])
+    return result
+
+
+def _gradients(
+    loss: Tensor, families: dict[str, dict[str, list[Tensor]]], create_graph: bool
+) -> dict[str, dict[str, list[Tensor]]]:
     flat = [tensor for targets in families.values() for tensors in targets.values() for tensor in tensors]
     if not flat:
         raise ModelError("there is nothing to measure: neither weights nor activations that can be differentiated")
     try:
-        found = torch.autograd.grad(loss, flat, create_graph=True, allow_unused=True)
+        found = torch.autograd.grad(loss, flat, create_graph=create_graph, allow_unused=True)
     except RuntimeError as error:
         if "does not require grad" in str(error):
             raise ModelError(
                 "the loss does not depend on any layer: is it computed under torch.no_grad(), or from detached outputs?"
             ) from error
         raise
-    _check_differentiable(found)
     gradients = iter(found)
     result: dict[str, dict[str, list[Tensor]]] = {}
     idle: list[str] = []
@@ -204,8 +492,8 @@ def _check_differentiable(gradients: Sequence[Tensor | None]) -> None:
 
 
 _NO_SECOND_DERIVATIVE = (
-    "an operation of this model has no second derivative, which Hutchinson's method needs; replace it by one that"
-    " torch can differentiate twice, or use method='gauss_newton'"
+    "an operation of this model has no second derivative, which the Hessian needs; replace it by one that torch can"
+    " differentiate twice, or use method='gauss_newton'"
 )
 
 
@@ -229,36 +517,30 @@ def hessian_vector_product(gradients: list[Tensor], targets: list[Tensor], vecto
     ]
 
 
-def draw_probe(like: Tensor, distribution: Distribution, generator: torch.Generator) -> Tensor:
-    """A random vector with E[z zᵀ] = I in the shape, dtype and device of `like`."""
+def draw_probe(
+    like: Tensor, distribution: Distribution, generator: torch.Generator, shape: Sequence[int] | None = None
+) -> Tensor:
+    """A random vector with E[z zᵀ] = I in the shape (unless another is given), dtype and device of `like`."""
+    shape = like.shape if shape is None else shape
     if distribution == "gaussian":
-        return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
-    bits = torch.randint(0, 2, like.shape, generator=generator, device=like.device)
+        return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
+    bits = torch.randint(0, 2, shape, generator=generator, device=like.device)
     return (2 * bits - 1).to(like.dtype)
 
 
-def _products(
-    targets: dict[str, list[Tensor]],
-    gradients: dict[str, list[Tensor]],
-    draws: int,
-    probes: Probes,
-    distribution: Distribution,
-    generator: torch.Generator,
-) -> dict[str, _Row]:
-    """Target name → its values of zᵀHz, one per draw."""
-    groups = [[name] for name in targets] if probes == "per_layer" else [list(targets)]
-    rows: dict[str, list[float]] = {name: [] for name in targets}
-    for _ in range(draws):
-        for group in groups:
-            flat = [tensor for name in group for tensor in targets[name]]
-            vectors = [draw_probe(tensor, distribution, generator) for tensor in flat]
-            products = hessian_vector_product(
-                [gradient for name in group for gradient in gradients[name]], flat, vectors
-            )
-            terms = iter((v.double() * p.double()).sum() for v, p in zip(vectors, products, strict=True))
-            for name in group:
-                rows[name].append(sum(next(terms).item() for _ in targets[name]))
-    return rows
+def _whole_shape(tensor: Tensor, piece: Piece, family: str) -> tuple[int, ...]:
+    """The shape that the tensor has for the whole batch, of which a piece takes its rows of the probe."""
+    if family == "weights" or piece.whole or not tensor.ndim or len(tensor) % piece.samples:
+        return tuple(tensor.shape)
+    return (len(tensor) // piece.samples * piece.size, *tensor.shape[1:])
+
+
+def _rows(tensor: Tensor, whole: tuple[int, ...], piece: Piece) -> Any:
+    """The index of the piece's rows in a probe of shape `whole`."""
+    if tuple(tensor.shape) == whole:
+        return ...
+    each = len(tensor) // piece.samples
+    return slice(piece.start * each, piece.stop * each)
 
 
 def exact_block(model: nn.Module, batch: Batch, task: Task, points: QuantizationPoints, name: str) -> Tensor:

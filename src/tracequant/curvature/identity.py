@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Literal
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tracequant.curvature.hutchinson import draw_probe, first_derivatives, hessian_vector_product, require_grad
 from tracequant.curvature.output_hessian import factor, loss_hessian
-from tracequant.errors import ModelError, SecondDerivativeError
+from tracequant.errors import DataError, ModelError, SecondDerivativeError, TaskError
 from tracequant.model_state import double_backward, frozen_evaluation
 from tracequant.points import QuantizationPoints
 from tracequant.task import Batch, Batches, Task, checked, forward, model_device
@@ -27,6 +27,7 @@ from tracequant.task import Batch, Batches, Task, checked, forward, model_device
 # Float32 rounding leaves 1e-6 to 1e-4; a GELU or SiLU network differs by percents and more.
 TOLERANCE = 1e-3
 CHECKED_LAYERS = 4
+CHECKED_SAMPLES = 8
 
 _BENT = (
     nn.GELU, nn.SiLU, nn.ELU, nn.SELU, nn.CELU, nn.Mish, nn.Softplus, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Softmax,
@@ -41,7 +42,7 @@ def choose_method(
     generator = torch.Generator(model_device(model)).manual_seed(seed)
     try:
         batch = next(iter(checked(batches, task, model)))
-        defects = block_differences(model, batch, task, points, generator)
+        defects = _defects(model, batch, task, points, generator)
     except SecondDerivativeError:
         return "gauss_newton", (
             "an operation has no second derivative, so that the Hessian cannot be had; these are Gauss-Newton traces,"
@@ -54,6 +55,18 @@ def choose_method(
         return "gauss_newton", f"Hessian and Gauss-Newton products agree to {max(defects[name], 1e-7):.0e}"
     share = f"{defects[name]:.1%}" if defects[name] < 1 else "more than 100%"
     return "hutchinson", f"the Gauss-Newton block of {name} differs from its Hessian's by {share}{_cause(model)}"
+
+
+def _defects(
+    model: nn.Module, batch: Batch, task: Task, points: QuantizationPoints, generator: torch.Generator
+) -> dict[str, float]:
+    """`block_differences` on a few samples, which show a difference as well as all of them do, if that is possible."""
+    if task.batch_size(batch) > CHECKED_SAMPLES:
+        # A batch may resist being divided, and a few samples may all be classified with certainty.
+        with suppress(TaskError, ModelError, DataError):
+            few = task.select(batch, 0, CHECKED_SAMPLES)
+            return block_differences(model, few, task, points, generator)
+    return block_differences(model, batch, task, points, generator)
 
 
 def block_differences(

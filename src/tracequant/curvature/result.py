@@ -68,17 +68,17 @@ class Curvature(Saveable):
 def summarize(values: Sequence[Sequence[float]], batch_sizes: Sequence[int], numel: float) -> TraceEstimate:
     """The estimate from `values[batch][draw]`, each a value of zᵀHz for the mean loss of its batch (Eq. 7).
 
-    Batches are weighted by their samples. Probes are independent between draws and batches, so the variances add.
+    Batches are weighted by their samples, and may have different numbers of draws. Probes are independent between
+    draws and batches, so the variances add.
     """
-    draws = len(values[0])
     samples = sum(batch_sizes)
     weights = [size / samples for size in batch_sizes]
-    means = [math.fsum(row) / draws for row in values]
+    means = [math.fsum(row) / len(row) for row in values]
     trace = math.fsum(weight * mean for weight, mean in zip(weights, means, strict=True))
     variance = math.inf
-    if draws > 1:
+    if all(len(row) > 1 for row in values):
         variance = math.fsum(
-            weight**2 * math.fsum((value - mean) ** 2 for value in row) / (draws - 1) / draws
+            weight**2 * math.fsum((value - mean) ** 2 for value in row) / (len(row) - 1) / len(row)
             for weight, row, mean in zip(weights, values, means, strict=True)
         )
     spread = math.inf
@@ -86,4 +86,4 @@ def summarize(values: Sequence[Sequence[float]], batch_sizes: Sequence[int], num
         # The variance of a weighted mean of batches, unbiased for equal sizes.
         residual = math.fsum(weight**2 * (mean - trace) ** 2 for weight, mean in zip(weights, means, strict=True))
         spread = math.sqrt(residual * len(means) / (len(means) - 1))
-    return TraceEstimate(trace, trace / numel, math.sqrt(variance), spread, numel, draws, samples)
+    return TraceEstimate(trace, trace / numel, math.sqrt(variance), spread, numel, max(map(len, values)), samples)
