@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from tracequant.allocation import frontier, full_space, monotone_space, solve, uniform_plan
     from tracequant.convert import quantize
     from tracequant.curvature.estimate import estimate_curvature
-    from tracequant.curvature.result import Curvature, TraceEstimate
-    from tracequant.curvature.spectrum import top_eigenvalues
+    from tracequant.curvature.result import Curvature, Density, Spectrum, TraceEstimate
+    from tracequant.curvature.spectrum import spectral_density, top_eigenvalues
     from tracequant.errors import (
         ArtifactError,
         BudgetError,
@@ -44,8 +44,8 @@ _MODULES = {
     "tracequant.allocation": ("frontier", "full_space", "monotone_space", "solve", "uniform_plan"),
     "tracequant.convert": ("quantize",),
     "tracequant.curvature.estimate": ("estimate_curvature",),
-    "tracequant.curvature.result": ("Curvature", "TraceEstimate"),
-    "tracequant.curvature.spectrum": ("top_eigenvalues",),
+    "tracequant.curvature.result": ("Curvature", "Density", "Spectrum", "TraceEstimate"),
+    "tracequant.curvature.spectrum": ("spectral_density", "top_eigenvalues"),
     "tracequant.errors": (
         "ArtifactError", "BudgetError", "DataError", "ModelError", "RunError", "TaskError", "TracequantError",
     ),
@@ -63,10 +63,10 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "ActivationPoint", "ArtifactError", "BitPlan", "BudgetError", "ClassificationTask", "Curvature", "DataError",
-    "Evaluation", "Layer", "ModelError", "QuantizationPoints", "RunError", "Sensitivity", "Task", "TaskError",
-    "TaskSetup", "TraceEstimate", "TracequantError", "WeightGrid", "discover", "estimate_curvature", "finetune",
-    "frontier", "full_space", "load", "measure_sensitivity", "monotone_space", "pack", "quantize", "solve",
-    "top_eigenvalues", "uniform_plan",
+    "Density", "Evaluation", "Layer", "ModelError", "QuantizationPoints", "RunError", "Sensitivity", "Spectrum", "Task",
+    "TaskError", "TaskSetup", "TraceEstimate", "TracequantError", "WeightGrid", "discover", "estimate_curvature",
+    "finetune", "frontier", "full_space", "load", "measure_sensitivity", "monotone_space", "pack", "quantize", "solve",
+    "spectral_density", "top_eigenvalues", "uniform_plan",
 ]  # fmt: skip
 
 

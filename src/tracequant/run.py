@@ -22,6 +22,7 @@ here imports torch until a stage needs the model.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import shutil
@@ -314,8 +315,9 @@ class Run:
         if settings.eigenvalues:
             seed = settings.options.seed
             try:
-                eigenvalues = top_eigenvalues(model, batches, task, points, seed=seed, progress=self._progress)
-                curvature = replace(curvature, top_eigenvalues=eigenvalues)
+                first = list(itertools.islice(batches, 1))
+                found = top_eigenvalues(model, first, task, points, seed=seed, progress=self._progress)
+                curvature = replace(curvature, top_eigenvalues={name: values[0] for name, values in found.items()})
             except SecondDerivativeError as error:
                 self._say(f"analyze: no eigenvalues, HAWQ's point will be missing from the report ({error})")
         sensitivity = measure_sensitivity(

@@ -189,10 +189,19 @@ class _GaussNewton:
             reason=", ".join((text, *whole.notes)),
             seed=self._seed,
             samples=whole.samples,
-            weight_values={
-                name: tuple(whole.values[f"weights:{name}"].mean(0).tolist()) for name in numel if self._weights
-            },
+            weight_values=self._series(whole, "weights", 0),
+            activation_values=self._series(whole, "activations", 0),
+            weight_draws=self._series(whole, "weights", 1),
+            activation_draws=self._series(whole, "activations", 1),
         )
+
+    def _series(self, whole: Part, family: str, axis: int) -> dict[str, tuple[float, ...]]:
+        """The mean over draws for each sample (`axis` 0), or over samples for each draw (1)."""
+        return {
+            key.split(":", 1)[1]: tuple(values.mean(axis).tolist())
+            for key, values in whole.values.items()
+            if key.startswith(family)
+        }
 
     def _sweep(self, samples: int, offset: int, size: int) -> _Sweep:
         points = self._points if self._activations else replace(self._points, activations=())

@@ -196,12 +196,14 @@ class _Hutchinson:
             }
 
         elements = {name: sum(part.elements[name] for part in parts) / samples for name in parts[0].elements}
+        weights = estimates("weights", {layer.name: float(layer.numel) for layer in self._points.layers})
+        activations = estimates("activations", elements)
         limit = "" if self._target is None else "at most "
         notes = dict.fromkeys(note for part in parts for note in part.notes)
         return Curvature(
             points=self._points,
-            weights=estimates("weights", {layer.name: float(layer.numel) for layer in self._points.layers}),
-            activations=estimates("activations", elements),
+            weights=weights,
+            activations=activations,
             method="hutchinson",
             reason=", ".join(
                 (
@@ -212,11 +214,10 @@ class _Hutchinson:
             ),
             seed=self._seed,
             samples=samples,
-            weight_values={
-                layer.name: tuple(math.fsum(row) / len(row) for row in rows("weights", layer.name))
-                for layer in self._points.layers
-                if self._weights
-            },
+            weight_values={name: _row_means(rows("weights", name)) for name in weights},
+            activation_values={name: _row_means(rows("activations", name)) for name in activations},
+            weight_draws={name: _draw_means(rows("weights", name), sizes) for name in weights},
+            activation_draws={name: _draw_means(rows("activations", name), sizes) for name in activations},
         )
 
     def _certain(self, row: list[float], piece: Piece) -> bool:
@@ -526,6 +527,20 @@ def draw_probe(
         return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
     bits = torch.randint(0, 2, shape, generator=generator, device=like.device)
     return (2 * bits - 1).to(like.dtype)
+
+
+def _row_means(rows: list[list[float]]) -> tuple[float, ...]:
+    """The mean over draws for each batch."""
+    return tuple(math.fsum(row) / len(row) for row in rows)
+
+
+def _draw_means(rows: list[list[float]], sizes: list[int]) -> tuple[float, ...]:
+    """The mean over batches, weighted by their samples, for each draw that all of them have."""
+    total = sum(sizes)
+    return tuple(
+        math.fsum(size / total * value for size, value in zip(sizes, column, strict=True))
+        for column in zip(*rows, strict=False)
+    )
 
 
 def _whole_shape(tensor: Tensor, piece: Piece, family: str) -> tuple[int, ...]:

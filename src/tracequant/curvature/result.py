@@ -41,9 +41,10 @@ class Curvature(Saveable):
 
     `points` are the layers and tensors that were looked at; later stages take them from here.
 
-    `reason` says why `method` was chosen. `weight_values` are the single values that a layer's trace is the mean of,
-    one for each sample (Hutchinson: each batch), for resampling. `top_eigenvalues` holds the largest eigenvalue of
-    each layer's block where it was asked for, HAWQ's older measure; it serves comparison only.
+    `reason` says why `method` was chosen. `weight_values` and `activation_values` are the single values that a trace is
+    the mean of, one for each sample (Hutchinson: each batch), for resampling; `weight_draws` and `activation_draws` the
+    trace by each draw alone, to see it converge. `top_eigenvalues` holds the largest eigenvalue of each layer's block
+    where it was asked for, HAWQ's older measure; it serves comparison only.
     """
 
     points: QuantizationPoints
@@ -54,6 +55,9 @@ class Curvature(Saveable):
     seed: int
     samples: int
     weight_values: dict[str, tuple[float, ...]] | None = None
+    activation_values: dict[str, tuple[float, ...]] | None = None
+    weight_draws: dict[str, tuple[float, ...]] | None = None
+    activation_draws: dict[str, tuple[float, ...]] | None = None
     top_eigenvalues: dict[str, float] | None = None
 
     def __str__(self) -> str:
@@ -63,6 +67,45 @@ class Curvature(Saveable):
                 errors = f"± {e.standard_error / e.numel:.1g} (draws) ± {e.sampling_error / e.numel:.1g} (samples)"
                 lines.append(f"  {kind} {name}: average trace {e.average_trace:.4g} {errors}")
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Density(Saveable):
+    """The density of the eigenvalues of a layer's Hessian block, or of all `numel` weights together (`layer` None).
+
+    `nodes[draw]` and `weights[draw]` are a quadrature rule: the density is the mean over draws of Σ weight ·
+    δ(λ − node).
+    """
+
+    layer: str | None
+    numel: int
+    nodes: tuple[tuple[float, ...], ...]
+    weights: tuple[tuple[float, ...], ...]
+
+    @property
+    def trace(self) -> float:
+        """The trace that the density implies, an estimate as Hutchinson's."""
+        rules = zip(self.nodes, self.weights, strict=True)
+        moments = [math.fsum(n * w for n, w in zip(nodes, weights, strict=True)) for nodes, weights in rules]
+        return self.numel * math.fsum(moments) / len(moments)
+
+    def smoothed(self, at: Sequence[float], width: float) -> list[float]:
+        """The density at the eigenvalues `at`, every node a Gaussian of standard deviation `width`."""
+        rules = [
+            (node, weight / len(self.nodes))
+            for nodes, weights in zip(self.nodes, self.weights, strict=True)
+            for node, weight in zip(nodes, weights, strict=True)
+        ]
+        scale = 1 / (width * math.sqrt(2 * math.pi))
+        return [math.fsum(w * scale * math.exp(-0.5 * ((x - n) / width) ** 2) for n, w in rules) for x in at]
+
+
+@dataclass(frozen=True)
+class Spectrum(Saveable):
+    """The largest eigenvalues of layers' Hessian blocks, largest first, and densities of all eigenvalues."""
+
+    eigenvalues: dict[str, tuple[float, ...]]
+    densities: tuple[Density, ...]
 
 
 def summarize(values: Sequence[Sequence[float]], batch_sizes: Sequence[int], numel: float) -> TraceEstimate:
