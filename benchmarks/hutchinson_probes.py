@@ -1,4 +1,4 @@
-"""One shared probe against one probe per layer: which reaches a given standard error in less time.
+"""Hutchinson's options: a shared probe or one per layer, and products by reverse or forward mode.
 
     python benchmarks/hutchinson_probes.py
 
@@ -30,12 +30,20 @@ def measure(name: str, setup: tq.TaskSetup, draws: int) -> None:
     for probes in ("shared", "per_layer"):
         start = time.perf_counter()
         curvature = tq.estimate_curvature(
-            setup.model, setup.calibration, setup.task, draws=draws, points=points, probes=probes
+            setup.model, setup.calibration, setup.task, "hutchinson", draws, points=points, probes=probes
         )
         seconds = (time.perf_counter() - start) / draws
         error = statistics.median(e.relative_error for e in curvature.weights.values()) * draws**0.5
         work[probes] = seconds * error**2
         print(f"  {probes:10s} {seconds:8.3f} s per draw, relative error of one draw {error:6.2f} (median layer)")
+    seconds_of = {}
+    for mode in ("reverse", "forward"):
+        start = time.perf_counter()
+        tq.estimate_curvature(
+            setup.model, setup.calibration, setup.task, "hutchinson", 2, points=points, mode=mode, activations=False
+        )
+        seconds_of[mode] = time.perf_counter() - start
+    print(f"  a product by forward mode takes {seconds_of['forward'] / seconds_of['reverse']:.1f} times as long")
     ratio = work["shared"] / work["per_layer"]
     print(f"  to the same error a shared probe takes {ratio:.1f} times as long as probes per layer")
 

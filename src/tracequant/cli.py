@@ -216,6 +216,42 @@ def plan(
 
 
 @app.command()
+def spectrum(
+    run_path: RunPath,
+    layer: Annotated[
+        list[str] | None, typer.Option(help="only layers matching this pattern; may be repeated [all]")
+    ] = None,
+    top: Annotated[int, typer.Option(min=0, help="eigenvalues of each layer, the largest in magnitude")] = 20,
+    density: Annotated[
+        list[str] | None,
+        typer.Option(help="also the density of all eigenvalues of a layer, or '*' of the whole model; may be repeated"),
+    ] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Eigenvalues of the Hessian by Lanczos' method, to RUN/spectrum.json and RUN/figures/spectrum.png."""
+    run = _open(run_path, quiet)
+    found = run.measure_spectrum(layer or ["*"], top, density or [])
+    from tracequant.report.figures import spectrum_figure
+    from tracequant.report.html import save_figure
+
+    save_figure(spectrum_figure(found, run.curvature()), run.path / "figures" / "spectrum")
+    if as_json:
+        _print_json(found.to_json())
+    elif not quiet:
+        table = Table(title="Largest eigenvalues", title_justify="left")
+        for column in ("layer", "λ₁", "λ₁/n", "Tr(H)/n", "λ₂, λ₃, ..."):
+            table.add_column(column, justify="left" if column == "layer" else "right", overflow="fold")
+        for name, values in found.eigenvalues.items():
+            trace = run.curvature().weights[name]
+            rest = ", ".join(f"{value:.3g}" for value in values[1:6])
+            first = (f"{values[0]:.4g}", f"{values[0] / trace.numel:.3g}", f"{trace.average_trace:.3g}")
+            table.add_row(name, *first, rest + (", ..." if len(values) > 6 else ""))
+        Console().print(table)
+        print(f"Figure: {run.path / 'figures' / 'spectrum.png'}; `tracequant report {run.path}` takes it in")
+
+
+@app.command()
 def quantize(run_path: RunPath, quiet: Quiet = False, as_json: AsJson = False) -> None:
     """Quantize by the run's plan and uniformly, and evaluate both beside the float model."""
     run = _open(run_path, quiet)

@@ -12,6 +12,7 @@
     RUN/finetune.json        finetune: losses and accuracies
     RUN/model.safetensors    pack: the product
     RUN/pack.json            pack: its size and accuracy
+    RUN/spectrum.json        spectrum: eigenvalues and densities, where asked for
     RUN/report.html          report, with its figures in RUN/figures
 
 `stages.json` holds a key for every finished stage: a hash of its settings and of the keys of the stages before it. A
@@ -27,14 +28,14 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tracequant import allocation
 from tracequant.artifact import Saveable, read_json, replace_file, write_json
-from tracequant.curvature.result import Curvature
+from tracequant.curvature.result import Curvature, Spectrum
 from tracequant.errors import ArtifactError, ModelError, RunError, SecondDerivativeError, TaskError
 from tracequant.plan import BitPlan
 from tracequant.sensitivity_result import Sensitivity
@@ -335,7 +336,47 @@ class Run:
         curvature.save(self.path / "curvature.json")
         sensitivity.save(self.path / "sensitivity.json")
         shutil.rmtree(self.path / "batches", ignore_errors=True)
+        (self.path / "spectrum.json").unlink(missing_ok=True)  # of an earlier analysis
         self._finish("analyze", time.perf_counter() - start)
+
+    def measure_spectrum(self, layers: Sequence[str], top: int, densities: Sequence[str]) -> Spectrum:
+        """The `top` largest eigenvalues of the layers that match, and densities of some ("*" for all weights together).
+
+        Patterns match whole names. Everything is measured on the first calibration batch.
+        """
+        self._need("analyze")
+        from tracequant.curvature.spectrum import spectral_density, top_eigenvalues
+        from tracequant.layers import match_names
+
+        setup, points = self.setup(), self.curvature().points
+        batches = list(itertools.islice(setup.calibration, 1))
+        seed = self.settings().analyze.options.seed
+        names = list(points.by_name)
+        chosen = match_names(layers, names, "layer")
+        whole = ["*"] if "*" in densities else []
+        wanted = whole + match_names([p for p in densities if p != "*"], names, "density")
+        if not chosen and not wanted:
+            raise RunError(f"there is nothing to measure: no layer matches {list(layers)}")
+        eigenvalues = {}
+        if top and chosen:
+            some = replace(points, layers=tuple(points.by_name[name] for name in chosen))
+            eigenvalues = top_eigenvalues(
+                setup.model, batches, setup.task, some, k=top, seed=seed, progress=self._progress
+            )
+        found = tuple(
+            spectral_density(
+                setup.model, batches, setup.task, points, None if n == "*" else n, seed=seed, progress=self._progress
+            )
+            for n in wanted
+        )
+        spectrum = Spectrum(eigenvalues, found)
+        spectrum.save(self.path / "spectrum.json")
+        return spectrum
+
+    def spectrum(self) -> Spectrum | None:
+        """Result of `measure_spectrum`, None where there is none of this analysis."""
+        path = self.path / "spectrum.json"
+        return Spectrum.load(path) if path.is_file() else None
 
     def solve(self, settings: PlanSettings) -> BitPlan:
         """The plan for a budget, from the sensitivities alone; nothing is written."""

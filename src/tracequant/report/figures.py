@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from tracequant.curvature.result import Curvature, TraceEstimate
+from tracequant.curvature.result import Curvature, Spectrum, TraceEstimate
 from tracequant.explain import LayerRow
 from tracequant.plan import MEGABYTE, BitPlan
 
@@ -64,6 +65,93 @@ def activations_figure(curvature: Curvature, plan: BitPlan) -> Figure:
     axes[1].set_ylim(0, max(bits) + 1.5)
     _name_axis(axes[1], [f"input of {name}" for name in names])
     return figure
+
+
+def convergence_figure(curvature: Curvature) -> Figure | None:
+    """Every trace by the samples, and by the draws, used so far, over its final value (as Figures 5 and 8, right).
+
+    None where there is but one value of each. The dashed lines are ± the median layer's error after as many samples
+    or draws, which is what an honest reader should expect of the full lines.
+    """
+    unit = "samples" if curvature.method == "gauss_newton" else "batches"
+    families = (
+        ("weights", curvature.weight_values, curvature.weight_draws),
+        ("activations", curvature.activation_values, curvature.activation_draws),
+    )
+    panels = [
+        (f"traces of {family}", f"{name} used", list(series.values()))
+        for family, values, draws in families
+        for name, series in ((unit, values), ("draws", draws))
+        if series and max(len(row) for row in series.values()) > 2
+    ]
+    if not panels:
+        return None
+    rows = (len(panels) + 1) // 2
+    figure = Figure(figsize=(10 if len(panels) > 1 else 6, 3.2 * rows), layout="constrained")
+    for number, (title, label, series) in enumerate(panels):
+        axes = figure.add_subplot(rows, min(2, len(panels)), number + 1)
+        _running_means(axes, series)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel(label)
+        axes.set_ylabel("running mean / final value")
+        _despine(axes)
+    return figure
+
+
+def spectrum_figure(spectrum: Spectrum, curvature: Curvature) -> Figure:
+    """The largest eigenvalues of each layer with its average trace (as Figure 6), and densities of all of them."""
+    count = (1 if spectrum.eigenvalues else 0) + len(spectrum.densities)
+    figure = Figure(figsize=(10, 3.6 * count), layout="constrained")
+    panels = [figure.add_subplot(count, 1, number + 1) for number in range(count)]
+    if spectrum.eigenvalues:
+        axes = panels.pop(0)
+        names = list(spectrum.eigenvalues)
+        for position, name in enumerate(names):
+            sizes = [abs(value) for value in spectrum.eigenvalues[name]]
+            axes.plot([position] * len(sizes), sizes, "_", color=_BIT_COLORS[3], markersize=9)
+        averages = [curvature.weights[name].average_trace for name in names]
+        axes.plot(range(len(names)), averages, "o", color="#d1495b", markersize=4, label="average trace Tr(H)/n")
+        axes.plot([], [], "_", color=_BIT_COLORS[3], markersize=9, label="largest eigenvalues, magnitude")
+        axes.set_yscale("log")
+        axes.set_ylabel("loss per weight²")
+        axes.legend(fontsize=9)
+        _name_axis(axes, names)
+        _despine(axes)
+    for axes, density in zip(panels, spectrum.densities, strict=True):
+        nodes = [node for draw in density.nodes for node in draw]
+        low, high = min(nodes), max(nodes)
+        margin = 0.05 * (high - low or 1.0)
+        at = [low - margin + (high - low + 2 * margin) * i / 600 for i in range(601)]
+        axes.plot(at, density.smoothed(at, margin / 5), color=_BIT_COLORS[3])
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=max(1e-3 / density.numel / (high - low or 1.0), axes.get_ylim()[0]))
+        axes.set_title(f"eigenvalues of {density.layer or 'all layers together'} ({density.numel:,})", fontsize=10)
+        axes.set_xlabel("eigenvalue (loss per weight²)")
+        axes.set_ylabel("density")
+        _despine(axes)
+    return figure
+
+
+def _running_means(axes: Axes, series: Sequence[Sequence[float]]) -> None:
+    """Running means of each row over its last one, and the median row's standard error around 1."""
+    errors = []
+    for row in series:
+        values = np.array(row)
+        final = values.mean()
+        if len(values) < 2 or final == 0:
+            continue
+        counts = np.arange(1, len(values) + 1)
+        axes.plot(counts, np.cumsum(values) / counts / final, color=_GREY, linewidth=0.7, alpha=0.6)
+        errors.append(values.std(ddof=1) / abs(final))
+    if not errors:
+        return
+    counts = np.arange(1, max(len(row) for row in series) + 1)
+    band = np.median(errors) / np.sqrt(counts)
+    for sign in (1, -1):
+        axes.plot(counts, 1 + sign * band, "--", color="#d1495b", linewidth=1.2)
+    axes.axhline(1, color="black", linewidth=0.6)
+    axes.set_xscale("log")
+    axes.set_ylim(-0.2, 2.2)
 
 
 def frontier_figure(front: Sequence[BitPlan], markers: Sequence[Marker]) -> Figure:

@@ -36,6 +36,10 @@ def write_report(run: Run) -> Path:
         "layers": figures.layers_figure(rows, curvature),
         "frontier": figures.frontier_figure(front, _markers(run, sensitivity, plan)),
     }
+    if (convergence := figures.convergence_figure(curvature)) is not None:
+        pictures["convergence"] = convergence
+    if (spectrum := run.spectrum()) is not None:
+        pictures["spectrum"] = figures.spectrum_figure(spectrum, curvature)
     if plan.activation_bits:
         pictures["activations"] = figures.activations_figure(curvature, plan)
     if results:
@@ -47,7 +51,7 @@ def write_report(run: Run) -> Path:
     for stale in (run.path / "figures").glob("*"):
         if stale.stem not in pictures:
             stale.unlink()
-    embedded = {name: _save(figure, run.path / "figures" / name) for name, figure in pictures.items()}
+    embedded = {name: save_figure(figure, run.path / "figures" / name) for name, figure in pictures.items()}
 
     template = jinja2.Environment(
         loader=jinja2.PackageLoader("tracequant", "report"), autoescape=True, undefined=jinja2.StrictUndefined
@@ -109,7 +113,7 @@ def _markers(run: Run, sensitivity: Sensitivity, plan: BitPlan) -> list[figures.
     return markers
 
 
-def _save(figure: Figure, stem: Path) -> str:
+def save_figure(figure: Figure, stem: Path) -> str:
     """Write the figure as PNG and SVG; the SVG comes back as a data URI."""
     for suffix in (".png", ".svg"):
         with replace_file(stem.with_suffix(suffix)) as temporary:
