@@ -33,7 +33,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from tracequant.curvature import gradient_norms
 from tracequant.curvature.collect import Part, Stop, collect, exceeded, generator, warn_of_error
 from tracequant.curvature.hutchinson import reading_variables, require_grad
-from tracequant.curvature.output_hessian import Cotangents, OutputHessian, differentiable, factor
+from tracequant.curvature.output_hessian import GROUP, Cotangents, OutputHessian, differentiable, factor
 from tracequant.curvature.pieces import Piece, Precision
 from tracequant.curvature.result import Curvature, TraceEstimate
 from tracequant.errors import ModelError, TaskError
@@ -215,8 +215,8 @@ class _GaussNewton:
             if self._exact:
                 yield from ((0, column) for column in hessian.columns())
             for row, draw in enumerate(draws if not self._exact else ()):
-                random = generator(self._seed, index, 1 + draw, device=device)
-                yield from ((row, vector) for vector in hessian.draw(random))
+                random = generator(self._seed, index, 1 + draw // GROUP, device=device)
+                yield from ((row, vector) for vector in hessian.draw(random, draw))
 
         rows: dict[str, list[Tensor]] = {}
         upcoming = plan()

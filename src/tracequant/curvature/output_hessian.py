@@ -7,9 +7,16 @@ derivatives is cheap.
 Three shapes of H_L are recognised from its products with random vectors, whatever the loss is called:
 
 - softmax: α (diag(p) − p pᵀ) at every position, which cross-entropy has with any labels, label smoothing and class
-  weights; columns √(α p_c) (e_c − p);
+  weights. L is its Cholesky factor with the classes in the order of their probabilities, which has a closed form;
 - diagonal: any sum over output elements (squared error, binary cross-entropy, focal, smooth-L1), columns √|h_i| e_i;
 - dense: anything else with at most `DENSE_LIMIT` outputs for each sample, by eigenvectors.
+
+The choice of L and of the signs decides how noisy a draw is, since ‖Jᵀ L v‖² = Σ_k ‖Jᵀ L_k‖² + Σ_{k≠l} v_k v_l ⟨Jᵀ L_k,
+Jᵀ L_l⟩. The inputs that decide a trace waver between two or three classes. In the Cholesky factor the first column has
+all the curvature between the first two classes, while the more obvious columns √p_c (e_c − p) are opposite to one
+another there, and one draw gives anything between nothing and twice the value. And the signs of successive draws are
+not independent but random signs times the rows of a Hadamard matrix: in a group of 2^m draws all products of columns
+whose numbers differ modulo 2^m cancel.
 """
 
 from __future__ import annotations
@@ -27,6 +34,10 @@ from tracequant.task import Batch, Task, total_loss
 
 DENSE_LIMIT = 128
 TOLERANCE = 1e-3
+# Draws whose signs are rows of one Hadamard matrix.
+GROUP = 64
+# Draws whose signs are rows of one Hadamard matrix.
+GROUP = 64
 
 # One backward pass: a vector for every output tensor, and the sign that its squared norms count with.
 Cotangents = tuple[list[Tensor], float]
@@ -44,16 +55,20 @@ class OutputHessian:
     first: list[Tensor]
     second: Tensor | None = None
 
-    def draw(self, generator: torch.Generator) -> Iterator[Cotangents]:
-        """Random cotangents u with E[Σ sign · u uᵀ] = H_L: one pass, or two where H_L has both signs."""
+    def draw(self, generator: torch.Generator, number: int = 0) -> Iterator[Cotangents]:
+        """Random cotangents u with E[Σ sign · u uᵀ] = H_L: one pass, or two where H_L has both signs.
+
+        Draws whose `number` lies in the same `GROUP` belong together: they must come from generators in the same state.
+        """
+        row = number % GROUP
         if self.kind == "softmax":
-            yield [self._softmax(_signs(self._probabilities, generator))], 1.0
+            yield [self._softmax(_signs(self._probabilities, generator, row))], 1.0
         elif self.kind == "diagonal":
-            signs = [_signs(h, generator) for h in self.first]
+            signs = [_signs(h, generator, row) for h in self.first]
             for sign in self._present_signs():
                 yield [(sign * h).clamp_min(0).sqrt() * v for h, v in zip(self.first, signs, strict=True)], sign
         else:
-            signs = [_signs(self.first[0], generator)]
+            signs = [_signs(self.first[0], generator, row)]
             for sign in self._present_signs():
                 yield [self._dense((sign * self.first[0]).clamp_min(0).sqrt() * signs[0])], sign
 
@@ -66,7 +81,8 @@ class OutputHessian:
                     f"draws='exact' needs outputs [samples, classes], got {list(p.shape)}: every position would take"
                     " passes of its own; give a number of draws"
                 )
-            for c in range(p.shape[1]):
+            # The last column is zero: probabilities add up to one.
+            for c in range(p.shape[1] - 1):
                 yield [self._softmax(torch.zeros_like(p).index_fill_(1, torch.tensor(c, device=p.device), 1.0))], 1.0
             return
         rows = [h.flatten(1) for h in self.first]
@@ -87,10 +103,20 @@ class OutputHessian:
         return self.second
 
     def _softmax(self, v: Tensor) -> Tensor:
-        """L v = √α (√p ⊙ v − p Σ_c √p_c v_c), classes along axis 1."""
-        p = self._probabilities
-        scaled = p.sqrt() * v
-        return self.first[0].sqrt() * (scaled - p * scaled.sum(1, keepdim=True))
+        """√α L v, L the Cholesky factor of diag(p) − p pᵀ, v in the order of decreasing p, classes along axis 1.
+
+        With the tails q_k = Σ_{j>k} p_j: L_kk = √(p_k q_k / q_{k−1}) and L_ik = −p_i √(p_k / (q_{k−1} q_k)) for i > k.
+        """
+        p, order = self._probabilities.sort(dim=1, descending=True)
+        # From the smallest up, so that small tails keep their digits.
+        from_here = p.flip(1).cumsum(1).flip(1)
+        tail = torch.cat([from_here[:, 1:], torch.zeros_like(p[:, :1])], 1)
+        tiny = torch.finfo(p.dtype).tiny ** 0.5  # its square is still above zero
+        safe, before = tail.clamp_min(tiny), from_here.clamp_min(tiny)
+        beside = (p / before / safe).sqrt() * v * (tail > tiny)
+        earlier = beside.cumsum(1) - beside
+        product = (p * tail / before).sqrt() * v - p * earlier
+        return self.first[0].sqrt() * torch.zeros_like(product).scatter(1, order, product)
 
     def _dense(self, v: Tensor) -> Tensor:
         assert self.second is not None
@@ -222,6 +248,14 @@ def _close(a: list[Tensor], b: list[Tensor]) -> bool:
     return difference <= TOLERANCE**2 * size
 
 
-def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
+def _signs(like: Tensor, generator: torch.Generator, row: int) -> Tensor:
+    """Random signs in the shape of `like`, times a row of a Hadamard matrix over the elements of a sample."""
     bits = torch.randint(0, 2, like.shape, generator=generator, device=like.device)
+    if row:
+        column = torch.arange(like.shape[1] if like.ndim > 1 else 1, device=like.device)
+        both = column & row
+        # Sylvester's matrix: the parity of the bits that row and column share.
+        for shift in (4, 2, 1):
+            both = both ^ (both >> shift)
+        bits = bits ^ (both & 1).view(1, -1, *([1] * (like.ndim - 2)))
     return (2 * bits - 1).to(like.dtype)
