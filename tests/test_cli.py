@@ -403,3 +403,55 @@ def test_report_from_a_plan_alone(tmp_path: Path) -> None:
     page = (path / "report.html").read_text()
     assert "Accuracy and size" not in page
     assert "float" in page
+
+
+# When to stop measuring, and how precisely to compute
+
+
+def analyzed(path: Path, *options: str) -> tq.Curvature:
+    arguments = ("--task", f"{path}/task.py:build", "--no-eigenvalues", "--out", path / "run", "-q", *options)
+    (path / "task.py").write_text(
+        "import tiny_task\nimport tracequant as tq\n\n"
+        "def build(samples=None, seed=0):\n"
+        "    setup = tiny_task.build()\n"
+        "    x, y = tiny_task.images(128, 5)\n"
+        "    batches = [(x[i : i + 16], y[i : i + 16]) for i in range(0, 128, 16)]\n"
+        "    return tq.TaskSetup(setup.model, setup.task, batches, setup.train, setup.evaluation)\n"
+    )
+    assert invoke("analyze", *arguments) == 0
+    return Run(path / "run").curvature()
+
+
+def test_relative_error_ends_the_analysis_early(tmp_path: Path) -> None:
+    few = analyzed(tmp_path, "--relative-error", "0.5")
+    assert 32 <= few.samples < 128
+    more = analyzed(tmp_path, "--relative-error", "0.2")  # another setting, measured again
+    assert more.samples > few.samples
+
+
+def test_a_stable_plan_ends_the_analysis_early(tmp_path: Path) -> None:
+    assert analyzed(tmp_path, "--stable", "0.1", "--bits", "2,8").samples < 128
+    assert analyzed(tmp_path).samples == 128
+
+
+def test_run_stops_when_the_plan_that_is_asked_for_is_stable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the one half way, which is what an analysis without a budget goes by."""
+    from tracequant import stability
+
+    asked = []
+    monkeypatch.setattr(stability, "is_stable", lambda *given: (asked.append(given[3:]), True)[1])
+    arguments = ("--average-bits", "2.5", "--stable", "0.75", "--finetune-steps", "0", "-q", "--out", tmp_path / "run")
+    assert invoke("run", *ANALYZE, *arguments) == 0
+    assert [(settings.average_bits, share) for settings, share in asked] == [(2.5, 0.75)]
+    assert Run(tmp_path / "run").curvature().samples == 16
+
+
+def test_precision_is_passed_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exact = analyzed(tmp_path, "--draws", "4")
+    rough = analyzed(tmp_path, "--draws", "4", "--precision", "bfloat16")
+    for name, estimate in exact.weights.items():
+        assert rough.weights[name].trace == pytest.approx(estimate.trace, rel=0.1)
+        assert rough.weights[name].trace != estimate.trace
+    arguments = ("--task", TASK, "--precision", "tf32", "--device", "cpu", "--out", tmp_path / "other", "-q")
+    assert invoke("analyze", *arguments) == 2
+    assert "precision='tf32' is for CUDA devices" in " ".join(capsys.readouterr().err.split())

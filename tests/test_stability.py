@@ -7,7 +7,7 @@ from tracequant.curvature.result import Curvature, TraceEstimate
 from tracequant.points import Layer, QuantizationPoints
 from tracequant.sensitivity_result import combine
 from tracequant.settings import PlanSettings, WeightGrid
-from tracequant.stability import plan_stability
+from tracequant.stability import is_stable, plan_stability
 
 SETTINGS = PlanSettings(average_bits=3)
 
@@ -57,3 +57,36 @@ def test_without_several_values_there_is_no_answer() -> None:
     sensitivity = combine(curvature, {"a": {2: 1.0}}, {}, WeightGrid(), "trace")
     plan = solve(sensitivity, average_bits=2)
     assert plan_stability(sensitivity, curvature, plan, SETTINGS) is None
+
+
+ERRORS = {2: 1.0, 4: 0.1}
+
+
+def stable(values: dict[str, tuple[float, ...]], share: float, settings: PlanSettings | None = SETTINGS) -> bool:
+    return is_stable(made_of(values), dict.fromkeys(values, ERRORS), WeightGrid(), settings, share)
+
+
+def test_the_rule_compares_the_least_stable_layer_with_the_share() -> None:
+    clear = {"a": (9.0, 10.0, 11.0, 10.0), "b": (1.0, 1.1, 0.9, 1.0)}
+    toss_up = {"a": (1.0, 3.0, 1.1, 2.8), "b": (3.0, 1.0, 2.7, 1.0)}
+    assert stable(clear, 1.0)
+    assert not stable(toss_up, 0.9)
+    assert stable(toss_up, 0.2)
+    # A third layer that is clear does not help the other two.
+    assert not stable(toss_up | {"c": (500.0, 500.0, 500.0, 500.0)}, 0.9, PlanSettings(average_bits=10 / 3))
+
+
+def test_without_a_budget_the_rule_takes_the_plan_half_way() -> None:
+    """By 3 bits on average one of two layers gets 4, and which one is a toss-up; by 4 bits there is no choice."""
+    toss_up = {"a": (1.0, 3.0, 1.1, 2.8), "b": (3.0, 1.0, 2.7, 1.0)}
+    assert not stable(toss_up, 0.9, None)
+    assert stable(toss_up, 1.0, PlanSettings(average_bits=4))
+
+
+def test_one_value_is_never_stable() -> None:
+    assert not stable({"a": (1.0,), "b": (9.0,)}, 0.0)
+
+
+def test_a_budget_for_activations_does_not_disturb_the_rule() -> None:
+    clear = {"a": (9.0, 10.0, 11.0, 10.0), "b": (1.0, 1.1, 0.9, 1.0)}
+    assert stable(clear, 1.0, PlanSettings(average_bits=3, average_activation_bits=4))

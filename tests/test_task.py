@@ -1,6 +1,7 @@
 """The Task interface: losses, metrics and checks of `ClassificationTask`, evaluation, and what it leaves behind."""
 
 import copy
+from collections import OrderedDict, UserDict, namedtuple
 from collections.abc import Callable
 from typing import Any
 
@@ -398,3 +399,173 @@ def test_a_padded_encoder_goes_through_every_stage():
     quantized = tq.quantize(model, tq.solve(sensitivity, average_bits=4), batches, task)
     assert task.evaluate(quantized, batches).samples == 2
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+# Samples of a batch
+
+
+Pair = namedtuple("Pair", "inputs targets")
+
+
+class Counted(Task):
+    """A task that knows a batch's size by a function."""
+
+    def __init__(self, size: Callable[[Any], int]) -> None:
+        self.batch_size = size  # type: ignore[method-assign]
+
+    outputs = loss = metric = batch_size = lambda self, *_: 0  # type: ignore[assignment]
+
+
+def rows(size: int, *shape: int) -> Tensor:
+    return torch.arange(size * torch.Size(shape).numel()).reshape(size, *shape)
+
+
+def boxes(size: int) -> list[dict[str, Tensor]]:
+    """Targets of a detector: a different number of boxes for each image."""
+    return [{"boxes": torch.full((i + 1, 4), i), "labels": torch.full((i + 1,), i)} for i in range(size)]
+
+
+def pictures(size: int) -> list[Tensor]:
+    return [torch.full((3, 4 + i, 5), i) for i in range(size)]
+
+
+def second(batch: Any) -> int:
+    return len(batch[1])
+
+
+# The batch, how to count its samples, and samples 1 to 3 of it.
+BATCHES: dict[str, tuple[Any, Callable[[Any], int], Any]] = {
+    "tensor": (rows(4, 2), len, rows(4, 2)[1:3]),
+    "pair": ((rows(4, 2), rows(4)), second, (rows(4, 2)[1:3], rows(4)[1:3])),
+    "list of two fields": ([rows(4, 2), rows(4)], second, [rows(4, 2)[1:3], rows(4)[1:3]]),
+    "named tuple": (Pair(rows(4, 2), rows(4)), lambda b: len(b.targets), Pair(rows(4, 2)[1:3], rows(4)[1:3])),
+    "dictionary": (
+        {"x": rows(4, 2), "mask": rows(4, 2) > 3, "scale": 0.5, "classes": rows(7)},
+        lambda b: len(b["x"]),
+        {"x": rows(4, 2)[1:3], "mask": rows(4, 2)[1:3] > 3, "scale": 0.5, "classes": rows(7)},
+    ),
+    "nested": (
+        ({"ids": rows(4, 5), "more": (rows(4, 1), None)}, rows(4)),
+        second,
+        ({"ids": rows(4, 5)[1:3], "more": (rows(4, 1)[1:3], None)}, rows(4)[1:3]),
+    ),
+    "images of different sizes": ((pictures(4), rows(4)), second, (pictures(4)[1:3], rows(4)[1:3])),
+    "images and boxes": ((pictures(4), boxes(4)), second, (pictures(4)[1:3], boxes(4)[1:3])),
+    "images and boxes as tuples": (
+        (tuple(pictures(4)), tuple(boxes(4))),
+        second,
+        (tuple(pictures(4)[1:3]), tuple(boxes(4)[1:3])),
+    ),
+    "list of samples": (pictures(4), len, pictures(4)[1:3]),
+    "list of pairs": ([(rows(3), i) for i in range(4)], len, [(rows(3), 1), (rows(3), 2)]),
+    "list of dictionaries": ([{"x": rows(7)}] * 4, len, [{"x": rows(7)}] * 2),
+    "strings": ((["a", "b", "c", "d"], rows(4)), second, (["b", "c"], rows(4)[1:3])),
+    "as many channels as samples": ((rows(4, 4, 4), rows(4)), second, (rows(4, 4, 4)[1:3], rows(4)[1:3])),
+    "four images of four channels": (
+        ([torch.full((4, n, 4), n) for n in range(1, 5)], rows(4)),
+        second,
+        ([torch.full((4, n, 4), n) for n in (2, 3)], rows(4)[1:3]),
+    ),
+    "four boxes in one of four images": (boxes(4), len, boxes(4)[1:3]),
+}
+
+
+def same(a: Any, b: Any) -> None:
+    """Equality of nested batches, types included."""
+    assert type(a) is type(b)
+    if isinstance(a, Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert list(a) == list(b)
+        for key in a:
+            same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            same(x, y)
+    else:
+        assert a == b
+
+
+AMBIGUOUS = pytest.mark.xfail(strict=True, reason="entries of a sample are taken for samples")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=AMBIGUOUS if kind.startswith("four ") else ()) for kind in BATCHES]
+)
+def test_samples_of_a_batch(kind: str):
+    batch, size, expected = BATCHES[kind]
+    before = copy.deepcopy(batch)
+    same(Counted(size).select(batch, 1, 3), expected)
+    same(batch, before)
+
+
+@pytest.mark.parametrize("collection", [list, tuple])
+def test_two_samples_of_two_fields(collection: type):
+    """As many fields as samples: what holds an entry for each sample is a field."""
+    batch = collection([rows(2, 3), rows(2)])
+    same(Counted(second).select(batch, 1, 2), collection([rows(2, 3)[1:], rows(2)[1:]]))
+    batch = collection([pictures(2), boxes(2)])
+    same(Counted(second).select(batch, 0, 1), collection([pictures(2)[:1], boxes(2)[:1]]))
+    batch = collection([pictures(2), rows(2)])
+    same(Counted(second).select(batch, 0, 1), collection([pictures(2)[:1], rows(2)[:1]]))
+
+
+def test_a_batch_of_one_is_its_only_sample():
+    for kind, (batch, size, _) in BATCHES.items():
+        if kind.startswith("four "):
+            continue
+        one = Counted(size).select(batch, 0, 1)
+        same(Counted(size).select(one, 0, 1), one)
+
+
+class Encoding(UserDict):
+    """As the batches of `transformers`: a mapping with attributes and extras, made from a dictionary."""
+
+    def __init__(self, data: dict[str, Any], encodings: Any = None) -> None:
+        super().__init__(data)
+        self.encodings = encodings
+
+
+@pytest.mark.parametrize("kind", [Encoding, OrderedDict, UserDict])
+def test_mappings_keep_their_type(kind: type):
+    batch = kind({"input_ids": rows(4, 5), "labels": rows(4)})
+    part = Counted(lambda b: len(b["labels"])).select(batch, 1, 4)
+    assert type(part) is kind
+    assert torch.equal(part["input_ids"], rows(4, 5)[1:])
+    assert torch.equal(part["labels"], rows(4)[1:])
+    assert len(batch["labels"]) == 4
+
+
+@pytest.mark.xfail(strict=True, raises=TypeError, reason="made by a constructor that takes something else")
+def test_a_mapping_with_a_constructor_of_its_own_is_an_error_that_says_what_to_do():
+    class Batch(UserDict):
+        def __init__(self, ids: Tensor, labels: Tensor) -> None:
+            super().__init__({"ids": ids, "labels": labels})
+
+    with pytest.raises(TaskError, match="select"):
+        Counted(lambda b: len(b["labels"])).select(Batch(rows(4, 2), rows(4)), 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("batch", "size"),
+    [
+        ({"x": rows(4, 2), "n": 4}, lambda b: b["n"]),
+        (torch.utils.data.TensorDataset(rows(4)), len),
+        ((rows(2, 4), rows(4)), lambda b: b[0].shape[1]),
+    ],
+    ids=["a number", "another class", "samples along the second axis"],
+)
+def test_a_batch_that_cannot_be_divided_says_what_to_do(batch: Any, size: Callable[[Any], int]):
+    with pytest.raises(TaskError, match=r"3 samples were cut from a batch of 4 and batch_size\(\) counts 4; .*select"):
+        Counted(size).select(batch, 0, 3)
+
+
+def test_a_batch_size_that_fails_on_a_part_says_what_to_do():
+    def size(batch: Any) -> int:
+        if len(batch) != 4:
+            raise ValueError("4 expected")
+        return 4
+
+    with pytest.raises(TaskError, match=r"cannot be divided \(4 expected\); give Counted a select"):
+        Counted(size).select(rows(4), 0, 2)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         BudgetError,
         DataError,
         ModelError,
+        ResourceError,
         RunError,
         TaskError,
         TracequantError,
@@ -47,7 +48,8 @@ _MODULES = {
     "tracequant.curvature.result": ("Curvature", "Density", "Spectrum", "TraceEstimate"),
     "tracequant.curvature.spectrum": ("spectral_density", "top_eigenvalues"),
     "tracequant.errors": (
-        "ArtifactError", "BudgetError", "DataError", "ModelError", "RunError", "TaskError", "TracequantError",
+        "ArtifactError", "BudgetError", "DataError", "ModelError", "ResourceError", "RunError", "TaskError",
+        "TracequantError",
     ),
     "tracequant.export.packed": ("load", "pack"),
     "tracequant.finetuning": ("finetune",),
@@ -63,10 +65,10 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "ActivationPoint", "ArtifactError", "BitPlan", "BudgetError", "ClassificationTask", "Curvature", "DataError",
-    "Density", "Evaluation", "Layer", "ModelError", "QuantizationPoints", "RunError", "Sensitivity", "Spectrum", "Task",
-    "TaskError", "TaskSetup", "TraceEstimate", "TracequantError", "WeightGrid", "discover", "estimate_curvature",
-    "finetune", "frontier", "full_space", "load", "measure_sensitivity", "monotone_space", "pack", "quantize", "solve",
-    "spectral_density", "top_eigenvalues", "uniform_plan",
+    "Density", "Evaluation", "Layer", "ModelError", "QuantizationPoints", "ResourceError", "RunError", "Sensitivity",
+    "Spectrum", "Task", "TaskError", "TaskSetup", "TraceEstimate", "TracequantError", "WeightGrid", "discover",
+    "estimate_curvature", "finetune", "frontier", "full_space", "load", "measure_sensitivity", "monotone_space", "pack",
+    "quantize", "solve", "spectral_density", "top_eigenvalues", "uniform_plan",
 ]  # fmt: skip
 
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from tracequant.errors import RunError
+from tracequant.errors import ResourceError, RunError
 
 T = TypeVar("T")
+
+# Processes wait for one another only at the end, when one may be hours ahead.
+PATIENCE = timedelta(days=7)
 
 
 def rank() -> int:
@@ -48,8 +52,14 @@ def process_group() -> Iterator[None]:
         return
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        local, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= devices:
+            raise ResourceError(
+                f"process {local} of this machine has no GPU of its own: {devices} are visible; start at most"
+                f" {devices} (--nproc-per-node {devices})"
+            )
+        torch.cuda.set_device(local)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
     try:
         yield
     finally:

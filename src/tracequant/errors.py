@@ -29,6 +29,10 @@ class BudgetError(TracequantError):
     """No plan fits the budget, or every plan does; the message names the nearest sensible budget."""
 
 
+class ResourceError(TracequantError):
+    """The machine cannot do what was asked: memory is short, a device or an arithmetic is not there."""
+
+
 class ArtifactError(TracequantError):
     """A file is missing, damaged, or of another kind or version than expected."""
 

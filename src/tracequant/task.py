@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,10 +69,10 @@ class Task(abc.ABC):
         different sizes), in any nesting. Override it for batches of another make; raise `TaskError` where it cannot be.
         """
         size = self.batch_size(batch)
-        part = _slice(batch, size, start, stop)
         try:
+            part = _slice(batch, size, start, stop)
             found = self.batch_size(part)
-        except Exception as error:  # whatever a user's batch_size makes of a batch that it does not know
+        except Exception as error:  # whatever a user's own types make of it
             raise TaskError(f"the batch cannot be divided ({error}); give {type(self).__name__} a select()") from error
         if found != stop - start:
             raise TaskError(
@@ -302,27 +302,38 @@ def _slice(value: Any, size: int, start: int, stop: int, fields: bool = True) ->
     otherwise: two tensors of two rows each are two fields of two samples.
     """
     if isinstance(value, Tensor):
-        return value[start:stop] if _has_rows(value, size) else value
+        return value[start:stop] if has_rows(value, size) else value
     if isinstance(value, Mapping):
         cut = {key: _slice(item, size, start, stop, fields=False) for key, item in value.items()}
         return cut if type(value) is dict else type(value)(cut)  # type: ignore[call-arg]
     if not isinstance(value, (list, tuple)):
         return value
-    rows = [_has_rows(item, size) for item in value]
-    if len(value) == size and not (any(rows) if fields else all(rows)):
+    if len(value) == size and _are_samples(value, size, fields):
         items = list(value[start:stop])
     else:
         items = [_slice(item, size, start, stop, fields=False) for item in value]
     return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
 
-def _has_rows(value: Any, size: int) -> bool:
-    """Whether a tensor, list or mapping holds one entry for each sample."""
+def _are_samples(value: Sequence[Any], size: int, fields: bool) -> bool:
+    """Whether a list of as many entries as there are samples has one for each."""
+    if all(isinstance(item, Mapping) for item in value):
+        return True
+    rows = [has_rows(item, size) for item in value]
+    if fields:
+        return not any(rows)
+    # Three pictures of three channels are samples; two tensors of two rows each are two columns.
+    pictures = all(isinstance(item, Tensor) and item.ndim == 3 for item in value)
+    return pictures or not all(rows)
+
+
+def has_rows(value: Any, size: int) -> bool:
+    """Whether a tensor, list or mapping holds, at some depth, one entry for each of `size` samples."""
     if isinstance(value, Tensor):
         return value.ndim > 0 and len(value) == size
     if isinstance(value, Mapping):
-        return any(_has_rows(item, size) for item in value.values())
-    return isinstance(value, (list, tuple)) and len(value) == size
+        return any(has_rows(item, size) for item in value.values())
+    return isinstance(value, (list, tuple)) and (len(value) == size or any(has_rows(item, size) for item in value))
 
 
 class _Sized:

@@ -12,8 +12,8 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -22,17 +22,16 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from tracequant import distributed, errors
 from tracequant.artifact import replace_file
 from tracequant.curvature import pieces
 from tracequant.curvature.pieces import Piece, Precision
 from tracequant.curvature.result import Curvature
-from tracequant.errors import DataError, ModelError, RunError, TaskError, TracequantError
+from tracequant.errors import DataError, ModelError, ResourceError, RunError, TaskError, TracequantError
 from tracequant.model_state import frozen_evaluation
 from tracequant.progress import track
-from tracequant.task import Batch, Batches, Task, checked, model_device, reusable
+from tracequant.task import Batch, Batches, Task, checked, forward, model_device, reusable
 
 # Share of the free main memory that a batch may be expected to take before it is cut.
 MEMORY_SHARE = 0.7
@@ -95,7 +94,8 @@ def collect(
 
     `checkpoint` is a folder in which every finished batch is saved, and from which a later call goes on. With several
     processes each measures a share of the batches, of the draws where there are fewer batches than processes, and all
-    get the whole result. A batch that does not fit into memory is measured in pieces. The model is left as it was.
+    get the whole result; `stop` is then asked after every round of them. A batch that does not fit into memory is
+    measured in pieces. The model is left as it was.
     """
     reduced = {p.dtype for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)}
     if reduced:
@@ -106,7 +106,7 @@ def collect(
     rank, processes = distributed.rank(), distributed.world_size()
     batches = reusable(batches)
     shares = _shares(estimator, batches, processes)
-    store = _Store(checkpoint, estimator, precision)
+    store = _Store(checkpoint, estimator.settings() | {"precision": precision})
     collector = _Collector(estimator, model, task, precision)
     done: dict[tuple[int, int], Part] = {}
     fresh: dict[tuple[int, int], Part] = {}
@@ -131,12 +131,17 @@ def collect(
         for index, batch in enumerate(track(checked(batches, task, model), estimator.label, progress and rank == 0)):
             digest = _digest(batch)
             digests.append(digest)
+            if index == 0 and failure is None:
+                store.open(model, task, batch)
             for share in range(shares):
                 if failure is None and unit % processes == rank:
                     try:
                         key = (index, share)
-                        fresh[key] = store.load(key, shares, digest) or collector.measure(batch, index, share, shares)
-                        store.save(key, shares, digest, fresh[key])
+                        part = store.load(key, shares, digest)
+                        if part is None:
+                            part = collector.measure(batch, index, share, shares)
+                            store.save(key, shares, digest, part)
+                        fresh[key] = part
                     except Exception as error:
                         # The others must hear of it, or they would wait for ever.
                         if processes == 1:
@@ -179,7 +184,7 @@ class _Collector:
                 if not pieces.out_of_memory(error):
                     raise
                 if count == size:
-                    raise ModelError(
+                    raise ResourceError(
                         f"memory does not suffice for one sample of batch {index} at a time ({error}); use smaller"
                         " inputs, another device or a machine with more memory"
                     ) from None
@@ -196,7 +201,7 @@ class _Collector:
             divided = pieces.divide(self._model, self._task, whole, count)
             parts = [self._estimator.measure(piece, draws) for piece in divided]
         except TaskError as error:
-            raise ModelError(f"a batch of {whole.size} samples does not fit into memory, and {error}") from error
+            raise ResourceError(f"a batch of {whole.size} samples does not fit into memory, and {error}") from error
         part = self._estimator.add(parts)
         note = f"batches cut to {-(-whole.size // count)} samples for lack of memory"
         return Part(part.samples, part.values, part.elements, (*part.notes, note))
@@ -212,9 +217,9 @@ class _Collector:
         few = min(2, whole.size)
         try:
             part = self._task.select(whole.batch, 0, few)
-        except TaskError:
+            kept = pieces.saved_bytes(lambda: self._task.outputs(self._model, part))
+        except Exception:  # a batch or a model that knows one size only; it will be tried whole
             return 1
-        kept = pieces.saved_bytes(lambda: self._task.outputs(self._model, part))
         needed = kept / few * whole.size * self._estimator.memory
         return min(whole.size, max(1, -int(-needed // (MEMORY_SHARE * free))))
 
@@ -222,11 +227,19 @@ class _Collector:
 class _Store:
     """Finished parts in a folder, one file each, under a name that tells their settings."""
 
-    def __init__(self, folder: str | Path | None, estimator: Estimator, precision: Precision) -> None:
+    def __init__(self, folder: str | Path | None, settings: dict[str, Any]) -> None:
+        self._parent = None if folder is None else Path(folder)
+        self._settings = settings
         self._folder: Path | None = None
-        if folder is not None:
-            text = json.dumps(estimator.settings() | {"precision": precision}, sort_keys=True)
-            self._folder = Path(folder) / hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def open(self, model: nn.Module, task: Task, batch: Batch) -> None:
+        """Find the folder for these settings. The loss cannot be compared, but its value on the first batch can."""
+        if self._parent is None:
+            return
+        with torch.no_grad():
+            _, loss = forward(task, model, batch)
+        text = json.dumps(self._settings | {"loss": f"{loss.item():.5g}"}, sort_keys=True)
+        self._folder = self._parent / hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def load(self, key: tuple[int, int], shares: int, digest: str) -> Part | None:
         """The saved part, None if there is none; `DataError` if it is of other data."""
@@ -249,7 +262,7 @@ class _Store:
     def save(self, key: tuple[int, int], shares: int, digest: str, part: Part) -> None:
         """Write the part, whole or not at all."""
         path = self._path(key, shares)
-        if path is None or path.is_file():
+        if path is None:
             return
         head = {"samples": part.samples, "elements": part.elements, "notes": part.notes, "digest": digest}
         values = {name: tensor.contiguous() for name, tensor in part.values.items()}
@@ -283,15 +296,38 @@ def _merged(done: dict[tuple[int, int], Part]) -> list[Part]:
 
 
 def _digest(batch: Batch) -> str:
-    """A hash of some of a batch's values, which tells batches apart."""
+    """A hash of a batch's sums and of some of its values, which tells batches apart."""
     digest = hashlib.sha256()
-    for leaf in pytree.tree_leaves(batch):
+    for leaf in _leaves(batch):
         if isinstance(leaf, Tensor):
             flat = leaf.detach().flatten()
-            some = flat[:: max(1, flat.numel() // 1024)].cpu()
-            digest.update(f"{tuple(leaf.shape)}{leaf.dtype}".encode())
-            digest.update(some.contiguous().view(torch.uint8).numpy().tobytes())
+            # At random places: a fixed stride might see nothing but the margin of every picture.
+            places = np.random.default_rng(0).integers(0, max(1, flat.numel()), min(flat.numel(), 2048))
+            some = flat[torch.from_numpy(places).to(flat.device)]
+            total = flat.to(torch.float64 if leaf.is_floating_point() else torch.int64).sum()
+            digest.update(f"{tuple(leaf.shape)}{leaf.dtype}{total.item()}".encode())
+            digest.update(some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        elif isinstance(leaf, (str, bytes, int, float)):
+            digest.update(repr(leaf).encode())
     return digest.hexdigest()[:16]
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """Everything in a batch that is not a collection, whatever the collection's class."""
+    if isinstance(value, Mapping):
+        for key in value:
+            yield str(key)
+            yield from _leaves(value[key])
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _leaves(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from _leaves(getattr(value, field.name))
+    elif isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        yield torch.from_numpy(np.ascontiguousarray(value))
+    else:
+        yield value
 
 
 def _described(failure: Exception | None) -> tuple[str, str] | None:

@@ -36,7 +36,7 @@ from tracequant.curvature.hutchinson import reading_variables, require_grad
 from tracequant.curvature.output_hessian import GROUP, Cotangents, OutputHessian, differentiable, factor
 from tracequant.curvature.pieces import Piece, Precision
 from tracequant.curvature.result import Curvature, TraceEstimate
-from tracequant.errors import ModelError, TaskError
+from tracequant.errors import ModelError
 from tracequant.layers import idle_layers, replace_inputs
 from tracequant.points import Layer, QuantizationPoints
 from tracequant.task import Batches, Task, model_device
@@ -118,6 +118,7 @@ class _GaussNewton:
         self.draws = 1 if draws == "exact" else draws
         # What `_check` finds on the first batch.
         self._slow: list[str] | None = None
+        self._told_apart = False
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -134,8 +135,9 @@ class _GaussNewton:
 
     def measure(self, piece: Piece, draws: Sequence[int]) -> Part:
         """Squared gradient norms `[draws, samples]`, each sample's own value of ‖J_nᵀ L v‖²."""
-        if self._slow is None:
-            self._slow = self._check(piece) if self._weights else []
+        if self._slow is None or (piece.samples > 1 and not self._told_apart):
+            self._slow = self._check(piece)
+            self._told_apart = piece.samples > 1
         sweep = self._sweep(piece.samples, piece.start, piece.size)
         with sweep.recording() as variables:
             outputs, _ = piece.forward(self._model, self._task)
@@ -235,8 +237,9 @@ class _GaussNewton:
 
         A few samples tell that as well as all of them do, unless they miss a layer, or seem to interact.
         """
+        piece = replace(piece, precision="float32")  # lest rounding be taken for a difference
         if piece.whole and piece.size > CHECK_SAMPLES:
-            with suppress(TaskError, ModelError):
+            with suppress(Exception):  # a batch or a model that knows one size only
                 few = self._task.select(piece.batch, 0, CHECK_SAMPLES)
                 sweep = self._sweep(CHECK_SAMPLES, 0, CHECK_SAMPLES)
                 with sweep.recording():
@@ -427,7 +430,9 @@ class _Sweep:
             return False
         if len(modules) > 1 and not all(isinstance(module, nn.Linear) for module in modules):
             return False
-        return all(len(a) % self._samples == 0 for a, _, _ in self._calls[name])
+        # An unbatched input has one axis less.
+        axes = _least_axes(modules[0])
+        return all(len(a) % self._samples == 0 and a.ndim >= axes for a, _, _ in self._calls[name])
 
     def _site(self, name: str) -> str:
         return self._points.by_name[name].sites[0][0]
@@ -459,6 +464,12 @@ class _Sweep:
             )
             squares.append((gradient.to_dense() if gradient.is_sparse else gradient).double().square().sum())
         return torch.stack(squares)
+
+
+def _least_axes(module: nn.Module) -> int:
+    """The least number of axes of an input that has samples along the first."""
+    kernel = getattr(module, "kernel_size", None)
+    return 1 if kernel is None else len(kernel) + 2
 
 
 @contextmanager

@@ -162,7 +162,18 @@ def _as_convolution(module: nn.Module, a: Tensor, d: Tensor) -> _Convolution:
     padding: Any = geometry.padding
     shape = tuple(geometry.weight.shape)
     if isinstance(module, TRANSPOSED):
-        # A transposed convolution is a convolution's backward pass: input and output change places.
+        # A transposed convolution is a convolution's backward pass: input and output change places. Where
+        # output_padding
+        # is so large that the convolution would have more positions, zeros take theirs.
+        counts = [
+            (n + 2 * p - e * (k - 1) - 1) // s + 1
+            for n, k, s, p, e in zip(
+                d.shape[2:], geometry.kernel_size, geometry.stride, padding, geometry.dilation, strict=True
+            )
+        ]
+        missing = [(0, count - n) for count, n in zip(counts, a.shape[2:], strict=True)]
+        if any(after for _, after in missing):
+            a = F.pad(a, [size for pair in reversed(missing) for size in pair])
         return _Convolution(d, a, shape, geometry.stride, padding, geometry.dilation, geometry.groups)
     if isinstance(padding, str) or geometry.padding_mode != "zeros":
         mode = "constant" if geometry.padding_mode == "zeros" else geometry.padding_mode

@@ -37,7 +37,7 @@ from tracequant.task import Batch, Batches, Task, forward, model_device
 
 Distribution = Literal["rademacher", "gaussian"]
 Probes = Literal["shared", "per_layer"]
-Mode = Literal["auto", "reverse", "forward"]
+Mode = Literal["reverse", "forward"]
 
 # Maps probes by name to the products with the Hessian, for one family ("weights" or "activations").
 _Product = Callable[[str, dict[str, list[Tensor]]], dict[str, list[Tensor]]]
@@ -59,7 +59,7 @@ def hutchinson(
     seed: int = 0,
     probes: Probes = "per_layer",
     distribution: Distribution = "rademacher",
-    mode: Mode = "auto",
+    mode: Mode = "reverse",
     weights: bool = True,
     activations: bool = True,
     relative_error: float | None = None,
@@ -71,10 +71,10 @@ def hutchinson(
     """Traces of every layer and activation point over all samples of `batches`, `draws` probes for each batch.
 
     Each batch gets probes of its own: for the same work the mean over batches is then less noisy than with one z for
-    the whole set. `mode` "reverse" differentiates gᵀz backwards, through a graph that is built once for all draws;
-    "forward" carries z forwards through the computation of g, which keeps no second graph but goes through the model
-    for every product, and needs other derivatives of the operations. "auto" is reverse where that is possible: it was
-    the faster one on every network measured (`python benchmarks/hutchinson_probes.py`).
+    the whole set. `mode` "reverse" differentiates gᵀz backwards, through a graph that is built once for all draws.
+    "forward" carries z forwards through the computation of g: no second graph is kept, but every product goes through
+    the model anew, which was slower on every network measured (`python benchmarks/hutchinson_probes.py`); it needs
+    forward derivatives of the operations, of the model's own `torch.autograd.Function`s too.
 
     `draws` is 16 by default. With `relative_error` a layer is probed until its `standard_error` is below that share of
     its trace, at most `draws` times a batch (default 1,000). `checkpoint`, `stop` and `precision` are those of
@@ -100,7 +100,12 @@ def hutchinson(
     with double_backward():
         result = collect(estimator, model, batches, task, checkpoint, stop, precision, progress)
     if relative_error is not None:
-        warn_of_error(result, "standard_error", relative_error, "allow more draws, or give more samples")
+        warn_of_error(
+            result,
+            "standard_error",
+            relative_error,
+            "allow more draws, or ask for a smaller error where batches differ much",
+        )
     return result
 
 
@@ -129,6 +134,8 @@ class _Hutchinson:
         self._target = target
         self.draws = draws
         self._batch: Any = None
+        # Family → layer → draws that sufficed for the first piece of the batch.
+        self._counts: dict[str, dict[str, int]] = {}
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -148,15 +155,22 @@ class _Hutchinson:
         """Values of zᵀHz, `[draws, 1]`, of the piece's part of the batch's mean loss."""
         device, self._batch = model_device(self._model), piece.batch
         loss, families, elements = self._graph(piece)
-        product = self._product(piece, loss, families)
+        forward_mode = self._mode == "forward"
+        product = self._forward(piece, loss, families) if forward_mode else self._reverse(loss, families)
         del loss
         values: dict[str, Tensor] = {}
         for number, (family, targets) in enumerate(families.items()):
             shapes = {name: [_whole_shape(t, piece, family) for t in tensors] for name, tensors in targets.items()}
             rows: dict[str, list[float]] = {name: [] for name in targets}
+            groups = [[name] for name in targets] if self._probes == "per_layer" else [list(targets)]
             for draw in draws:
-                random = generator(self._seed, piece.index, draw, number, device=device)
-                for group in [[name] for name in targets] if self._probes == "per_layer" else [list(targets)]:
+                if not (wanted := {name for name in targets if not self._certain(family, name, rows[name], piece)}):
+                    break
+                for position, group in enumerate(groups):
+                    own = [name for name in group if name in wanted]
+                    if not own:
+                        continue
+                    random = generator(self._seed, piece.index, draw, number, position, device=device)
                     probes = {
                         name: [
                             draw_probe(tensor, self._distribution, random, shape)[_rows(tensor, shape, piece)]
@@ -164,10 +178,11 @@ class _Hutchinson:
                         ]
                         for name in group
                     }
-                    group = [name for name in group if not self._certain(rows[name], piece)]
-                    for name, products in product(family, {name: probes[name] for name in group}).items():
+                    for name, products in product(family, {name: probes[name] for name in own}).items():
                         pairs = zip(probes[name], products, strict=True)
                         rows[name].append(sum((v.double() * p.double()).sum().item() for v, p in pairs))
+            if piece.start == 0:
+                self._counts[family] = {name: len(row) for name, row in rows.items()}
             for name, row in rows.items():
                 values[f"{family}:{name}"] = torch.tensor(row, dtype=torch.float64).unsqueeze(1)
         return Part(piece.samples, values, elements, ("forward-over-reverse",) if self._mode == "forward" else ())
@@ -220,36 +235,17 @@ class _Hutchinson:
             activation_draws={name: _draw_means(rows("activations", name), sizes) for name in activations},
         )
 
-    def _certain(self, row: list[float], piece: Piece) -> bool:
-        """Whether a layer's draws on this batch suffice; pieces of a batch must all have the same draws."""
-        if self._target is None or not piece.whole or len(row) < LEAST_DRAWS:
+    def _certain(self, family: str, name: str, row: list[float], piece: Piece) -> bool:
+        """Whether a layer's draws on this batch suffice; all pieces of a batch have the draws of the first."""
+        if self._target is None:
+            return False
+        if piece.start > 0:
+            return len(row) >= self._counts[family][name]
+        if len(row) < LEAST_DRAWS:
             return False
         mean = math.fsum(row) / len(row)
         variance = math.fsum((value - mean) ** 2 for value in row) / (len(row) - 1) / len(row)
         return math.sqrt(variance) <= self._target * abs(mean)
-
-    def _product(self, piece: Piece, loss: Tensor, families: _Families) -> _Product:
-        if self._mode == "forward":
-            return self._forward(piece, loss, families)
-        try:
-            return self._reverse(loss, families)
-        except SecondDerivativeError:
-            if self._mode == "reverse" or not self._can_go_forward(piece):
-                raise
-        self._mode = "forward"
-        loss, families, _ = self._graph(piece)
-        return self._forward(piece, loss, families)
-
-    def _can_go_forward(self, piece: Piece) -> bool:
-        """Whether torch has forward derivatives of all operations of the forward and backward pass."""
-        loss, families, _ = self._graph(piece)
-        family, targets = next(iter(families.items()))
-        name = next(iter(targets))
-        try:
-            self._forward(piece, loss, families)(family, {name: [torch.ones_like(t) for t in targets[name]]})
-        except RuntimeError:
-            return False
-        return True
 
     def _reverse(self, loss: Tensor, families: _Families) -> _Product:
         """Products by differentiating gᵀz, from one graph for all draws."""
@@ -494,7 +490,7 @@ def _check_differentiable(gradients: Sequence[Tensor | None]) -> None:
 
 _NO_SECOND_DERIVATIVE = (
     "an operation of this model has no second derivative, which the Hessian needs; replace it by one that torch can"
-    " differentiate twice, or use method='gauss_newton'"
+    " differentiate twice, use method='gauss_newton', or try mode='forward'"
 )
 
 

@@ -1,24 +1,27 @@
 """A batch, or a piece of one that fits into memory, with the loss of the whole batch.
 
 The loss is always computed on the outputs of all samples, of which only the piece's have a graph. Whatever the loss
-makes of its batch (a mean weighted by classes, say), the pieces' Hessians therefore add up to that of the whole.
+makes of its batch (a mean weighted by classes, say), the pieces' Hessians therefore add up to that of the whole, as
+long as no term of it has two samples in it, which is checked.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tracequant.errors import ModelError
-from tracequant.task import Batch, Task, checked_loss, model_device
+from tracequant.curvature.output_hessian import loss_hessian
+from tracequant.errors import ModelError, ResourceError, TaskError
+from tracequant.task import Batch, Task, checked_loss, has_rows, model_device
 
 Precision = Literal["float32", "tf32", "bfloat16"]
 
@@ -36,7 +39,7 @@ class Piece:
     stop: int
     size: int
     precision: Precision = "float32"
-    others: tuple[Any, Any] | None = None
+    others: tuple[Any, ...] | None = None
 
     @property
     def whole(self) -> bool:
@@ -54,48 +57,85 @@ class Piece:
         outputs = _outputs(model, task, own, self.precision)
         if self.others is not None:
             before, after = self.others
-            outputs = join([part for part in (before, outputs, after) if part is not None])
+            parts = ((before, self.start), (outputs, self.samples), (after, self.size - self.stop))
+            outputs = join([p for p, length in parts if length], [length for _, length in parts if length])
         return outputs, checked_loss(task, outputs, self.batch)
 
 
 def divide(model: nn.Module, task: Task, whole: Piece, count: int) -> Iterator[Piece]:
-    """The batch in `count` pieces of nearly the same number of samples; the outputs of all are computed first."""
+    """The batch in `count` pieces of nearly the same number of samples; the outputs of all are computed first.
+
+    Raises `TaskError` where batch or outputs cannot be divided by samples.
+    """
     bounds = [whole.size * i // count for i in range(count + 1)]
     outputs = []
     with torch.no_grad():
         for start, stop in itertools.pairwise(bounds):
             outputs.append(_outputs(model, task, task.select(whole.batch, start, stop), whole.precision))
+    lengths = [stop - start for start, stop in itertools.pairwise(bounds)]
+    _check_separable(task, join(outputs, lengths), whole.batch)
     for i in range(count):
-        others = (join(outputs[:i]) if i else None, join(outputs[i + 1 :]) if i + 1 < count else None)
+        others = tuple(
+            join(outputs[part], lengths[part]) if lengths[part] else None for part in (slice(i), slice(i + 1, None))
+        )
         yield Piece(whole.batch, whole.index, bounds[i], bounds[i + 1], whole.size, whole.precision, others)
 
 
-def join(parts: list[Any]) -> Any:
-    """Outputs of successive samples as the outputs of one batch: tensors and lists joined, in any nesting."""
+def join(parts: Sequence[Any], lengths: Sequence[int]) -> Any:
+    """Outputs of `lengths` successive samples each as the outputs of one batch, in any nesting.
+
+    Raises `TaskError` for what does not have an entry for each sample, such as a mean over the batch.
+    """
     first = parts[0]
     if isinstance(first, Tensor):
-        return torch.cat(parts) if first.ndim else first
-    if isinstance(first, dict):
-        return {key: join([part[key] for part in parts]) for key in first}
-    if isinstance(first, list):
-        return [item for part in parts for item in part]
-    if isinstance(first, tuple):
-        items = [join(list(column)) for column in zip(*parts, strict=True)]
+        if any(part.ndim == 0 or len(part) != length for part, length in zip(parts, lengths, strict=True)):
+            raise TaskError(
+                f"an output of shape {list(first.shape)} does not have the samples of its batch along the first axis,"
+                " so that the batch cannot be divided; use smaller batches"
+            )
+        return torch.cat(list(parts))
+    if isinstance(first, Mapping):
+        columns = {key: join([part[key] for part in parts], lengths) for key in first}
+        if type(first) is dict:
+            return columns
+        return type(first)(**columns) if dataclasses.is_dataclass(first) else type(first)(columns)  # type: ignore[call-arg]
+    if isinstance(first, (list, tuple)):
+        samples = all(len(part) == length for part, length in zip(parts, lengths, strict=True))
+        if samples and not any(has_rows(item, lengths[0]) for item in first):
+            return type(first)(item for part in parts for item in part)
+        items = [join(column, lengths) for column in zip(*parts, strict=True)]
         return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
-    leaves = [pytree.tree_flatten(part) for part in parts]
-    if leaves[0][1].is_leaf():
-        return first
-    return pytree.tree_unflatten(
-        [join(list(column)) for column in zip(*(own for own, _ in leaves), strict=True)], leaves[0][1]
-    )
+    if dataclasses.is_dataclass(first) and not isinstance(first, type):
+        names = [field.name for field in dataclasses.fields(first)]
+        return dataclasses.replace(first, **{n: join([getattr(p, n) for p in parts], lengths) for n in names})
+    return first
+
+
+def _check_separable(task: Task, outputs: Any, batch: Batch) -> None:
+    """Raise `TaskError` if the loss's second derivatives mix samples: pieces would leave such terms out."""
+    free = pytree.tree_map(lambda x: x.detach().requires_grad_() if _is_floating(x) else x, outputs)
+    try:
+        tensors, product = loss_hessian(task, free, batch)
+    except ModelError:
+        return  # the loss is linear in the outputs, or its derivatives are for the estimator to complain of
+    first = [torch.zeros_like(tensor) for tensor in tensors]
+    for vector, tensor in zip(first, tensors, strict=True):
+        vector[0] = torch.randn(
+            tensor[0].shape, generator=torch.Generator(tensor.device).manual_seed(0), device=tensor.device
+        ).to(tensor.dtype)
+    for image in product(first):
+        if float(image[1:].abs().sum()) > 1e-6 * float(image.abs().sum()):
+            raise TaskError("the loss of one sample depends on others, so that the batch cannot be divided")
 
 
 @contextmanager
 def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
     """Let float32 products of matrices be rounded to TF32 inside the block, where that is asked for."""
+    if precision not in get_args(Precision):
+        raise ResourceError(f"unknown precision {precision!r}; choose {', '.join(get_args(Precision))}")
     if precision == "tf32":
         if device.type != "cuda":
-            raise ModelError("precision='tf32' is for CUDA devices; use float32 or bfloat16 here")
+            raise ResourceError("precision='tf32' is for CUDA devices; use float32 or bfloat16 here")
         saved = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         try:
@@ -148,8 +188,16 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error)
+    # "could not create a primitive" and the like are oneDNN's words for it.
     return isinstance(error, RuntimeError) and any(
-        part in text for part in ("can't allocate memory", "not enough memory", "CUDA out of memory", "std::bad_alloc")
+        part in text
+        for part in (
+            "can't allocate memory",
+            "not enough memory",
+            "CUDA out of memory",
+            "std::bad_alloc",
+            "could not create",
+        )
     )
 
 
@@ -161,6 +209,10 @@ def _outputs(model: nn.Module, task: Task, batch: Batch, precision: Precision) -
     with context:
         outputs = task.outputs(model, batch)
     return pytree.tree_map(lambda x: x.float() if _is_half(x) else x, outputs)
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _is_half(value: Any) -> bool:

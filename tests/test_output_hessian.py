@@ -1,0 +1,104 @@
+"""Factors of the loss's Hessian: exact as a whole, and chosen so that a draw says nearly everything."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import tracequant as tq
+from tracequant.curvature.output_hessian import OutputHessian, factor
+
+TASK = tq.ClassificationTask()
+
+
+def softmax_hessian(logits: Tensor) -> OutputHessian:
+    """The factor for the sum of the samples' cross-entropies."""
+    task = tq.ClassificationTask(loss=lambda z, y: F.cross_entropy(z, y, reduction="sum"))
+    shape = (len(logits), *logits.shape[2:])
+    return factor(task, logits.requires_grad_(), (None, torch.zeros(shape, dtype=torch.long)), torch.Generator())
+
+
+def outer(hessian: OutputHessian) -> Tensor:
+    """Σ over columns of L_k L_kᵀ for each sample."""
+    return sum(torch.einsum("ni,nj->nij", u[0].flatten(1), u[0].flatten(1)) for u, _ in hessian.columns())  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 10.0, 60.0, 400.0])
+def test_the_softmax_factor_is_a_factor(dtype: torch.dtype, scale: float) -> None:
+    """Also where most probabilities underflow to zero, and where all are equal."""
+    torch.manual_seed(0)
+    logits = (scale * torch.randn(6, 7)).to(dtype)
+    logits[-1] += torch.arange(7) * 0.01  # one sample that wavers in any case
+    logits[-1] /= max(scale, 1.0)
+    p = logits.softmax(1)
+    expected = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
+    found = outer(softmax_hessian(logits))
+    assert torch.isfinite(found).all()
+    assert (found - expected).abs().max() <= 10 * torch.finfo(dtype).eps
+
+
+def test_two_classes_take_one_draw() -> None:
+    """An input that wavers between two classes has a Hessian of rank one: every draw gives it exactly."""
+    torch.manual_seed(0)
+    logits = torch.full((5, 4), -60.0, dtype=torch.float64)
+    logits[torch.arange(5), torch.tensor([0, 1, 2, 3, 0])] = torch.rand(5, dtype=torch.float64)
+    logits[torch.arange(5), torch.tensor([2, 3, 1, 0, 3])] = torch.rand(5, dtype=torch.float64)
+    hessian, weight = softmax_hessian(logits), torch.randn(5, 4, dtype=torch.float64)
+    p = logits.softmax(1)
+    expected = (p * weight.square()).sum(1) - (p * weight).sum(1).square().detach()
+    for seed in range(4):
+        ((u,), sign) = next(iter(hessian.draw(torch.Generator().manual_seed(seed))))
+        assert sign == 1
+        assert (u * weight).sum(1).square() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "diagonal", "dense"])
+def test_a_group_of_draws_is_exact(kind: str) -> None:
+    """As many draws of a group as there are columns, rounded up to a power of two, leave no error."""
+    torch.manual_seed(0)
+    outputs = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    mixing = torch.randn(6, 6, dtype=torch.float64)
+    losses = {
+        "softmax": lambda z, y: F.cross_entropy(z, y),
+        "diagonal": lambda z, y: F.binary_cross_entropy_with_logits(z, torch.full_like(z, 0.3)),
+        "dense": lambda z, y: (z @ mixing).square().square().mean(),
+    }
+    task = tq.ClassificationTask(loss=losses[kind])
+    hessian = factor(task, outputs, (None, torch.tensor([0, 1, 2])), torch.Generator())
+    assert hessian.kind == kind
+    expected = outer(hessian)
+    drawn = torch.zeros_like(expected)
+    for number in range(8):
+        for (u,), sign in hessian.draw(torch.Generator().manual_seed(5), number):
+            drawn += sign * torch.einsum("ni,nj->nij", u, u) / 8
+    assert torch.allclose(drawn, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_draws_of_other_groups_are_new() -> None:
+    """Beyond one group the signs come from other random numbers, so that more draws never repeat the first."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 100)
+    batch = [(torch.randn(2, 4), torch.tensor([0, 1]))]
+    values = tq.estimate_curvature(model, batch, TASK, method="gauss_newton", draws=66).weight_draws
+    assert values is not None
+    (row,) = values.values()
+    assert row[64] != row[0]
+    assert row[65] != row[1]
+
+
+def test_standard_error_is_not_too_small() -> None:
+    """Draws of a group cancel one another's errors, so that their spread overstates the error of their mean."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 9)).double()
+    batch = [(torch.randn(20, 6, dtype=torch.float64), torch.arange(20) % 9)]
+    truth = tq.estimate_curvature(model, batch, TASK, method="gauss_newton", draws="exact").weights
+    within = total = 0
+    for seed in range(30):
+        found = tq.estimate_curvature(model, batch, TASK, method="gauss_newton", draws=4, seed=seed).weights
+        for name, estimate in found.items():
+            total += 1
+            within += abs(estimate.trace - truth[name].trace) <= 2 * estimate.standard_error
+    assert within / total >= 0.95
