@@ -496,9 +496,7 @@ class Run:
 
     def _nearest_uniform(self, sensitivity: Sensitivity, plan: BitPlan) -> tuple[int, BitPlan]:
         offered = sorted({b for options in sensitivity.weight_omega.values() for b in options})
-        settings = self.settings().plan
-        average = settings.average_activation_bits if settings else None
-        plans = {b: allocation.uniform_plan(sensitivity, b, average) for b in offered}
+        plans = {b: allocation.uniform_plan(sensitivity, b, activation_bits=plan.activation_bits) for b in offered}
         best = min(offered, key=lambda b: abs(plans[b].size_bytes - plan.size_bytes))
         return best, plans[best]
 

@@ -14,11 +14,13 @@ from matplotlib.figure import Figure
 
 from tracequant import __version__, allocation, cost
 from tracequant.artifact import replace_file, write_text
+from tracequant.allocation import Frontier
 from tracequant.errors import BudgetError
 from tracequant.explain import explain
 from tracequant.plan import MEGABYTE, BitPlan
 from tracequant.report import figures
 from tracequant.sensitivity_result import Sensitivity
+from tracequant.settings import PlanSettings
 from tracequant.stability import plan_stability
 
 if TYPE_CHECKING:
@@ -31,10 +33,10 @@ def write_report(run: Run) -> Path:
     points = sensitivity.points
     rows = explain(sensitivity, plan)
     results = run.result_rows()
-    front = allocation.frontier(sensitivity, settings.plan.average_activation_bits if settings.plan else None)
+    fronts = _frontiers(sensitivity, plan, settings.plan)
     pictures: dict[str, Figure] = {
         "layers": figures.layers_figure(rows, curvature),
-        "frontier": figures.frontier_figure(front, _markers(run, sensitivity, plan)),
+        "frontier": figures.frontier_figure(fronts, _markers(run, sensitivity, plan)),
     }
     if plan.activation_bits:
         pictures["activations"] = figures.activations_figure(curvature, plan)
@@ -81,14 +83,31 @@ def write_report(run: Run) -> Path:
     return path
 
 
+def _frontiers(sensitivity: Sensitivity, plan: BitPlan, settings: PlanSettings | None) -> dict[str, Frontier]:
+    """The frontiers at the plan's activations and within its rules: all plans, and what Appendix E finds of them."""
+    rules = settings or PlanSettings()
+    found = {}
+    for name, method in (("exact", "exact"), ("pareto", "pareto")):
+        try:
+            found[name] = allocation.frontier(
+                sensitivity,
+                method=method,  # type: ignore[arg-type]
+                activation_bits=plan.activation_bits,
+                fixed_bits=rules.fixed_bits,
+                min_bits=rules.min_bits,
+                allowed_bits=rules.allowed_bits,
+            )
+        except BudgetError:
+            pass  # the exact tables would not fit into memory
+    return found
+
+
 def _markers(run: Run, sensitivity: Sensitivity, plan: BitPlan) -> list[figures.Marker]:
     """The chosen plan, uniform ones, and the best that HAWQ's order of layers allows at the same size."""
-    settings = run.settings().plan
-    average = settings.average_activation_bits if settings else None
     markers = [figures.Marker("this plan", "", plan, "*", "#ffd166")]
     label = "uniform"
     for num_bits in sorted({b for options in sensitivity.weight_omega.values() for b in options}):
-        uniform = allocation.uniform_plan(sensitivity, num_bits, average)
+        uniform = allocation.uniform_plan(sensitivity, num_bits, activation_bits=plan.activation_bits)
         if uniform.omega > 0 and uniform.size_bytes <= 2 * plan.size_bytes:
             markers.append(figures.Marker(label, f"{num_bits} bits", uniform, "s", "#b8bec9"))
             label = ""
@@ -99,7 +118,6 @@ def _markers(run: Run, sensitivity: Sensitivity, plan: BitPlan) -> list[figures.
             hawq = allocation.solve(
                 sensitivity,
                 max_size_mb=plan.size_bytes / MEGABYTE,
-                average_activation_bits=average,
                 space="monotone",
                 ranking=ranking,
             )
