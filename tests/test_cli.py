@@ -276,12 +276,12 @@ def test_bad_input_is_one_message_and_exit_code_2(
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
-        (("--average-bits", "1"), "smallest is 2.000 bits"),
+        (("--average-bits", "1"), "nearest is 2.000 bits"),
         (("--average-bits", "9"), "above the largest plan"),
         (("--max-size-mb", "0.0000001"), "no plan fits"),
         (("--max-size-mb", "5"), "above the largest plan"),
-        ((), "exactly one budget"),
-        (("--average-bits", "3", "--compression", "9"), "exactly one budget"),
+        ((), "at least one budget"),
+        (("--average-bits", "3", "--compression", "9", "--search", "pareto"), "exactly one of"),
     ],
 )
 def test_impossible_budgets(

@@ -19,8 +19,9 @@ class Layer:
 
     `name` is the qualified name of the module (for the packed projections of an attention module: of the parameter).
     `sites` are the (module, parameter) pairs that hold the tensor, more than one where weights are tied, none where the
-    layer comes from a table and no model is known. `macs` counts multiply-accumulates for one sample. `activation` names the point whose tensor the layer reads, None where no
-    quantizer can be placed (integer inputs, the inside of a fused attention).
+    layer comes from a table and no model is known. `macs` counts multiply-accumulates for one sample. `activation`
+    names the point whose tensor the layer reads, None where no quantizer can be placed (integer inputs, the inside of a
+    fused attention).
     """
 
     name: str

@@ -222,7 +222,9 @@ class Run:
         """Result of plan; bits that were edited by hand count, with the size and Ω that they really have."""
         plan = BitPlan.load(self.path / "plan.json")
         repriced = allocation.reprice(self.sensitivity(), plan)
-        return plan if repriced == plan else replace(repriced, method="edited by hand")
+        if repriced == plan:
+            return plan
+        return replace(repriced, method="edited by hand", bound=None, prices={})
 
     def quantize_result(self) -> QuantizeResult:
         """Result of quantize."""

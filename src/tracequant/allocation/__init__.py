@@ -218,9 +218,12 @@ def uniform_plan(
     Activations as in `solve`, or those of `activation_bits`, such as a plan's.
     """
     offered = sorted({b for options in sensitivity.weight_omega.values() for b in options})
-    if any(num_bits not in options for options in sensitivity.weight_omega.values()):
+    bound_to = sensitivity.activation_omega if sensitivity.same_bits else {}
+    if any(num_bits not in options for options in (*sensitivity.weight_omega.values(), *bound_to.values())):
         raise BudgetError(f"sensitivities were measured at {offered} bits, not at {num_bits}")
-    if activation_bits is None:
+    if sensitivity.same_bits:
+        activation_bits = dict.fromkeys(bound_to, num_bits)
+    elif activation_bits is None:
         request = PlanSettings(average_bits=32, average_activation_bits=average_activation_bits)
         activation_bits = _activation_bits(sensitivity, request)
     weight_bits = dict.fromkeys(sensitivity.weight_omega, num_bits)

@@ -2,18 +2,23 @@
 
 The linear relaxation gives a price for every limit. With those prices each option has a penalty, and any choice that
 takes an option costs at least the relaxation's bound plus that penalty. So options whose penalty is above the
-distance from the bound to a known choice are out, whatever else is chosen. What is left, mostly two or three options for
-a few dozen decisions, is a small and well scaled integer programme. Products of weight and activation bits are written
-with one variable for each pair of options, which is exact.
+distance from the bound to a known choice are out, whatever else is chosen. What is left, the core, is mostly one to
+three options for a decision: a small and well scaled integer programme. Products of weight and activation bits are
+written with one variable for each pair of options, which is exact.
 """
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import math
+import os
+import tempfile
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -163,8 +168,8 @@ def _solve(problem: Problem) -> Solution | None:
         found, core_bound, finished = model.solve_core(core, reach, deadline)
         if found is None and not finished:
             raise BudgetError(
-                f"no plan within these limits was found in {TIME_LIMIT_S:g} s, nor proven impossible; give fewer limits,"
-                " or offer fewer bits (--bits, --activation-bits)"
+                f"no plan within these limits was found in {TIME_LIMIT_S:g} s, nor proven impossible; give fewer"
+                " limits, or offer fewer bits (--bits, --activation-bits)"
             )
         whole = bool(core.all())
         if found is None:
@@ -228,7 +233,7 @@ class _Model:
         return np.array(rows, dtype=float).reshape(len(rows), self.variables), np.array(bounds), np.array(units)
 
     def _chain_rows(self) -> scipy.sparse.csr_array:
-        """At most zero where, of consecutive decisions, the later has as many bits as a width only if the earlier does."""
+        """At most zero where of two consecutive decisions the later has some width or more only if the earlier has."""
         decisions = self.problem.decisions
         entries: list[tuple[int, int, float]] = []
         count = 0
@@ -249,11 +254,11 @@ class _Model:
         count = 0
         for i, (d, e) in enumerate(self.problem.pairs):
             start = int(self.starts[len(self.problem.decisions) + i])
-            table = start + np.arange(int(self.starts[len(self.problem.decisions) + i + 1]) - start)
-            table = table.reshape(len(self.problem.decisions[d].bits), len(self.problem.decisions[e].bits))
+            shape = (len(self.problem.decisions[d].bits), len(self.problem.decisions[e].bits))
+            table = (start + np.arange(math.prod(shape))).reshape(shape)
             for member, lines in ((d, table), (e, table.T)):
                 for j, line in enumerate(lines):
-                    entries += [(count, int(column), 1.0) for column in line]
+                    entries += [(count, column, 1.0) for column in line.tolist()]
                     entries.append((count, int(self.starts[member]) + j, -1.0))
                     count += 1
         return _sparse(entries, (count, self.variables))
@@ -261,7 +266,7 @@ class _Model:
     def relax(self) -> tuple[float, NDArray[np.float64], tuple[float, ...]] | None:
         """A lower bound on every choice, each variable's penalty above it, and the limits' prices; None if infeasible.
 
-        Whatever multipliers HiGHS returns, the bound worked out from them is valid: its tolerances cannot make it wrong.
+        Whatever multipliers HiGHS returns, the bound worked out from them is valid, its tolerances notwithstanding.
         """
         equalities = scipy.sparse.vstack([self.one_of_each, self.links], format="csr")
         sides = np.concatenate([np.ones(self.one_of_each.shape[0]), np.zeros(self.links.shape[0])])
@@ -325,13 +330,14 @@ class _Model:
         ]
         constraints = [constraint for constraint in constraints if constraint.A.shape[0]]
         while True:
-            result = scipy.optimize.milp(
-                cost / scale,
-                integrality=(columns < self.options).astype(int),
-                bounds=scipy.optimize.Bounds(0, 1),
-                constraints=constraints,
-                options={"mip_rel_gap": 0.0, "time_limit": max(deadline - time.monotonic(), 0.1)},
-            )
+            with _without_stray_lines():
+                result = scipy.optimize.milp(
+                    cost / scale,
+                    integrality=(columns < self.options).astype(int),
+                    bounds=scipy.optimize.Bounds(0, 1),
+                    constraints=constraints,
+                    options={"mip_rel_gap": 0.0, "time_limit": max(deadline - time.monotonic(), 0.1)},
+                )
             if result.x is None:
                 return None, math.inf, result.status == 2
             full = np.zeros(self.variables)
@@ -345,6 +351,36 @@ class _Model:
             # Beyond a limit by no more than the solver's tolerance: this choice is out, everything else stays.
             chosen = np.isin(columns, self.starts[: len(choice)] + np.array(choice)).astype(float)
             constraints.append(scipy.optimize.LinearConstraint(chosen[None, :], -np.inf, len(choice) - 1))
+
+
+_STRAY = b"HighsMipSolverData::transformNewIntegerFeasibleSolution"
+_stdout_lock = threading.Lock()
+
+
+@contextmanager
+def _without_stray_lines() -> Iterator[None]:
+    """Keep a line off standard output that HiGHS 1.12 prints whatever it is told (HiGHS issue 2783, fixed later).
+
+    It would spoil output meant for programs. Whatever else is printed meanwhile is passed on.
+    """
+    with _stdout_lock, ExitStack() as stack:
+        try:
+            saved = os.dup(1)
+        except OSError:  # no standard output
+            yield
+            return
+        stack.callback(os.close, saved)
+        captured = stack.enter_context(tempfile.TemporaryFile())
+        os.dup2(captured.fileno(), 1)
+        try:
+            yield
+        finally:
+            with suppress(OSError, TypeError, AttributeError):  # not on every platform
+                ctypes.CDLL(None).fflush(None)
+            os.dup2(saved, 1)
+            captured.seek(0)
+            if passed_on := b"".join(line for line in captured if not line.startswith(_STRAY)):
+                os.write(1, passed_on)
 
 
 def _sparse(entries: list[tuple[int, int, float]], shape: tuple[int, int]) -> scipy.sparse.csr_array:

@@ -44,17 +44,19 @@ class Amounts:
 
     def total(self, choice: Sequence[int], pairs: Sequence[tuple[int, int]]) -> float:
         """The sum for one option index per decision; exact for whole numbers."""
-        terms = [amounts[j].item() for amounts, j in zip(self.single, choice, strict=True)]
+        terms: list[float] = [amounts[j].item() for amounts, j in zip(self.single, choice, strict=True)]
         terms += [table[choice[d], choice[e]].item() for table, (d, e) in zip(self.pairs, pairs, strict=True)]
         return sum(terms) if all(isinstance(term, int) for term in terms) else math.fsum(terms)
 
     def least(self) -> float:
         """The sum of the least amounts: no choice has less."""
-        return sum(amounts.min().item() for amounts in (*self.single, *self.pairs))
+        total: float = sum(amounts.min().item() for amounts in (*self.single, *self.pairs))
+        return total
 
     def most(self) -> float:
         """The sum of the largest amounts: no choice has more."""
-        return sum(amounts.max().item() for amounts in (*self.single, *self.pairs))
+        total: float = sum(amounts.max().item() for amounts in (*self.single, *self.pairs))
+        return total
 
 
 @dataclass(frozen=True, eq=False)
@@ -288,15 +290,19 @@ def _products(
 ) -> Amounts:
     """Amounts of a resource that depends on the bits of a layer's weight and input together."""
     weight_of, input_of = _owners(decisions)
-    single = [np.zeros(len(decision.bits), dtype=dtype) for decision in decisions]
-    tables = {pair: np.zeros((len(decisions[pair[0]].bits), len(decisions[pair[1]].bits)), dtype) for pair in pairs}
+    single: list[NDArray[Any]] = [np.zeros(len(decision.bits), dtype=dtype) for decision in decisions]
+    tables: dict[tuple[int, int], NDArray[Any]] = {
+        pair: np.zeros((len(decisions[pair[0]].bits), len(decisions[pair[1]].bits)), dtype) for pair in pairs
+    }
     for layer in sensitivity.points.layers:
         d, e = weight_of[layer.name], input_of.get(layer.activation or "")
         if d == e:
             single[d] += [price(layer, b, b) for b in decisions[d].bits]
             continue
         input_bits = (cost.FLOAT_BITS,) if e is None else decisions[e].bits
-        table = np.array([[price(layer, w, a) for a in input_bits] for w in decisions[d].bits], dtype=dtype)
+        table: NDArray[Any] = np.array(
+            [[price(layer, w, a) for a in input_bits] for w in decisions[d].bits], dtype=dtype
+        )
         if e is not None and (d, e) in tables:
             tables[d, e] += table
         elif len(input_bits) == 1:
@@ -382,6 +388,9 @@ def _limits(
     quantized = [points.activation_by_name[name] for decision in decisions for name in decision.activations]
     if quantized:
         elements = math.fsum(point.numel for point in quantized)
+        limited = (request.activation_compression, request.average_activation_bits, request.max_activation_mb)
+        if not elements and any(limit is not None for limit in limited):
+            raise BudgetError("a limit on activations needs their number of elements, which this table does not give")
         spent = of_activations(lambda point, b: point.numel * b)
         if request.activation_compression is not None:
             found.append(
@@ -489,11 +498,11 @@ def describe(request: PlanSettings, problems: Iterable[Problem]) -> str:
 
 def _ceil(value: float, digits: int) -> float:
     """Rounded up, so that the number is one that is accepted."""
-    return math.ceil(value * 10**digits) / 10**digits
+    return math.ceil(value * 10.0**digits) / 10.0**digits
 
 
 def _floor(value: float, digits: int) -> float:
-    return math.floor(value * 10**digits) / 10**digits
+    return math.floor(value * 10.0**digits) / 10.0**digits
 
 
 def _trim(value: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,10 +14,10 @@ import jinja2
 from matplotlib.figure import Figure
 
 from tracequant import __version__, allocation, cost
-from tracequant.artifact import replace_file, write_text
 from tracequant.allocation import Frontier
+from tracequant.artifact import replace_file, write_text
 from tracequant.errors import BudgetError
-from tracequant.explain import explain
+from tracequant.explain import exchange_rates, explain
 from tracequant.plan import MEGABYTE, BitPlan
 from tracequant.report import figures
 from tracequant.sensitivity_result import Sensitivity
@@ -31,7 +32,7 @@ def write_report(run: Run) -> Path:
     """Write `report.html` and `figures/*.png|svg` into the run directory, from the artifacts that exist."""
     settings, curvature, sensitivity, plan = run.settings(), run.curvature(), run.sensitivity(), run.plan()
     points = sensitivity.points
-    rows = explain(sensitivity, plan)
+    rows = explain(sensitivity, plan, settings.plan.latency if settings.plan else None)
     results = run.result_rows()
     fronts = _frontiers(sensitivity, plan, settings.plan)
     pictures: dict[str, Figure] = {
@@ -62,6 +63,7 @@ def write_report(run: Run) -> Path:
         stability=plan_stability(sensitivity, curvature, plan, settings.plan) if settings.plan else None,
         points=points,
         plan=plan,
+        rates=exchange_rates(plan),
         rows=rows,
         results=results,
         metric_name=run.quantize_result().metric_name if results else "",
@@ -86,19 +88,18 @@ def write_report(run: Run) -> Path:
 def _frontiers(sensitivity: Sensitivity, plan: BitPlan, settings: PlanSettings | None) -> dict[str, Frontier]:
     """The frontiers at the plan's activations and within its rules: all plans, and what Appendix E finds of them."""
     rules = settings or PlanSettings()
-    found = {}
-    for name, method in (("exact", "exact"), ("pareto", "pareto")):
-        try:
-            found[name] = allocation.frontier(
+    found: dict[str, Frontier] = {}
+    methods: tuple[allocation.Method, ...] = ("exact", "pareto")
+    for method in methods:
+        with suppress(BudgetError):  # the exact tables may not fit into memory
+            found[method] = allocation.frontier(
                 sensitivity,
-                method=method,  # type: ignore[arg-type]
+                method=method,
                 activation_bits=plan.activation_bits,
                 fixed_bits=rules.fixed_bits,
                 min_bits=rules.min_bits,
                 allowed_bits=rules.allowed_bits,
             )
-        except BudgetError:
-            pass  # the exact tables would not fit into memory
     return found
 
 
