@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 import tracequant as tq
 from tracequant import cost
-from tracequant.allocation import dynamic, exact, problem
+from tracequant.allocation import dynamic
 from tracequant.allocation.pareto import Unit
 from tracequant.errors import BudgetError
 from tracequant.explain import exchange_rates, explain
@@ -216,7 +216,7 @@ def requests(draw: st.DrawFn) -> tuple[Sensitivity, PlanSettings]:
     rng = random.Random(seed)
     chosen = draw(st.sets(st.sampled_from(WEIGHT_LIMITS + ACTIVATION_LIMITS), min_size=1, max_size=4))
     free_inputs = bool(chosen & {*COUPLING, "average_activation_bits", "activation_compression"})
-    layers = draw(st.integers(1, 4 if free_inputs else 8))
+    layers = draw(st.sampled_from([4, 3, 2, 1] if free_inputs else [6, 7, 8, 5, 3, 1]))
     options = draw(st.integers(2, 4 if layers <= 6 else 3))
     weight_bits = tuple(sorted(rng.sample(range(1, 9), options)))
     activation_bits = draw(st.sampled_from([(), (8,), (4, 8), (4, 6, 8)]))
@@ -250,7 +250,9 @@ def requests(draw: st.DrawFn) -> tuple[Sensitivity, PlanSettings]:
             used = abs(float(everything.used[name][plan]))
             slack = rng.choice([1.0, 1.02, 1.1, 1.3, 0.9])
             asked[name] = used / slack if "compression" in name else used * slack
-    if not asked and "max_activation_mb" not in rules:
+        if not asked and "max_activation_mb" not in rules:
+            asked["average_bits"] = float(everything.used["average_bits"][plan])
+    elif "max_activation_mb" not in rules:
         asked["average_bits"] = 4.0
     return sensitivity, PlanSettings(**rules, **asked)
 
@@ -269,6 +271,7 @@ def test_equal_to_brute_force_under_every_mix_of_limits(case: tuple[Sensitivity,
     except BudgetError as error:
         if "above the largest plan" in str(error):
             limits = [name for name in WEIGHT_LIMITS if getattr(request, name) is not None]
+            assert limits
             assert all(
                 np.max(everything.used[name]) <= getattr(request, name) * (-1 if "compression" in name else 1)
                 for name in limits
@@ -362,3 +365,259 @@ def test_dynamic_programme_for_any_costs(
         choice = points.choice(i)
         assert sum(unit.cost[j] for unit, j in zip(units, choice, strict=True)) == total
         assert sum(unit.omega[j] for unit, j in zip(units, choice, strict=True)) == omega
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_eight_layers_of_four_widths(seed: int) -> None:
+    """65,536 assignments, three limits at once, Ω over twelve orders of magnitude, a tie in every other network."""
+    sensitivity = make(8, seed, ties=((1, 4, 6),) if seed % 2 else (), spread=6.0)
+    table = latency_table(sensitivity, seed)
+    fixed = {point.name: (8,) for point in sensitivity.points.activations if not point.is_model_input}
+    everything = Everything(sensitivity, PlanSettings(max_bops_g=1.0, latency=table, allowed_activation_bits=fixed))
+    assert len(everything.choices) == 4 ** (6 if seed % 2 else 8)
+    rng = random.Random(seed)
+    for names in itertools.combinations(["max_size_mb", "average_bits", "max_bops_g", "max_latency_ms"], 3):
+        plan = rng.randrange(len(everything.choices))
+        limits = {name: float(everything.used[name][plan]) * rng.uniform(1, 1.1) for name in names}
+        request = PlanSettings(latency=table, allowed_activation_bits=fixed, **limits)  # type: ignore[arg-type]
+        everything.request = request
+
+        plan = solve(sensitivity, request)
+
+        assert plan.total_omega == pytest.approx(everything.omega[everything.within()].min(), rel=1e-9)
+        assert plan.gap == 0.0
+
+
+def test_inputs_that_several_layers_read_are_decided_once() -> None:
+    """Three layers read one tensor and are tied to others: the products of bits are still exact."""
+    sensitivity = make(6, 4, (2, 4, 8), (4, 6, 8), reads=(0, 0, 0, 3, 3, 5), ties=((0, 3), (2, 5)))
+    everything = Everything(sensitivity, PlanSettings(max_bops_g=1.0))
+    for share in (0.02, 0.1, 0.3, 0.5, 0.8):
+        limit = float(np.quantile(everything.used["max_bops_g"], share))
+        everything.request = PlanSettings(max_bops_g=limit)
+
+        plan = tq.solve(sensitivity, max_bops_g=limit)
+
+        assert plan.total_omega == pytest.approx(everything.omega[everything.within()].min(), rel=1e-9)
+        used = cost.bit_operations(sensitivity.points, plan.weight_bits, plan.activation_bits)
+        assert used <= limit * 1e9 + 1e-6
+
+
+def test_layers_and_inputs_that_share_their_bits() -> None:
+    sensitivity = replace(make(5, 9, (4, 6, 8), (4, 6, 8)), same_bits=True)
+    names = list(sensitivity.weight_omega)
+    offered = {name: sorted(sensitivity.activation_omega[name]) for name in names}  # the model's input has 8 only
+    for share in (0.2, 0.5, 0.9):
+        plans = []
+        for bits in itertools.product(*([b for b in (4, 6, 8) if b in offered[name]] for name in names)):
+            chosen = dict(zip(names, bits, strict=True))
+            omega = sum(sensitivity.weight_omega[n][b] + sensitivity.activation_omega[n][b] for n, b in chosen.items())
+            plans.append((cost.bit_operations(sensitivity.points, chosen, chosen), omega))
+        limit = float(np.quantile([used for used, _ in plans], share))
+
+        plan = tq.solve(sensitivity, max_bops_g=limit / 1e9)
+
+        assert plan.weight_bits == plan.activation_bits
+        best = min(omega for used, omega in plans if used <= math.floor(limit + 1e-6))
+        assert plan.total_omega == pytest.approx(best, rel=1e-9)
+        assert tq.uniform_plan(sensitivity, 8).activation_bits == dict.fromkeys(names, 8)
+
+
+def big(layers: int = 60, seed: int = 1) -> Sensitivity:
+    return make(layers, seed, (2, 3, 4, 5, 6, 8), (4, 6, 8))
+
+
+def test_same_request_same_plan() -> None:
+    first = tq.solve(big(), average_bits=3.7, max_bops_g=0.005)
+    assert first == tq.solve(big(), average_bits=3.7, max_bops_g=0.005)
+    assert first.prices.keys() <= {"weight_bits", "bops"}
+
+
+def test_exact_is_never_worse_than_appendix_e_and_lies_on_the_frontier() -> None:
+    sensitivity = big()
+    front = tq.frontier(sensitivity)
+    for average in (2.2, 3.1, 4.4, 6.0):
+        found = tq.solve(sensitivity, average_bits=average, method="pareto")
+        best = tq.solve(sensitivity, average_bits=average)
+        assert best.omega <= found.omega
+        assert found.bound is None
+        assert found.gap is None
+        same_size = tq.solve(sensitivity, max_size_mb=best.size_mb)
+        on_front = front.omega[np.searchsorted(front.size_bytes, best.size_bytes, side="right") - 1]
+        assert same_size.omega == pytest.approx(on_front, rel=1e-9)
+    pareto = tq.frontier(sensitivity, method="pareto")
+    best_of_size = front.omega[np.searchsorted(front.size_bytes, pareto.size_bytes, side="right") - 1]
+    assert (pareto.omega >= best_of_size * (1 - 1e-9)).all()
+
+
+def test_frontier_is_a_sequence() -> None:
+    front = tq.frontier(make(5, 3))
+    assert len(front) == len(list(front)) == len(front.size_bytes)
+    assert front[-1] == list(front)[-1]
+    assert front[:3] == [front[0], front[1], front[2]]
+    with pytest.raises(IndexError):
+        front[len(front)]
+    assert str(len(front)) in repr(front)
+
+
+def test_a_frontier_too_large_for_memory_is_refused() -> None:
+    """Two sizes without a common measure."""
+    units = [Unit("a", (1, 2), (0, 10**10), (1.0, 0.0)), Unit("b", (1, 2), (0, 10**10 + 1), (1.0, 0.0))]
+    with pytest.raises(BudgetError, match='method="pareto"'):
+        dynamic.exact_frontier(units)
+
+
+# Prices and reasons
+
+
+def test_price_is_the_slope_of_the_frontier() -> None:
+    sensitivity = big(120)
+    plan = tq.solve(sensitivity, max_size_mb=0.03)
+    assert plan.prices.keys() == {"size"}
+    step = 300 / MEGABYTE
+    wider = tq.solve(sensitivity, max_size_mb=0.03 + step)
+    narrower = tq.solve(sensitivity, max_size_mb=0.03 - step)
+    slope = (narrower.omega - wider.omega) / (2 * step)
+    assert plan.prices["size"] == pytest.approx(slope, rel=0.1)
+    (rate,) = exchange_rates(plan)
+    assert re.match(r"0\.\d+ MB more would take about [\d.]+% off the total Ω", rate)
+
+
+def test_why_sets_a_step_beside_the_price() -> None:
+    sensitivity = big()
+    tight = tq.solve(sensitivity, average_bits=3, max_bops_g=0.003)
+    assert {"weight_bits", "bops"} >= tight.prices.keys() != set()
+    rows = explain(sensitivity, tight)
+    assert any("elsewhere that takes off" in row.why for row in rows)
+    assert any("spent elsewhere" in row.why for row in rows)
+    assert any("input: " in row.why and "G BOPs" in row.why for row in rows)
+    free = tq.solve(sensitivity, average_bits=3, method="pareto")
+    assert not any("elsewhere" in row.why for row in explain(sensitivity, free))
+    assert exchange_rates(free) == []
+
+
+# Limits that cannot be met
+
+
+UNITS = {
+    "max_size_mb": r"([\d.]+) MB",
+    "compression": r"([\d.]+)x",
+    "average_bits": r"([\d.]+) bits",
+    "max_bops_g": r"([\d.]+) G BOPs",
+    "max_latency_ms": r"([\d.]+) ms",
+    "average_activation_bits": r"([\d.]+) bits for",
+    "activation_compression": r"([\d.]+)x for",
+    "max_activation_mb": r"([\d.]+) MB at",
+}
+
+
+@pytest.mark.parametrize("name", list(UNITS))
+@pytest.mark.parametrize("seed", range(3))
+def test_nearest_limit_is_named_and_then_accepted(name: str, seed: int) -> None:
+    sensitivity = make(6, seed, activation_bits=(3, 5, 7))
+    latency = latency_table(sensitivity, seed)
+    others = {"average_bits": 4.0} if name in ACTIVATION_LIMITS else {}
+    impossible = 1e4 if "compression" in name else 1e-7
+    with pytest.raises(BudgetError, match="no plan fits the budget") as refused:
+        tq.solve(sensitivity, latency=latency, **others, **{name: impossible})  # type: ignore[arg-type]
+    nearest = float(re.findall(UNITS[name], str(refused.value).split(";")[0])[-1])
+
+    plan = tq.solve(sensitivity, latency=latency, **others, **{name: nearest})  # type: ignore[arg-type]
+
+    assert plan.gap == 0.0
+    worse = nearest * (1.1 if "compression" in name else 0.9)
+    with pytest.raises(BudgetError):
+        tq.solve(sensitivity, latency=latency, **others, **{name: worse})  # type: ignore[arg-type]
+
+
+def test_all_limits_that_cannot_be_met_are_named() -> None:
+    with pytest.raises(BudgetError) as refused:
+        tq.solve(make(4, 0), average_bits=1.5, max_bops_g=1e-9, max_size_mb=1.0)
+    message = str(refused.value)
+    assert "at most 1.5 bits on average" in message
+    assert "at most 1e-09 G BOPs" in message
+    assert "1 MB" not in message
+    assert "2.000 bits" in message
+
+
+def test_limits_that_conflict_name_the_nearest_of_each() -> None:
+    """Hardware on which 2 bits are slower than 8: a small file and a fast one exclude each other."""
+    sensitivity = make(4, 5, (2, 8), ())
+    latency = {name: {2: {32: 2.0}, 8: {32: 1.0}} for name in sensitivity.weight_omega}
+    with pytest.raises(BudgetError, match="can each be met, but not together") as refused:
+        tq.solve(sensitivity, average_bits=2.5, max_latency_ms=4.0, latency=latency)
+    bits = float(re.findall(r"on average, ([\d.]+) bits", str(refused.value))[-1])
+    milliseconds = float(re.findall(r"ms, ([\d.]+) ms", str(refused.value))[-1])
+
+    assert bits == 8.0
+    assert tq.solve(sensitivity, average_bits=bits, max_latency_ms=4.0, latency=latency).average_bits == 8.0
+    assert tq.solve(sensitivity, average_bits=2.5, max_latency_ms=milliseconds, latency=latency).average_bits <= 2.5
+
+
+def test_rules_that_leave_nothing_are_refused() -> None:
+    sensitivity = make(3, 0, activation_bits=(4, 8))
+    for keywords, message in (
+        ({"fixed_bits": {"x*": 4}}, r"fixed_bits pattern 'x\*' matches no layer; there are l0, l1, l2"),
+        ({"fixed_bits": {"l1": 5}}, r"fixed_bits of 'l1' leaves layer l1 no bit width: .*\[2, 3, 4, 8\]"),
+        ({"min_bits": {"*": 4}, "allowed_bits": {"l2": [2, 3]}}, "allowed_bits of 'l2' leaves layer l2"),
+        ({"allowed_activation_bits": {"l1": [6]}}, "leaves activation l1 no bit width"),
+        (
+            {"space": "monotone", "fixed_bits": {"l0": 2, "l1": 3, "l2": 4}},
+            "no plan keeps to the monotone space|above the largest|order",
+        ),
+    ):
+        if "space" in keywords:
+            order = sorted(sensitivity.average_traces, key=sensitivity.average_traces.__getitem__)
+            keywords["fixed_bits"] = dict(zip(order, (4, 3, 2), strict=True))
+            message = "no plan keeps to the monotone space"
+        with pytest.raises(BudgetError, match=message):
+            tq.solve(sensitivity, average_bits=4, **keywords)  # type: ignore[arg-type]
+
+
+def test_rules_hold() -> None:
+    sensitivity = make(6, 2, activation_bits=(4, 6, 8))
+    plan = tq.solve(
+        sensitivity,
+        average_bits=4.5,
+        fixed_bits={"l0": 8},
+        min_bits={"l[1-3]": 3},
+        allowed_bits={"*": (2, 4, 8)},
+        allowed_activation_bits={"*": (4, 6)},
+    )
+    assert plan.weight_bits["l0"] == 8
+    assert all(plan.weight_bits[f"l{i}"] >= 4 for i in (1, 2, 3))
+    assert set(plan.weight_bits.values()) <= {2, 4, 8}
+    inputs = {p.name: p.is_model_input for p in sensitivity.points.activations}
+    assert all(bits == (8 if inputs[name] else 6) for name, bits in plan.activation_bits.items())
+
+
+def test_latency_without_an_entry_is_refused_by_name() -> None:
+    sensitivity = make(3, 0)
+    with pytest.raises(BudgetError, match="needs a table of milliseconds"):
+        tq.solve(sensitivity, max_latency_ms=1.0)
+    table = latency_table(sensitivity, 0)
+    del table["l1"][3]
+    with pytest.raises(BudgetError, match=r"no entry for layer l1 at 3 weight bits with an input of \d bits; it has"):
+        tq.solve(sensitivity, max_latency_ms=100.0, latency=table)
+    assert tq.solve(sensitivity, max_latency_ms=18.0, latency=table, allowed_bits={"l1": [2, 4, 8]}).gap == 0.0
+    del table["l1"]
+    with pytest.raises(BudgetError, match="the latency table has no layer l1; it has l0, l2"):
+        tq.solve(sensitivity, max_latency_ms=100.0, latency=table)
+
+
+def test_peak_activation_memory_is_kept() -> None:
+    sensitivity = make(6, 0, activation_bits=(4, 6, 8))
+    largest = max(point.numel for point in sensitivity.points.activations if not point.is_model_input)
+    limit = largest * 6 / 8
+    plan = tq.solve(sensitivity, average_bits=4, max_activation_mb=limit / MEGABYTE)
+    assert cost.peak_activation_bytes(sensitivity.points, plan.activation_bits) <= limit
+    assert min(plan.activation_bits.values()) == 6
+    assert "no activation above" in plan.budget
+
+
+def test_a_plan_saved_before_bounds_existed_still_loads() -> None:
+    document = tq.solve(make(3, 0), average_bits=4).to_json()
+    del document["bound"], document["prices"]
+    old = tq.BitPlan.from_json(document)
+    assert old.bound is None
+    assert old.gap is None

@@ -83,7 +83,6 @@ def solve(
 
     check(request)
     problems = problem.build(sensitivity, request, ranking)
-    _refuse_too_large(problems)
     choices: list[tuple[int, ...]] = []
     bounds: list[float] = []
     prices: dict[str, float] = {}
@@ -99,6 +98,7 @@ def solve(
         for limit, price in zip(part.limits, solution.prices, strict=True):
             if price > 0:
                 prices[limit.resource] = prices.get(limit.resource, 0.0) + price * limit.price_unit
+    _refuse_too_large(problems)
     bits = _bits(problems, choices)
     plan = _priced(sensitivity, *bits, f"{method}, {space} space", problem.describe(request, problems))
     if method == "pareto":
@@ -364,6 +364,11 @@ def _refuse(part: Problem) -> NoReturn:
     """Raise `BudgetError` with the limits that cannot be met, alone or together, and the nearest that can."""
     from tracequant.allocation import exact
 
+    if exact.minimise(replace(part, limits=())) is None:
+        raise BudgetError(
+            "no plan keeps to the monotone space under these rules: a layer of larger average trace may not have fewer"
+            " bits than one of smaller; change fixed_bits, min_bits or allowed_bits, or search the full space"
+        )
     alone = [exact.nearest(replace(part, limits=(limit,)), limit) for limit in part.limits]
     broken = [
         (limit, least)

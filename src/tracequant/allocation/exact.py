@@ -178,12 +178,16 @@ def _solve(problem: Problem) -> Solution | None:
             reach = max(GROWTH * reach, float(penalty[~core].min()))
             continue
         value = problem.objective.total(found, problem.pairs)
-        proven = min(core_bound, math.inf if whole else bound + reach)
-        if whole or value <= bound + reach or not finished:
-            lowest = max(bound, proven)
-            close = value - lowest <= TOLERANCE * abs(value)
-            return Solution(found, value, value if close else lowest, prices)
-        reach = min((value - bound) * (1 + 1e-9), max(GROWTH * reach, float(penalty[~core].min())))
+        gap = value - bound
+        if finished and not whole and gap > reach:
+            reach = min(gap * (1 + 1e-9), max(GROWTH * reach, float(penalty[~core].min())))
+            continue
+        if finished and reach > max(GROWTH * gap, 0.1 * abs(value)):
+            reach = max(gap * (1 + 1e-9), 1e-9 * abs(value))  # a smaller core, which HiGHS solves to a finer tolerance
+            continue
+        lowest = max(bound, core_bound if whole else min(core_bound, bound + reach))
+        close = value - lowest <= TOLERANCE * abs(value)
+        return Solution(found, value, value if close else lowest, prices)
 
 
 class _Model:
@@ -314,7 +318,7 @@ class _Model:
         cost = self.objective[columns]
         least = np.minimum.reduceat(cost, starts)
         cost = cost - least[group]
-        scale = max(reach / 100, float(cost.max()) * 1e-9) or 1.0
+        scale = max(reach * 1e-4, float(cost.max()) * 1e-9) or 1.0
         # Measured from the least in the core, and in proportion to 1, rounding to whole numbers changes no row by more
         # than HiGHS tolerates.
         rows = self.limits[:, columns]
