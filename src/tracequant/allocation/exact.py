@@ -275,7 +275,7 @@ class _Model:
         equalities = scipy.sparse.vstack([self.one_of_each, self.links], format="csr")
         sides = np.concatenate([np.ones(self.one_of_each.shape[0]), np.zeros(self.links.shape[0])])
         # Rows of about the same size suit the solver.
-        sizes = np.maximum(self.limits.max(axis=1, initial=0.0), 1e-300)
+        sizes = _largest(self.limits)
         rows = scipy.sparse.vstack([scipy.sparse.csr_array(self.limits / sizes[:, None]), self.chain], format="csr")
         bounds = np.concatenate([self.bounds / sizes, np.zeros(self.chain.shape[0])])
         least = np.minimum.reduceat(self.objective, self.starts[:-1])
@@ -324,7 +324,7 @@ class _Model:
         rows = self.limits[:, columns]
         taken = np.minimum.reduceat(rows, starts, axis=1)
         rows = rows - taken[:, group]
-        widest = np.maximum(rows.max(axis=1, initial=0.0), 1e-300)
+        widest = _largest(rows)
         bounds = (self.bounds[: len(rows)] - taken.sum(axis=1)) / widest
         constraints = [
             scipy.optimize.LinearConstraint(self.one_of_each[:, columns], 1, 1),
@@ -355,6 +355,12 @@ class _Model:
             # Beyond a limit by no more than the solver's tolerance: this choice is out, everything else stays.
             chosen = np.isin(columns, self.starts[: len(choice)] + np.array(choice)).astype(float)
             constraints.append(scipy.optimize.LinearConstraint(chosen[None, :], -np.inf, len(choice) - 1))
+
+
+def _largest(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The largest entry of each row, 1 for a row of zeros."""
+    largest: NDArray[np.float64] = rows.max(axis=1, initial=0.0)
+    return np.where(largest > 0, largest, 1.0)
 
 
 _STRAY = b"HighsMipSolverData::transformNewIntegerFeasibleSolution"
