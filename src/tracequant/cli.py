@@ -203,7 +203,7 @@ def analyze(
 
 @app.command()
 def plan(
-    run_path: Annotated[Path | None, typer.Argument(help="run directory", metavar="[RUN]")] = None,
+    run_path: Annotated[Path | None, typer.Argument(help="run directory", metavar="RUN")] = None,
     max_size_mb: MaxSize = None,
     compression: Compression = None,
     average_bits: AverageBits = None,
@@ -635,6 +635,11 @@ def _print_plan(sensitivity: Sensitivity, solved: BitPlan, settings: PlanSetting
         average = cost.average_activation_bits(points, solved.activation_bits)
         spent.append(f"activations {average:.2f} bits on average, Ω {solved.activation_omega:.2g}")
     print(f"Asked for: {solved.budget}. Uses {solved.size_bytes:,} bytes, {', '.join(spent)}.")
+    units, options = len(points.weight_units), max(len(omega) for omega in sensitivity.weight_omega.values())
+    print(
+        f"Search space: {_count(allocation.full_space(units, options))} assignments of weight bits,"
+        f" {_count(allocation.monotone_space(units, options))} of them monotone."
+    )
     if solved.gap is None:
         print(f"Found by {solved.method}; nothing proven about better plans.")
     elif solved.gap == 0:
@@ -643,6 +648,10 @@ def _print_plan(sensitivity: Sensitivity, solved: BitPlan, settings: PlanSetting
         print(f"Not proven within the time: the best Ω is between {solved.bound:.6g} and {solved.total_omega:.6g}.")
     for rate in exchange_rates(solved):
         print(f"Rate of exchange: {rate}.")
+
+
+def _count(number: int) -> str:
+    return f"{number:,}" if number < 10**9 else f"about 10^{math.log10(number):.1f}"
 
 
 def _print_results(run: Run, quiet: bool, as_json: bool) -> None:

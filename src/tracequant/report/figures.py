@@ -112,7 +112,7 @@ def _loss(fronts: Mapping[str, Frontier]) -> str:
     excess = (found.omega[best > 0] / best[best > 0] - 1) * 100
     if not len(excess):
         return ""
-    return f"; Ω above the exact one: median {np.median(excess):.2g} %, at most {max(excess.max(), 0):.2g} %"
+    return f"; Ω too high by {np.median(excess):.3f} % (median), {max(excess.max(), 0):.3f} % (worst)"
 
 
 def accuracy_figure(rows: Sequence[tuple[str, float, float]], metric_name: str) -> Figure:
