@@ -497,6 +497,21 @@ def test_why_sets_a_step_beside_the_price() -> None:
     assert exchange_rates(free) == []
 
 
+def test_huge_limits_say_that_they_are_above_everything() -> None:
+    for limits in ({"max_size_mb": 1e300}, {"compression": 1e-300}, {"max_bops_g": 1e300, "average_bits": 31}):
+        with pytest.raises(BudgetError, match="above the largest plan"):
+            tq.solve(make(4, 0), **limits)  # type: ignore[arg-type]
+
+
+def test_layers_without_any_sensitivity_take_the_fewest_bits() -> None:
+    """Traces of zero, as noise may leave: all plans have Ω 0, and the cheapest is taken."""
+    sensitivity = make(5, 0)
+    nothing = {name: dict.fromkeys(options, 0.0) for name, options in sensitivity.weight_omega.items()}
+    plan = tq.solve(replace(sensitivity, weight_omega=nothing), average_bits=5)
+    assert set(plan.weight_bits.values()) == {2}
+    assert plan.gap == 0.0
+
+
 # Limits that cannot be met
 
 

@@ -225,6 +225,7 @@ def uniform_plan(
         activation_bits = dict.fromkeys(bound_to, num_bits)
     elif activation_bits is None:
         request = PlanSettings(average_bits=32, average_activation_bits=average_activation_bits)
+        check(request)
         activation_bits = _activation_bits(sensitivity, request)
     weight_bits = dict.fromkeys(sensitivity.weight_omega, num_bits)
     return _priced(sensitivity, weight_bits, activation_bits, "uniform", f"{num_bits} bits everywhere")

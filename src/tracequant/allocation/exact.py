@@ -32,7 +32,9 @@ from tracequant.errors import BudgetError
 # The share of Ω within which a choice counts as proven: HiGHS works with tolerances of 1e-6 and less of the core.
 TOLERANCE = 1e-9
 TIME_LIMIT_S = 120.0
+# By how much the core's reach grows at a time, and how often it may shrink.
 GROWTH = 4.0
+FINER = 5
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,7 @@ def _solve(problem: Problem) -> Solution | None:
     options = penalty[: model.options]
     wanted = min(len(options) - 1, len(problem.decisions) + len(problem.decisions) // 2 + 50)
     reach = max(float(np.partition(options, wanted)[wanted]), 1e-9 * abs(bound))
+    finer = 0
     while True:
         core = penalty <= reach
         found, core_bound, finished = model.solve_core(core, reach, deadline)
@@ -182,8 +185,10 @@ def _solve(problem: Problem) -> Solution | None:
         if finished and not whole and gap > reach:
             reach = min(gap * (1 + 1e-9), max(GROWTH * reach, float(penalty[~core].min())))
             continue
-        if finished and reach > max(GROWTH * gap, 0.1 * abs(value)):
-            reach = max(gap * (1 + 1e-9), 1e-9 * abs(value))  # a smaller core, which HiGHS solves to a finer tolerance
+        if finished and finer < FINER and reach > max(GROWTH * gap, 0.1 * abs(value)):
+            # HiGHS's tolerance is a share of the reach: a smaller core is solved more finely.
+            reach = max(gap * (1 + 1e-9), 1e-9 * abs(value))
+            finer += 1
             continue
         lowest = max(bound, core_bound if whole else min(core_bound, bound + reach))
         close = value - lowest <= TOLERANCE * abs(value)
@@ -224,7 +229,7 @@ class _Model:
         for limit in self.problem.limits:
             amounts = self._vector(limit.amounts)
             least = np.minimum.reduceat(amounts, self.starts[:-1])
-            row, left = amounts - least[self.group], limit.bound - least.sum()
+            row, left = amounts - least[self.group], limit.bound - least.sum().item()
             if np.issubdtype(amounts.dtype, np.integer):
                 unit = float(np.gcd.reduce(row)) or 1.0
                 bound = math.floor(left / unit) + 0.5
@@ -292,14 +297,16 @@ class _Model:
                 bounds=(0, 1),
                 method="highs",
             )
-            if result.x is None:
+            if result.status == 2:
                 return None
-            if result.fun > 1e-2 or result.fun <= 0:
+            if result.status != 0 or result.fun > 1e-2 or result.fun <= 0:
                 break
             scale *= max(float(result.fun), 1e-12)
-        multipliers = np.maximum(-result.ineqlin.marginals, 0.0) * scale
+        solved = result.status == 0  # should HiGHS give up, a weak bound is left
+        multipliers = np.maximum(-result.ineqlin.marginals, 0.0) * scale if solved else np.zeros(len(bounds))
         reduced = self.objective + rows.T @ multipliers
-        reduced -= self.links.T @ (result.eqlin.marginals[self.one_of_each.shape[0] :] * scale)
+        if solved:
+            reduced -= self.links.T @ (result.eqlin.marginals[self.one_of_each.shape[0] :] * scale)
         least = np.minimum.reduceat(reduced, self.starts[:-1])
         bound = math.fsum(least) - math.fsum(multipliers * bounds)
         prices = multipliers[: len(sizes)] / sizes / self.units
@@ -375,12 +382,12 @@ def _without_stray_lines() -> Iterator[None]:
     """
     with _stdout_lock, ExitStack() as stack:
         try:
+            captured = stack.enter_context(tempfile.TemporaryFile())
             saved = os.dup(1)
-        except OSError:  # no standard output
+        except OSError:  # no standard output, or nowhere to keep it meanwhile
             yield
             return
         stack.callback(os.close, saved)
-        captured = stack.enter_context(tempfile.TemporaryFile())
         os.dup2(captured.fileno(), 1)
         try:
             yield

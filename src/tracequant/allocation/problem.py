@@ -103,7 +103,6 @@ def build(sensitivity: Sensitivity, request: PlanSettings, ranking: dict[str, fl
     Activations have a choice only where a limit concerns them; otherwise they take the most bits that are allowed.
     """
     latency = request.latency if request.latency is not None else sensitivity.latency
-    check_numbers(request)
     weights, activations = _decisions(sensitivity, request)
     coupled = request.max_bops_g is not None or request.max_latency_ms is not None or sensitivity.same_bits
     if coupled:
@@ -353,7 +352,7 @@ def _limits(
                     "max_size_mb",
                     "size",
                     f"at most {request.max_size_mb:g} MB on disk",
-                    math.floor(request.max_size_mb * MEGABYTE + 1e-6) - base,
+                    _whole(request.max_size_mb * MEGABYTE + 1e-6) - base,
                     of_weights(lambda layer, b: cost.code_bytes(layer, b, grid)),
                     MEGABYTE,
                     lambda used: f"{_ceil((base + used) / MEGABYTE, 6):.6f} MB",
@@ -367,7 +366,7 @@ def _limits(
                     "compression",
                     "weight_bits",
                     f"weights compressed at least {request.compression:g}x",
-                    math.floor(32 / request.compression * count * (1 + ROUNDING)),
+                    _whole(32 / request.compression * count * (1 + ROUNDING)),
                     bits,
                     count,
                     lambda used: f"{_floor(32 * count / used, 3):.3f}x",
@@ -379,7 +378,7 @@ def _limits(
                     "average_bits",
                     "weight_bits",
                     f"at most {request.average_bits:g} bits on average",
-                    math.floor(request.average_bits * count * (1 + ROUNDING)),
+                    _whole(request.average_bits * count * (1 + ROUNDING)),
                     bits,
                     count,
                     lambda used: f"{_ceil(used / count, 3):.3f} bits",
@@ -422,7 +421,7 @@ def _limits(
                 "max_bops_g",
                 "bops",
                 f"at most {request.max_bops_g:g} G BOPs",
-                math.floor(request.max_bops_g * 1e9 + 1e-6),
+                _whole(request.max_bops_g * 1e9 + 1e-6),
                 _products(sensitivity, decisions, pairs, lambda layer, w, a: layer.macs * w * a, np.int64),
                 1e9,
                 lambda used: f"{_trim(_ceil(used / 1e9, 9))} G BOPs",
@@ -494,6 +493,10 @@ def describe(request: PlanSettings, problems: Iterable[Problem]) -> str:
     if request.max_activation_mb is not None:
         asked.append(f"no activation above {request.max_activation_mb:g} MB")
     return ", ".join(asked)
+
+
+def _whole(value: float) -> int:
+    return math.floor(min(value, 1e18))  # beyond that, no limit at all
 
 
 def _ceil(value: float, digits: int) -> float:
