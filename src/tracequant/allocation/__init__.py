@@ -125,7 +125,8 @@ def check(request: PlanSettings) -> None:
 class Frontier(Sequence[BitPlan]):
     """All plans of a frontier by increasing size and decreasing Ω; a plan is made when it is asked for.
 
-    `size_bytes` and `omega` (of the weights) are arrays over all of them: an exact frontier may have 100,000 plans.
+    `size_bytes` and `omega` (of the weights, and of the inputs where those share the weights' bits) are arrays over all
+    of them: an exact frontier may have 100,000 plans.
     """
 
     def __init__(
