@@ -22,6 +22,7 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/two_bit_grid.py
+	$(BIN)/python benchmarks/allocation.py
 	$(BIN)/python benchmarks/hutchinson_probes.py
 	$(BIN)/python benchmarks/curvature.py
 	$(BIN)/python benchmarks/end_to_end.py

@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tracequant.allocation import frontier, full_space, monotone_space, solve, uniform_plan
+    from tracequant.allocation import Frontier, frontier, full_space, monotone_space, solve, uniform_plan
     from tracequant.convert import quantize
     from tracequant.curvature.estimate import estimate_curvature
     from tracequant.curvature.result import Curvature, Density, Spectrum, TraceEstimate
@@ -37,12 +37,13 @@ if TYPE_CHECKING:
     from tracequant.sensitivity import measure_sensitivity
     from tracequant.sensitivity_result import Sensitivity
     from tracequant.settings import WeightGrid
+    from tracequant.tables import read_latency, read_sensitivity
     from tracequant.task import ClassificationTask, Evaluation, Task, TaskSetup
 
 __version__ = "0.1.0"
 
 _MODULES = {
-    "tracequant.allocation": ("frontier", "full_space", "monotone_space", "solve", "uniform_plan"),
+    "tracequant.allocation": ("Frontier", "frontier", "full_space", "monotone_space", "solve", "uniform_plan"),
     "tracequant.convert": ("quantize",),
     "tracequant.curvature.estimate": ("estimate_curvature",),
     "tracequant.curvature.result": ("Curvature", "Density", "Spectrum", "TraceEstimate"),
@@ -59,16 +60,18 @@ _MODULES = {
     "tracequant.sensitivity": ("measure_sensitivity",),
     "tracequant.sensitivity_result": ("Sensitivity",),
     "tracequant.settings": ("WeightGrid",),
+    "tracequant.tables": ("read_latency", "read_sensitivity"),
     "tracequant.task": ("ClassificationTask", "Evaluation", "Task", "TaskSetup"),
 }  # fmt: skip
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "ActivationPoint", "ArtifactError", "BitPlan", "BudgetError", "ClassificationTask", "Curvature", "DataError",
-    "Density", "Evaluation", "Layer", "ModelError", "QuantizationPoints", "ResourceError", "RunError", "Sensitivity",
-    "Spectrum", "Task", "TaskError", "TaskSetup", "TraceEstimate", "TracequantError", "WeightGrid", "discover",
-    "estimate_curvature", "finetune", "frontier", "full_space", "load", "measure_sensitivity", "monotone_space", "pack",
-    "quantize", "solve", "spectral_density", "top_eigenvalues", "uniform_plan",
+    "Density", "Evaluation", "Frontier", "Layer", "ModelError", "QuantizationPoints", "ResourceError", "RunError",
+    "Sensitivity", "Spectrum", "Task", "TaskError", "TaskSetup", "TraceEstimate", "TracequantError", "WeightGrid",
+    "discover", "estimate_curvature", "finetune", "frontier", "full_space", "load", "measure_sensitivity",
+    "monotone_space", "pack", "quantize", "read_latency", "read_sensitivity", "solve", "spectral_density",
+    "top_eigenvalues", "uniform_plan",
 ]  # fmt: skip
 
 

@@ -15,9 +15,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tracequant import __version__
+from tracequant import __version__, allocation, cost
 from tracequant.errors import TracequantError
-from tracequant.explain import explain
+from tracequant.explain import exchange_rates, explain
 from tracequant.plan import MEGABYTE, BitPlan
 from tracequant.run import Measured, Run
 from tracequant.sensitivity_result import Sensitivity
@@ -29,6 +29,7 @@ from tracequant.settings import (
     TaskOptions,
     WeightGrid,
 )
+from tracequant.tables import read_latency, read_sensitivity
 
 app = typer.Typer(
     name="tracequant",
@@ -109,6 +110,40 @@ AverageBits = Annotated[float | None, typer.Option(help="bits per weight on aver
 AverageActivationBits = Annotated[
     float | None, typer.Option(help="bits per activation on average [the most offered]", metavar="BITS")
 ]
+ActivationCompression = Annotated[
+    float | None, typer.Option(help="float32 over quantized activations, on average", metavar="X")
+]
+MaxActivation = Annotated[
+    float | None, typer.Option("--max-activation-mb", help="largest input of a layer, one sample", metavar="MB")
+]
+MaxBops = Annotated[
+    float | None,
+    typer.Option("--max-bops-g", help="10^9 multiply-accumulates times weight and input bits, one sample", metavar="G"),
+]
+MaxLatency = Annotated[
+    float | None, typer.Option("--max-latency-ms", help="sum over layers of the --latency table", metavar="MS")
+]
+LatencyFile = Annotated[
+    Path | None,
+    typer.Option("--latency", help="CSV layer,weight_bits,activation_bits,ms or nested JSON", metavar="FILE"),
+]
+Fix = Annotated[
+    list[str] | None, typer.Option(help="layers matching get these bits; may be repeated", metavar="PATTERN=BITS")
+]
+AtLeast = Annotated[
+    list[str] | None,
+    typer.Option("--min-bits", help="layers matching get these bits or more; may be repeated", metavar="PATTERN=BITS"),
+]
+Allow = Annotated[
+    list[str] | None, typer.Option(help="layers matching get one of these; may be repeated", metavar="PATTERN=LIST")
+]
+AllowActivation = Annotated[
+    list[str] | None, typer.Option(help="the same for activations, the model's input aside", metavar="PATTERN=LIST")
+]
+Search = Annotated[
+    Literal["exact", "pareto"],
+    typer.Option(help="exact: a proven optimum; pareto: the search of HAWQ-V2's Appendix E, one budget"),
+]
 Space = Annotated[
     Literal["full", "monotone"],
     typer.Option(help="all assignments, or only those that never give a layer of larger trace fewer bits"),
@@ -182,12 +217,28 @@ def analyze(
 
 @app.command()
 def plan(
-    run_path: RunPath,
+    run_path: Annotated[Path | None, typer.Argument(help="run directory", metavar="RUN")] = None,
     max_size_mb: MaxSize = None,
     compression: Compression = None,
     average_bits: AverageBits = None,
     average_activation_bits: AverageActivationBits = None,
+    activation_compression: ActivationCompression = None,
+    max_activation_mb: MaxActivation = None,
+    max_bops_g: MaxBops = None,
+    max_latency_ms: MaxLatency = None,
+    latency: LatencyFile = None,
+    bits: Annotated[str | None, typer.Option(help="use only these weight bits", metavar="LIST")] = None,
+    activation_bits: Annotated[str | None, typer.Option(help="use only these activation bits", metavar="LIST")] = None,
+    fix: Fix = None,
+    min_bits: AtLeast = None,
+    allow: Allow = None,
+    allow_activation: AllowActivation = None,
     space: Space = "full",
+    search: Search = "exact",
+    sensitivity: Annotated[
+        Path | None,
+        typer.Option(help="in place of RUN: a sensitivity.json or a table (docs/tables.md)", metavar="FILE"),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="also save the plan here (JSON)", metavar="FILE")] = None,
     apply: Annotated[
         bool, typer.Option("--apply", help="make it the run's plan even if a later stage is done")
@@ -195,23 +246,34 @@ def plan(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Answer a budget from a finished analysis, in seconds and without the model.
+    """Answer budgets from a finished analysis, in seconds and without the model. Several budgets hold together.
 
     The first plan becomes the run's. Once the run is quantized, further plans are only shown, unless --apply is given.
+    With --sensitivity FILE there is no run, only the answer.
     """
-    run = _open(run_path, quiet)
-    settings = PlanSettings(max_size_mb, compression, average_bits, average_activation_bits, space)
-    solved = run.solve(settings)
+    if (run_path is None) == (sensitivity is None):
+        _bad_parameter("give a run directory or --sensitivity FILE, one of the two")
+    settings = _plan_settings(locals())
+    run: Run | None = None
+    if run_path is not None:
+        run = _open(run_path, quiet)
+        solved, table = run.solve(settings), run.sensitivity()
+    else:
+        if apply:
+            _bad_parameter("--apply needs a run directory")
+        assert sensitivity is not None
+        table = read_sensitivity(sensitivity)
+        solved = allocation.solve(table, **asdict(settings))
     if out is not None:
         solved.save(out)
-    keep = apply or not run.done("quantize")
-    if keep:
+    keep = run is not None and (apply or not run.done("quantize"))
+    if run is not None and keep:
         run.keep_plan(settings, solved)
     if as_json:
         _print_json(solved.to_json())
     elif not quiet:
-        _print_plan(run.sensitivity(), solved)
-        if not keep:
+        _print_plan(table, solved, settings)
+        if run is not None and not keep:
             _err.print("The run is quantized by another plan and keeps it; add --apply to replace it.", style="yellow")
 
 
@@ -324,7 +386,17 @@ def run_all(
     compression: Compression = None,
     average_bits: AverageBits = None,
     average_activation_bits: AverageActivationBits = None,
+    activation_compression: ActivationCompression = None,
+    max_activation_mb: MaxActivation = None,
+    max_bops_g: MaxBops = None,
+    max_latency_ms: MaxLatency = None,
+    latency: LatencyFile = None,
+    fix: Fix = None,
+    min_bits: AtLeast = None,
+    allow: Allow = None,
+    allow_activation: AllowActivation = None,
     space: Space = "full",
+    search: Search = "exact",
     data_dir: DataDir = None,
     weights: Weights = None,
     model: ModelName = None,
@@ -362,7 +434,7 @@ def run_all(
     _run_stages(
         _open(out, quiet),
         _analyze_settings(locals()),
-        PlanSettings(max_size_mb, compression, average_bits, average_activation_bits, space),
+        _plan_settings(locals() | {"bits": None, "activation_bits": None}),  # those are what is measured
         _recipe(locals()),
         quiet,
         as_json,
@@ -396,9 +468,8 @@ def _run_stages(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    from tracequant.allocation import Budget
 
-    Budget(plan.max_size_mb, plan.compression, plan.average_bits)  # a bad budget should not cost an analysis
+    allocation.check(plan)  # a bad budget should not cost an analysis
     if not _analyze_together(run, analyze, plan, finetune if finetune.steps else None):
         return
     solved = run.solve(plan)  # a budget that cannot be met leaves the run as it was
@@ -406,7 +477,7 @@ def _run_stages(
     if not run.done("plan"):
         run.keep_plan(plan, solved)
     if not (quiet or as_json):
-        _print_plan(run.sensitivity(), run.plan())
+        _print_plan(run.sensitivity(), run.plan(), plan)
     run.quantize()
     if finetune.steps:
         run.finetune(finetune)
@@ -515,6 +586,46 @@ def _analyze_settings(given: dict[str, Any]) -> AnalyzeSettings:
     )
 
 
+def _plan_settings(given: dict[str, Any]) -> PlanSettings:
+    """Budgets and rules from a command's options, most of which have the names of the settings."""
+    named = {field.name for field in fields(PlanSettings)} - {"latency", "min_bits", "method"}
+    allowed, allowed_activations = (
+        _rules(given["allow"], "--allow"),
+        _rules(given["allow_activation"], "--allow-activation"),
+    )
+    for option, rules in (("bits", allowed), ("activation_bits", allowed_activations)):
+        if given[option] is not None:
+            bits = _parse_bits(given[option], f"--{option.replace('_', '-')}")
+            rules["*"] = tuple(b for b in bits if b in rules["*"]) if "*" in rules else bits
+    return PlanSettings(
+        **{name: given[name] for name in named if name in given},
+        latency=read_latency(given["latency"]) if given["latency"] is not None else None,
+        fixed_bits=_single(_rules(given["fix"], "--fix"), "--fix"),
+        min_bits=_single(_rules(given["min_bits"], "--min-bits"), "--min-bits"),
+        allowed_bits=allowed or None,
+        allowed_activation_bits=allowed_activations or None,
+        method=given["search"],
+    )
+
+
+def _rules(texts: list[str] | None, option: str) -> dict[str, tuple[int, ...]]:
+    """PATTERN=LIST options as a dictionary."""
+    rules: dict[str, tuple[int, ...]] = {}
+    for text in texts or ():
+        pattern, equals, bits = text.rpartition("=")
+        if not (pattern and equals):
+            _bad_parameter(f"{option} takes PATTERN=BITS, such as 'layer1.*=4', got {text!r}")
+        rules[pattern] = _parse_bits(bits, option)
+    return rules
+
+
+def _single(rules: dict[str, tuple[int, ...]], option: str) -> dict[str, int] | None:
+    for pattern, bits in rules.items():
+        if len(bits) != 1:
+            _bad_parameter(f"{option} takes one bit width for {pattern!r}; --allow takes several")
+    return {pattern: bits[0] for pattern, bits in rules.items()} or None
+
+
 def _recipe(given: dict[str, Any]) -> FinetuneSettings:
     """Fine-tuning settings from a command's options, which have the same names."""
     return FinetuneSettings(
@@ -571,14 +682,15 @@ def _error(value: float) -> str:
     return "–" if math.isinf(value) else f"{value:.1g}"
 
 
-def _print_plan(sensitivity: Sensitivity, solved: BitPlan) -> None:
+def _print_plan(sensitivity: Sensitivity, solved: BitPlan, settings: PlanSettings) -> None:
     console = Console()
     table = Table(title=str(solved), title_justify="left")
     columns = ["layer", "weights", "Tr(H)/n", "bits", "input bits", "Ω", "share of Ω"]
     wide = console.width >= 160
     for column in [*columns, "why"] if wide else columns:
         table.add_column(column, justify="left" if column in ("layer", "why") else "right", overflow="fold")
-    for row in explain(sensitivity, solved):
+    latency = settings.latency if settings.latency is not None else sensitivity.latency
+    for row in explain(sensitivity, solved, latency):
         cells = [
             row.name,
             f"{row.numel:,}",
@@ -590,6 +702,31 @@ def _print_plan(sensitivity: Sensitivity, solved: BitPlan) -> None:
         ]
         table.add_row(*cells, row.why) if wide else table.add_row(*cells)
     console.print(table)
+    points = sensitivity.points
+    spent = [f"{cost.bit_operations(points, solved.weight_bits, solved.activation_bits) / 1e9:.4g} G BOPs"]
+    if settings.max_latency_ms is not None:
+        spent.append(f"{cost.latency_ms(points, solved.weight_bits, solved.activation_bits, latency):.4g} ms")
+    if solved.activation_bits and not sensitivity.same_bits:
+        average = cost.average_activation_bits(points, solved.activation_bits)
+        spent.append(f"activations {average:.2f} bits on average, Ω {solved.activation_omega:.2g}")
+    print(f"Asked for: {solved.budget}. Uses {solved.size_bytes:,} bytes, {', '.join(spent)}.")
+    units, options = len(points.weight_units), max(len(omega) for omega in sensitivity.weight_omega.values())
+    print(
+        f"Search space: {_count(allocation.full_space(units, options))} assignments of weight bits,"
+        f" {_count(allocation.monotone_space(units, options))} of them monotone."
+    )
+    if solved.gap is None:
+        print(f"Found by {solved.method}; nothing proven about better plans.")
+    elif solved.gap == 0:
+        print(f"Proven: no plan within the budget has a lower Ω than {solved.total_omega:.6g}.")
+    else:
+        print(f"Not proven within the time: the best Ω is between {solved.bound:.6g} and {solved.total_omega:.6g}.")
+    for rate in exchange_rates(solved):
+        print(f"Rate of exchange: {rate}.")
+
+
+def _count(number: int) -> str:
+    return f"{number:,}" if number < 10**9 else f"about 10^{math.log10(number):.1f}"
 
 
 def _print_results(run: Run, quiet: bool, as_json: bool) -> None:

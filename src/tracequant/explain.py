@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 
 from tracequant import cost
-from tracequant.plan import BitPlan
+from tracequant.plan import MEGABYTE, PRICE_UNITS, BitPlan
+from tracequant.points import Layer
 from tracequant.sensitivity_result import Sensitivity
+from tracequant.settings import Latency
 
 
 @dataclass(frozen=True)
@@ -27,11 +31,12 @@ class LayerRow:
     why: str
 
 
-def explain(sensitivity: Sensitivity, plan: BitPlan) -> list[LayerRow]:
-    """A row for every layer of `plan`, in the model's order."""
+def explain(sensitivity: Sensitivity, plan: BitPlan, latency: Latency | None = None) -> list[LayerRow]:
+    """A row for every layer of `plan`, in the model's order; `latency` is the table that it was solved with, if any."""
     points = sensitivity.points
     ranked = sorted(points.layers, key=lambda layer: -sensitivity.average_traces[layer.name])
     rank = {layer.name: i + 1 for i, layer in enumerate(ranked)}
+    steps = _Steps(sensitivity, plan, sensitivity.latency if latency is None else latency)
     rows = []
     for layer in points.layers:
         num_bits = plan.weight_bits[layer.name]
@@ -49,43 +54,115 @@ def explain(sensitivity: Sensitivity, plan: BitPlan) -> list[LayerRow]:
                 omega=omega[num_bits],
                 omega_share=omega[num_bits] / plan.omega if plan.omega else 0.0,
                 code_bytes=cost.code_bytes(layer, num_bits, plan.weight_grid),
-                why=_why(sensitivity, plan, layer.name, rank[layer.name]),
+                why="; ".join([f"trace {_ordinal(rank[layer.name])} of {len(points.layers)}", *steps.of(layer)]),
             )
         )
     return rows
 
 
-def _why(sensitivity: Sensitivity, plan: BitPlan, name: str, rank: int) -> str:
-    """What the next narrower and wider choice would cost and gain, for the layer or the tie that it is in."""
-    points = sensitivity.points
-    group = next(names for names in points.weight_units if name in names)
-    options = sorted(sensitivity.weight_omega[name])
-    index = options.index(plan.weight_bits[name])
+def exchange_rates(plan: BitPlan) -> list[str]:
+    """What a little more of every resource that binds would do to the least Ω, in words."""
+    total = plan.total_omega or 1.0
+    rates = []
+    for resource, price in plan.prices.items():
+        unit, part = PRICE_UNITS[resource], 1.0
+        while price * part / total > 0.1:  # a step so large that the rate would not hold
+            part /= 10
+        rates.append(f"{part:g} {unit} more would take about {_percent(price * part / total)} off the total Ω")
+    return rates
 
-    def omega(num_bits: int) -> float:
-        return sum(sensitivity.weight_omega[member][num_bits] for member in group)
 
-    def size(num_bits: int) -> int:
-        return sum(cost.code_bytes(points.by_name[member], num_bits, plan.weight_grid) for member in group)
+class _Steps:
+    """What a step to the next bit width would cost and gain, beside what the plan pays elsewhere."""
 
-    now = options[index]
-    parts = [f"trace {_ordinal(rank)} of {len(points.layers)}"]
-    if len(group) > 1:
-        parts.append(f"tied to {len(group) - 1} other{'s' if len(group) > 2 else ''}")
-    total = plan.omega or 1.0
-    if index > 0:
-        fewer = options[index - 1]
-        parts.append(
-            f"{fewer} bits would save {_bytes(size(now) - size(fewer))} and add"
-            f" {_percent((omega(fewer) - omega(now)) / total)} to the total Ω"
+    def __init__(self, sensitivity: Sensitivity, plan: BitPlan, latency: Latency) -> None:
+        self._sensitivity, self._plan, self._latency = sensitivity, plan, latency
+        self._units = {name: names for names in sensitivity.points.weight_units for name in names}
+
+    def of(self, layer: Layer) -> list[str]:
+        """Sentences about a layer's weight, with those tied to it, and about its input where more bits are on offer."""
+        group = self._units[layer.name]
+        sentences = []
+        if len(group) > 1:
+            sentences.append(f"tied to {len(group) - 1} other{'s' if len(group) > 2 else ''}")
+        omega, now = self._sensitivity.weight_omega[layer.name], self._plan.weight_bits[layer.name]
+        fewer, more = _neighbours(omega, now)
+        shared = {
+            self._sensitivity.points.by_name[name].activation or "" for name in group if self._sensitivity.same_bits
+        } & self._plan.activation_bits.keys()
+        for num_bits in (fewer, more):
+            if num_bits is not None:
+                sentences.append(self._step("", num_bits, now, group, shared))
+        name = layer.activation or ""
+        if not self._sensitivity.same_bits and name in self._plan.activation_bits:
+            now = self._plan.activation_bits[name]
+            _, more = _neighbours(self._sensitivity.activation_omega[name], now)
+            if more is not None:
+                sentences.append(self._step("input: ", more, now, (), {name}))
+        return sentences
+
+    def _step(
+        self, prefix: str, num_bits: int, now: int, weights: Collection[str], activations: Collection[str]
+    ) -> str:
+        """The step from `now` to `num_bits` of some weights and activations, in words."""
+        plan, table = self._plan, self._sensitivity
+        stepped = replace(
+            plan,
+            weight_bits=plan.weight_bits | dict.fromkeys(weights, num_bits),
+            activation_bits=plan.activation_bits | dict.fromkeys(activations, num_bits),
         )
-    if index + 1 < len(options):
-        more = options[index + 1]
-        parts.append(
-            f"{more} bits would cost {_bytes(size(more) - size(now))} and take off only"
-            f" {_percent((omega(now) - omega(more)) / total)}"
+        gain = math.fsum(table.weight_omega[name][now] - table.weight_omega[name][num_bits] for name in weights)
+        gain += math.fsum(
+            table.activation_omega[name][now] - table.activation_omega[name][num_bits] for name in activations
         )
-    return "; ".join(parts)
+        total = (plan.total_omega if plan.prices.keys() & {"bops", "latency"} else plan.omega) or 1.0
+        if activations and not weights:
+            total = plan.total_omega or 1.0
+        used, worth = [], 0.0
+        for resource, text in _RESOURCES.items():
+            if resource not in ("size", *plan.prices):
+                continue
+            try:
+                change = abs(self._amount(resource, stepped) - self._amount(resource, plan))
+            except KeyError:  # the latency table has no such entry, or is not at hand
+                continue
+            worth += plan.prices.get(resource, 0.0) * change
+            if change and text:
+                used.append(text(change))
+        amount = " and ".join(used) or "nothing"
+        if num_bits < now:
+            sentence = f"{prefix}{num_bits} bits would save {amount} and add {_percent(-gain / total)} to the total Ω"
+            return sentence + (f"; spent elsewhere that takes off {_percent(worth / total)}" if worth else "")
+        sentence = f"{prefix}{num_bits} bits would cost {amount} and take off {_percent(gain / total)}"
+        return sentence + (f"; elsewhere that takes off {_percent(worth / total)}" if worth else "")
+
+    def _amount(self, resource: str, plan: BitPlan) -> float:
+        """How much of a resource a plan uses, in the unit of `PRICE_UNITS`."""
+        points = self._sensitivity.points
+        if resource == "size":
+            grid = plan.weight_grid
+            return sum(cost.code_bytes(layer, plan.weight_bits[layer.name], grid) for layer in points.layers) / MEGABYTE
+        if resource == "weight_bits":
+            return cost.weight_bits_total(points, plan.weight_bits) / plan.weight_count
+        if resource == "activation_bits":
+            return cost.average_activation_bits(points, plan.activation_bits)
+        if resource == "bops":
+            return cost.bit_operations(points, plan.weight_bits, plan.activation_bits) / 1e9
+        return cost.latency_ms(points, plan.weight_bits, plan.activation_bits, self._latency)
+
+
+_RESOURCES: dict[str, Callable[[float], str] | None] = {
+    "size": lambda change: _bytes(round(change * MEGABYTE)),
+    "weight_bits": None,  # the size says it better
+    "activation_bits": lambda change: f"{change:.2g} bits per activation",
+    "bops": lambda change: f"{change:.3g} G BOPs",
+    "latency": lambda change: f"{change:.2g} ms",
+}
+
+
+def _neighbours(options: Collection[int], now: int) -> tuple[int | None, int | None]:
+    """The next bit widths below and above."""
+    return max((b for b in options if b < now), default=None), min((b for b in options if b > now), default=None)
 
 
 def _ordinal(number: int) -> str:
@@ -104,6 +181,8 @@ def _bytes(count: int) -> str:
 
 
 def _percent(share: float) -> str:
+    if share < 0:
+        return f"-{_percent(-share)}"
     if share >= 1:
         return f"{share:.1f} times"
     return f"{share:.1%}" if share >= 0.001 else "under 0.1%"

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tracequant.artifact import Saveable
 from tracequant.settings import WeightGrid
 
 MEGABYTE = 1 << 20
+# Resource → the unit that `BitPlan.prices` are for.
+PRICE_UNITS = {
+    "size": "MB",
+    "weight_bits": "bit per weight on average",
+    "activation_bits": "bit per activation on average",
+    "bops": "G BOPs",
+    "latency": "ms",
+}
 
 
 @dataclass(frozen=True)
@@ -17,6 +25,11 @@ class BitPlan(Saveable):
     `size_bytes` is the exact size of the packed file, header, scales, biases and everything else included.
     `weight_code_bits` counts the weights' bits alone and `weight_count` the weights, the paper's accounting. `omega`
     is the sum of Ω over layers, `activation_omega` that over activation points. `budget` repeats what was asked.
+
+    `bound` is a proven lower bound on `omega + activation_omega` over all plans within the budget that were searched;
+    None where nothing was proven (Appendix E's search, a uniform plan, one edited by hand). `prices` are the rates of
+    exchange at the limits that bind: by how much the least Ω falls, in units of the loss, for one unit more of a
+    resource (`PRICE_UNITS`).
     """
 
     weight_bits: dict[str, int]
@@ -30,6 +43,20 @@ class BitPlan(Saveable):
     fingerprint: str
     method: str
     budget: str
+    bound: float | None = None
+    prices: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def total_omega(self) -> float:
+        """Ω of weights and activations together, which the exact solver minimises."""
+        return self.omega + self.activation_omega
+
+    @property
+    def gap(self) -> float | None:
+        """How far the plan may be from the best one, as a share of its Ω: 0 for a proven optimum, None if unknown."""
+        if self.bound is None:
+            return None
+        return (self.total_omega - self.bound) / abs(self.total_omega) if self.total_omega > self.bound else 0.0
 
     @property
     def size_mb(self) -> float:

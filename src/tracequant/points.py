@@ -18,9 +18,10 @@ class Layer:
     """One quantized weight tensor.
 
     `name` is the qualified name of the module (for the packed projections of an attention module: of the parameter).
-    `sites` are the (module, parameter) pairs that hold the tensor, more than one where weights are tied. `macs` counts
-    multiply-accumulates for one sample. `activation` names the point whose tensor the layer reads, None where no
-    quantizer can be placed (integer inputs, the inside of a fused attention).
+    `sites` are the (module, parameter) pairs that hold the tensor, more than one where weights are tied, none where the
+    layer comes from a table and no model is known. `macs` counts multiply-accumulates for one sample. `activation`
+    names the point whose tensor the layer reads, None where no quantizer can be placed (integer inputs, the inside of a
+    fused attention).
     """
 
     name: str
@@ -91,6 +92,11 @@ class QuantizationPoints(Saveable):
     def activation_by_name(self) -> dict[str, ActivationPoint]:
         """Activation points by name."""
         return {point.name: point for point in self.activations}
+
+    @property
+    def has_layout(self) -> bool:
+        """Whether the packed file's layout is known: a model was looked at, not just a table."""
+        return any(layer.sites for layer in self.layers)
 
     @property
     def weight_units(self) -> tuple[tuple[str, ...], ...]:

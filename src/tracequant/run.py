@@ -230,7 +230,9 @@ class Run:
         """Result of plan; bits that were edited by hand count, with the size and Ω that they really have."""
         plan = BitPlan.load(self.path / "plan.json")
         repriced = allocation.reprice(self.sensitivity(), plan)
-        return plan if repriced == plan else replace(repriced, method="edited by hand")
+        if repriced == plan:
+            return plan
+        return replace(repriced, method="edited by hand", bound=None, prices={})
 
     def quantize_result(self) -> QuantizeResult:
         """Result of quantize."""
@@ -561,9 +563,7 @@ class Run:
 
     def _nearest_uniform(self, sensitivity: Sensitivity, plan: BitPlan) -> tuple[int, BitPlan]:
         offered = sorted({b for options in sensitivity.weight_omega.values() for b in options})
-        settings = self.settings().plan
-        average = settings.average_activation_bits if settings else None
-        plans = {b: allocation.uniform_plan(sensitivity, b, average) for b in offered}
+        plans = {b: allocation.uniform_plan(sensitivity, b, activation_bits=plan.activation_bits) for b in offered}
         best = min(offered, key=lambda b: abs(plans[b].size_bytes - plan.size_bytes))
         return best, plans[best]
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tracequant.artifact import Saveable
 from tracequant.curvature.result import Curvature
 from tracequant.points import QuantizationPoints
-from tracequant.settings import WeightGrid
+from tracequant.settings import Latency, WeightGrid
 
 # The tensor that enters the model keeps 8 bits in every plan: images are stored that way, and no layer gains from less.
 MODEL_INPUT_BITS = 8
@@ -20,6 +20,9 @@ class Sensitivity(Saveable):
     `weight_omega[layer][bits]` and `activation_omega[point][bits]` are in units of the loss; `*_errors` are the squared
     perturbations ‖Q(W) − W‖² and, averaged over samples, ‖Q(a) − a‖². Saved and loaded, it answers any budget without
     the model.
+
+    Two fields are for published tables (`tracequant.read_sensitivity`): `latency` in milliseconds by layer, weight bits
+    and input bits, and `same_bits`, that a layer's input has as many bits as its weight.
     """
 
     points: QuantizationPoints
@@ -30,6 +33,8 @@ class Sensitivity(Saveable):
     average_traces: dict[str, float]
     weight_grid: WeightGrid
     metric: str
+    latency: Latency = field(default_factory=dict)
+    same_bits: bool = False
 
     def __str__(self) -> str:
         lines = [f"Sensitivity of {len(self.weight_omega)} layers, metric {self.metric}; Ω by bits"]

@@ -63,15 +63,29 @@ class AnalyzeSettings:
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
 
 
+# Layer → weight bits → bits of the layer's input (32 for float) → milliseconds.
+Latency = dict[str, dict[int, dict[int, float]]]
+
+
 @dataclass(frozen=True)
 class PlanSettings:
-    """The budget, one of the first three, and the space that is searched."""
+    """What a plan may cost and which bits it may use: the keywords of `tracequant.solve`, which explains them."""
 
     max_size_mb: float | None = None
     compression: float | None = None
     average_bits: float | None = None
     average_activation_bits: float | None = None
+    activation_compression: float | None = None
+    max_activation_mb: float | None = None
+    max_bops_g: float | None = None
+    max_latency_ms: float | None = None
+    latency: Latency | None = None
+    fixed_bits: dict[str, int] | None = None
+    min_bits: dict[str, int] | None = None
+    allowed_bits: dict[str, tuple[int, ...]] | None = None
+    allowed_activation_bits: dict[str, tuple[int, ...]] | None = None
     space: Literal["full", "monotone"] = "full"
+    method: Literal["exact", "pareto"] = "exact"
 
 
 @dataclass(frozen=True)

@@ -31,15 +31,26 @@ def is_stable(
 ) -> bool:
     """Whether every layer keeps its bits in at least `share` of the resamples, for a rule when to stop measuring.
 
-    Without a budget the plan is the one half way between the least and the most bits.
+    Only limits on weights count here; without any the plan is the one half way between the least and the most bits.
     """
-    if settings is None:
+    weights_only = PlanSettings()
+    if settings is not None:
+        weights_only = replace(
+            settings,
+            average_activation_bits=None,
+            activation_compression=None,
+            max_activation_mb=None,
+            max_bops_g=None,
+            max_latency_ms=None,
+            latency=None,
+            allowed_activation_bits=None,
+        )
+    if not (weights_only.max_size_mb or weights_only.compression or weights_only.average_bits):
         widths = [b for options in weight_errors.values() for b in options]
-        settings = PlanSettings(average_bits=(min(widths) + max(widths)) / 2)
+        weights_only = replace(weights_only, average_bits=(min(widths) + max(widths)) / 2)
     sensitivity = combine(curvature, weight_errors, {}, weight_grid, "trace")
-    settings = replace(settings, average_activation_bits=None)
-    plan = allocation.solve(sensitivity, **asdict(settings))
-    kept = plan_stability(sensitivity, curvature, plan, settings, resamples=STOP_RESAMPLES)
+    plan = allocation.solve(sensitivity, **asdict(weights_only))
+    kept = plan_stability(sensitivity, curvature, plan, weights_only, resamples=STOP_RESAMPLES)
     return kept is not None and min(kept.values()) >= share
 
 

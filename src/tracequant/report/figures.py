@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import matplotlib as mpl
@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
+from tracequant.allocation import Frontier
 from tracequant.curvature.result import Curvature, Spectrum, TraceEstimate
 from tracequant.explain import LayerRow
 from tracequant.plan import MEGABYTE, BitPlan
@@ -154,15 +155,25 @@ def _running_means(axes: Axes, series: Sequence[Sequence[float]]) -> None:
     axes.set_ylim(-0.2, 2.2)
 
 
-def frontier_figure(front: Sequence[BitPlan], markers: Sequence[Marker]) -> Figure:
-    """File size against the sum of Ω (as the paper's Figure 4): the frontier and the plans to point out."""
+def frontier_figure(fronts: Mapping[str, Frontier], markers: Sequence[Marker]) -> Figure:
+    """File size against the sum of Ω (as the paper's Figure 4): the frontiers and the plans to point out.
+
+    The exact frontier is a line, what Appendix E's search finds are dots on or above it.
+    """
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     axes = figure.subplots()
-    axes.plot(
-        [plan.size_bytes / MEGABYTE for plan in front],
-        [plan.omega for plan in front],
-        ".", color="#d1495b", markersize=4, label=f"mixed plans not dominated ({len(front)})", zorder=2,
-    )  # fmt: skip
+    positive = all(float(front.omega.min()) > 0 for front in fronts.values())
+    if "exact" in fronts:
+        front = fronts["exact"]
+        shown = np.unique(np.linspace(0, len(front) - 1, 2000).round().astype(int))
+        axes.step(
+            front.size_bytes[shown] / MEGABYTE, front.omega[shown], where="post",
+            color=_BIT_COLORS[2], linewidth=1.2, label=f"exact frontier ({len(front):,} plans)", zorder=1,
+        )  # fmt: skip
+    if "pareto" in fronts:
+        front = fronts["pareto"]
+        label = f"Appendix E's search ({len(front):,} plans{_loss(fronts)})"
+        axes.plot(front.size_bytes / MEGABYTE, front.omega, ".", color="#d1495b", markersize=4, label=label, zorder=2)
     for marker in markers:
         position = (marker.plan.size_bytes / MEGABYTE, marker.plan.omega)
         axes.plot(
@@ -170,13 +181,25 @@ def frontier_figure(front: Sequence[BitPlan], markers: Sequence[Marker]) -> Figu
             markeredgecolor="black", label=marker.label or None, linestyle="none", zorder=3,
         )  # fmt: skip
         axes.annotate(marker.note, position, xytext=(7, 5), textcoords="offset points", fontsize=9)
-    if all(plan.omega > 0 for plan in front):
+    if positive:
         axes.set_yscale("log")
     axes.set_xlabel("size of the packed file (MB of 2²⁰ bytes)")
     axes.set_ylabel("total perturbation Σ Ω (loss)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9)
     return figure
+
+
+def _loss(fronts: Mapping[str, Frontier]) -> str:
+    """By how much Appendix E's plans are worse than the best of their size."""
+    if "exact" not in fronts:
+        return ""
+    exact, found = fronts["exact"], fronts["pareto"]
+    best = exact.omega[np.searchsorted(exact.size_bytes, found.size_bytes, side="right") - 1]
+    excess = (found.omega[best > 0] / best[best > 0] - 1) * 100
+    if not len(excess):
+        return ""
+    return f"; Ω too high by {np.median(excess):.3f} % (median), {max(excess.max(), 0):.3f} % (worst)"
 
 
 def accuracy_figure(rows: Sequence[tuple[str, float, float]], metric_name: str) -> Figure:

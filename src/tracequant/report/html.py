@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,12 +14,14 @@ import jinja2
 from matplotlib.figure import Figure
 
 from tracequant import __version__, allocation, cost
+from tracequant.allocation import Frontier
 from tracequant.artifact import replace_file, write_text
 from tracequant.errors import BudgetError
-from tracequant.explain import explain
+from tracequant.explain import exchange_rates, explain
 from tracequant.plan import MEGABYTE, BitPlan
 from tracequant.report import figures
 from tracequant.sensitivity_result import Sensitivity
+from tracequant.settings import PlanSettings
 from tracequant.stability import plan_stability
 
 if TYPE_CHECKING:
@@ -29,12 +32,12 @@ def write_report(run: Run) -> Path:
     """Write `report.html` and `figures/*.png|svg` into the run directory, from the artifacts that exist."""
     settings, curvature, sensitivity, plan = run.settings(), run.curvature(), run.sensitivity(), run.plan()
     points = sensitivity.points
-    rows = explain(sensitivity, plan)
+    rows = explain(sensitivity, plan, settings.plan.latency if settings.plan else None)
     results = run.result_rows()
-    front = allocation.frontier(sensitivity, settings.plan.average_activation_bits if settings.plan else None)
+    fronts = _frontiers(sensitivity, plan, settings.plan)
     pictures: dict[str, Figure] = {
         "layers": figures.layers_figure(rows, curvature),
-        "frontier": figures.frontier_figure(front, _markers(run, sensitivity, plan)),
+        "frontier": figures.frontier_figure(fronts, _markers(run, sensitivity, plan)),
     }
     if (convergence := figures.convergence_figure(curvature)) is not None:
         pictures["convergence"] = convergence
@@ -64,6 +67,7 @@ def write_report(run: Run) -> Path:
         stability=plan_stability(sensitivity, curvature, plan, settings.plan) if settings.plan else None,
         points=points,
         plan=plan,
+        rates=exchange_rates(plan),
         rows=rows,
         results=results,
         metric_name=run.quantize_result().metric_name if results else "",
@@ -85,14 +89,30 @@ def write_report(run: Run) -> Path:
     return path
 
 
+def _frontiers(sensitivity: Sensitivity, plan: BitPlan, settings: PlanSettings | None) -> dict[str, Frontier]:
+    """The frontiers at the plan's activations and within its rules: all plans, and what Appendix E finds of them."""
+    rules = settings or PlanSettings()
+    found: dict[str, Frontier] = {}
+    methods: tuple[allocation.Method, ...] = ("exact", "pareto")
+    for method in methods:
+        with suppress(BudgetError):  # the exact tables may not fit into memory
+            found[method] = allocation.frontier(
+                sensitivity,
+                method=method,
+                activation_bits=plan.activation_bits,
+                fixed_bits=rules.fixed_bits,
+                min_bits=rules.min_bits,
+                allowed_bits=rules.allowed_bits,
+            )
+    return found
+
+
 def _markers(run: Run, sensitivity: Sensitivity, plan: BitPlan) -> list[figures.Marker]:
     """The chosen plan, uniform ones, and the best that HAWQ's order of layers allows at the same size."""
-    settings = run.settings().plan
-    average = settings.average_activation_bits if settings else None
     markers = [figures.Marker("this plan", "", plan, "*", "#ffd166")]
     label = "uniform"
     for num_bits in sorted({b for options in sensitivity.weight_omega.values() for b in options}):
-        uniform = allocation.uniform_plan(sensitivity, num_bits, average)
+        uniform = allocation.uniform_plan(sensitivity, num_bits, activation_bits=plan.activation_bits)
         if uniform.omega > 0 and uniform.size_bytes <= 2 * plan.size_bytes:
             markers.append(figures.Marker(label, f"{num_bits} bits", uniform, "s", "#b8bec9"))
             label = ""
@@ -103,7 +123,6 @@ def _markers(run: Run, sensitivity: Sensitivity, plan: BitPlan) -> list[figures.
             hawq = allocation.solve(
                 sensitivity,
                 max_size_mb=plan.size_bytes / MEGABYTE,
-                average_activation_bits=average,
                 space="monotone",
                 ranking=ranking,
             )
