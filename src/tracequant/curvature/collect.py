@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import safetensors
@@ -37,6 +37,8 @@ from tracequant.task import Batch, Batches, Task, checked, forward, model_device
 MEMORY_SHARE = 0.7
 
 Stop = Callable[[Curvature], bool]
+Result = TypeVar("Result")
+ResultOut = TypeVar("ResultOut", covariant=True)
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ class Part:
     notes: tuple[str, ...] = ()
 
 
-class Estimator(Protocol):
-    """One way to estimate traces; a file in this package has one, and a function that hands it to `collect`."""
+class Estimator(Protocol[ResultOut]):
+    """One way to measure every layer; a file in this package has one, and a function that hands it to `collect`."""
 
     label: str
     """What the progress bar says."""
@@ -76,20 +78,20 @@ class Estimator(Protocol):
     def add(self, parts: Sequence[Part]) -> Part:
         """The parts of a batch's pieces as one."""
 
-    def summarize(self, parts: Sequence[Part]) -> Curvature:
+    def summarize(self, parts: Sequence[Part]) -> ResultOut:
         """The result, from the parts in the order of batches."""
 
 
 def collect(
-    estimator: Estimator,
+    estimator: Estimator[Result],
     model: nn.Module,
     batches: Batches,
     task: Task,
     checkpoint: str | Path | None = None,
-    stop: Stop | None = None,
+    stop: Callable[[Result], bool] | None = None,
     precision: Precision = "float32",
     progress: bool = False,
-) -> Curvature:
+) -> Result:
     """The estimator's result over all batches, or over those up to the one after which `stop` is content.
 
     `checkpoint` is a folder in which every finished batch is saved, and from which a later call goes on. With several
@@ -119,7 +121,7 @@ def collect(
             done.update(found)
         fresh.clear()
 
-    def summary() -> Curvature:
+    def summary() -> Result:
         return estimator.summarize(_merged(done))
 
     with frozen_evaluation(model), pieces.arithmetic(precision, model_device(model)):
@@ -166,7 +168,7 @@ def generator(seed: int, *key: int, device: torch.device) -> torch.Generator:
 class _Collector:
     """Measures batches, in as many pieces as memory asks for."""
 
-    def __init__(self, estimator: Estimator, model: nn.Module, task: Task, precision: Precision) -> None:
+    def __init__(self, estimator: Estimator[Any], model: nn.Module, task: Task, precision: Precision) -> None:
         self._estimator, self._model, self._task, self._precision = estimator, model, task, precision
         self._count: int | None = None
 
@@ -273,7 +275,7 @@ class _Store:
         return self._folder and self._folder / f"batch-{key[0]:06d}-{key[1]}-of-{shares}.safetensors"
 
 
-def _shares(estimator: Estimator, batches: Batches, processes: int) -> int:
+def _shares(estimator: Estimator[Any], batches: Batches, processes: int) -> int:
     """Into how many parts the draws of a batch are divided: 1 where there are batches for all processes."""
     try:
         count = len(batches)  # type: ignore[arg-type]
