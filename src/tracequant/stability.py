@@ -44,6 +44,8 @@ def is_stable(
             max_latency_ms=None,
             latency=None,
             allowed_activation_bits=None,
+            max_accuracy_drop=None,
+            max_loss_increase=None,
         )
     if not (weights_only.max_size_mb or weights_only.compression or weights_only.average_bits):
         widths = [b for options in weight_errors.values() for b in options]

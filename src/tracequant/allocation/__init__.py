@@ -123,6 +123,9 @@ def solve(
 
 def check(request: PlanSettings) -> None:
     """Raise `BudgetError` for a request that makes no sense whatever the sensitivities are."""
+    if request.by_accuracy:
+        problem.check_losses(request)
+        return
     problem.check_numbers(request)
     if request.method not in ("exact", "pareto"):
         raise BudgetError(f"unknown method {request.method!r}; choose 'exact' or 'pareto'")
@@ -200,7 +203,7 @@ def frontier(
     )
     check(request)
     if activation_bits is None:
-        activation_bits = _activation_bits(sensitivity, request)
+        activation_bits = decided_activations(sensitivity, request)
     else:
         sensitivity = replace(
             sensitivity,
@@ -245,7 +248,7 @@ def uniform_plan(
     elif activation_bits is None:
         request = PlanSettings(average_bits=32, average_activation_bits=average_activation_bits)
         check(request)
-        activation_bits = _activation_bits(sensitivity, request)
+        activation_bits = decided_activations(sensitivity, request)
     weight_bits = dict.fromkeys(sensitivity.weight_omega, num_bits)
     return _priced(sensitivity, weight_bits, activation_bits, "uniform", f"{num_bits} bits everywhere")
 
@@ -279,8 +282,8 @@ def _listed(rules: Mapping[str, Iterable[int]] | None) -> dict[str, tuple[int, .
     return None if rules is None else {pattern: tuple(sorted(bits)) for pattern, bits in rules.items()}
 
 
-def _activation_bits(sensitivity: Sensitivity, request: PlanSettings) -> dict[str, int]:
-    """Bits of the activations where they are decided apart from the weights."""
+def decided_activations(sensitivity: Sensitivity, request: PlanSettings) -> dict[str, int]:
+    """Bits of the activations under a request, where they are decided apart from the weights."""
     if sensitivity.same_bits:
         return {}
     from tracequant.allocation import exact

@@ -131,18 +131,18 @@ def collect(
             failure = error
         unit, content = 0, False
         for index, batch in enumerate(track(checked(batches, task, model), estimator.label, progress and rank == 0)):
-            digest = _digest(batch)
-            digests.append(digest)
+            own = digest(batch)
+            digests.append(own)
             if index == 0 and failure is None:
                 store.open(model, task, batch)
             for share in range(shares):
                 if failure is None and unit % processes == rank:
                     try:
                         key = (index, share)
-                        part = store.load(key, shares, digest)
+                        part = store.load(key, shares, own)
                         if part is None:
                             part = collector.measure(batch, index, share, shares)
-                            store.save(key, shares, digest, part)
+                            store.save(key, shares, own, part)
                         fresh[key] = part
                     except Exception as error:
                         # The others must hear of it, or they would wait for ever.
@@ -297,9 +297,9 @@ def _merged(done: dict[tuple[int, int], Part]) -> list[Part]:
     return merged
 
 
-def _digest(batch: Batch) -> str:
+def digest(batch: Batch) -> str:
     """A hash of a batch's sums and of some of its values, which tells batches apart."""
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for leaf in _leaves(batch):
         if isinstance(leaf, Tensor):
             flat = leaf.detach().flatten()
@@ -307,11 +307,11 @@ def _digest(batch: Batch) -> str:
             places = np.random.default_rng(0).integers(0, max(1, flat.numel()), min(flat.numel(), 2048))
             some = flat[torch.from_numpy(places).to(flat.device)]
             total = flat.to(torch.float64 if leaf.is_floating_point() else torch.int64).sum()
-            digest.update(f"{tuple(leaf.shape)}{leaf.dtype}{total.item()}".encode())
-            digest.update(some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            found.update(f"{tuple(leaf.shape)}{leaf.dtype}{total.item()}".encode())
+            found.update(some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         elif isinstance(leaf, (str, bytes, int, float)):
-            digest.update(repr(leaf).encode())
-    return digest.hexdigest()[:16]
+            found.update(repr(leaf).encode())
+    return found.hexdigest()[:16]
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from tracequant.allocation import Frontier
 from tracequant.curvature.result import Curvature, Spectrum, TraceEstimate
+from tracequant.evaluated import Check, LayerCheck, PlanCheck
 from tracequant.explain import LayerRow
 from tracequant.plan import MEGABYTE, BitPlan
 
@@ -155,10 +156,13 @@ def _running_means(axes: Axes, series: Sequence[Sequence[float]]) -> None:
     axes.set_ylim(-0.2, 2.2)
 
 
-def frontier_figure(fronts: Mapping[str, Frontier], markers: Sequence[Marker]) -> Figure:
+def frontier_figure(
+    fronts: Mapping[str, Frontier], markers: Sequence[Marker], evaluated: Sequence[tuple[float, float, float]] = ()
+) -> Figure:
     """File size against the sum of Ω (as the paper's Figure 4): the frontiers and the plans to point out.
 
-    The exact frontier is a line, what Appendix E's search finds are dots on or above it.
+    The exact frontier is a line, what Appendix E's search finds are dots on or above it. `evaluated` are plans whose
+    metric was measured: (bytes, Ω, metric), the metric as their colour.
     """
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     axes = figure.subplots()
@@ -181,6 +185,14 @@ def frontier_figure(fronts: Mapping[str, Frontier], markers: Sequence[Marker]) -
             markeredgecolor="black", label=marker.label or None, linestyle="none", zorder=3,
         )  # fmt: skip
         axes.annotate(marker.note, position, xytext=(7, 5), textcoords="offset points", fontsize=9)
+    if evaluated:
+        sizes, omegas, metrics = zip(*evaluated, strict=True)
+        positive = positive and min(omegas) > 0
+        megabytes = [size / MEGABYTE for size in sizes]
+        drawn = axes.scatter(
+            megabytes, omegas, c=metrics, cmap="viridis", edgecolors="black", zorder=2.5, label="evaluated plans"
+        )
+        figure.colorbar(drawn, ax=axes, label="metric, evaluated without fine-tuning")
     if positive:
         axes.set_yscale("log")
     axes.set_xlabel("size of the packed file (MB of 2²⁰ bytes)")
@@ -200,6 +212,52 @@ def _loss(fronts: Mapping[str, Frontier]) -> str:
     if not len(excess):
         return ""
     return f"; Ω too high by {np.median(excess):.3f} % (median), {max(excess.max(), 0):.3f} % (worst)"
+
+
+def check_figure(check: Check) -> Figure:
+    """Measured changes of the loss against what each metric says: layers above, plans below, with their correlations.
+
+    Colours stand for bits: a layer's, or a plan's on average.
+    """
+    layer_names = list(check.layers[0].scores)
+    plan_names = list(check.plans[0].scores) if check.plans else []
+    columns = 4
+    panels: list[tuple[str, str, Sequence[LayerCheck] | Sequence[PlanCheck]]] = [
+        ("one layer", name, check.layers) for name in layer_names
+    ] + [("plans", name, check.plans) for name in plan_names]
+    above = -(-len(layer_names) // columns)
+    rows = above - (-len(plan_names) // columns)
+    figure = Figure(figsize=(13, 3.1 * rows), layout="constrained")
+    for number, (kind, name, own) in enumerate(panels):
+        place = number if kind == "one layer" else above * columns + number - len(layer_names)
+        axes = figure.add_subplot(rows, columns, place + 1)
+        scores, changes = [row.scores[name] for row in own], [row.loss_change for row in own]
+        axes.scatter(scores, changes, s=12, c=[_check_color(row) for row in own], alpha=0.8)
+        # Both may be negative, and both go over many powers of ten.
+        axes.set_xscale("symlog", linthresh=_smallest_shown(scores))
+        axes.set_yscale("symlog", linthresh=_smallest_shown(changes))
+        groups = check.correlations[name].items()
+        wanted = [value for group, value in groups if (group == "all bits") == (kind == "one layer")]
+        wanted = wanted if kind == "one layer" else [v for g, v in groups if g.startswith("plans")]
+        axes.set_title(f"{kind}: {name}, {', '.join(f'{value:.2f}' for value in wanted)}", fontsize=9)
+        axes.tick_params(labelsize=7)
+        axes.minorticks_off()
+        _despine(axes)
+    figure.supylabel("measured change of the loss", fontsize=10)
+    figure.supxlabel("what the metric says", fontsize=10)
+    return figure
+
+
+def _check_color(row: LayerCheck | PlanCheck) -> str:
+    if isinstance(row, LayerCheck):
+        return _BIT_COLORS[row.num_bits]
+    return _BIT_COLORS[round(sum(row.weight_bits.values()) / len(row.weight_bits))]
+
+
+def _smallest_shown(values: Sequence[float]) -> float:
+    """The size below which an axis is linear: that of the smallest tenth of the values."""
+    sizes = np.abs(values)
+    return float(np.quantile(sizes[sizes > 0], 0.1)) if (sizes > 0).any() else 1.0
 
 
 def accuracy_figure(rows: Sequence[tuple[str, float, float]], metric_name: str) -> Figure:
