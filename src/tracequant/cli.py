@@ -23,6 +23,7 @@ from tracequant.plan import MEGABYTE, BitPlan
 from tracequant.run import Measured, Run
 from tracequant.sensitivity_result import Sensitivity
 from tracequant.settings import (
+    METRICS,
     AnalyzeSettings,
     FinetuneSettings,
     Metric,
@@ -364,9 +365,7 @@ def compare(
     max_size_mb: MaxSize = None,
     compression: Compression = None,
     average_bits: AverageBits = None,
-    metric: Annotated[
-        list[Metric] | None, typer.Option(help="compare these; may be repeated [all that were measured]")
-    ] = None,
+    metrics: Annotated[str | None, typer.Option(help="compare these [all that were measured]", metavar="LIST")] = None,
     fix: Fix = None,
     min_bits: AtLeast = None,
     allow: Allow = None,
@@ -377,7 +376,7 @@ def compare(
     run = _open(run_path, quiet)
     others = {"bits": None, "activation_bits": None, "latency": None, "allow_activation": None, "metric": None}
     settings = _plan_settings(locals() | others | {"search": "exact"})
-    rows = run.compare(settings, metric or run.metrics())
+    rows = run.compare(settings, _parse_metrics(metrics) if metrics is not None else run.metrics())
     evaluations = run.evaluations()
     assert evaluations is not None
     if as_json:
@@ -737,6 +736,13 @@ def _parse_bits(text: str, option: str) -> tuple[int, ...]:
     if not all(1 <= num_bits <= 8 for num_bits in bits):
         _bad_parameter(f"{option} takes bit widths from 1 to 8, got {text!r}")
     return bits
+
+
+def _parse_metrics(text: str) -> list[Metric]:
+    found: list[Metric] = [metric for part in text.split(",") for metric in METRICS if metric == part.strip()]
+    if len(found) != len(text.split(",")):
+        _bad_parameter(f"--metrics takes some of {', '.join(METRICS)}, got {text!r}")
+    return found
 
 
 def _bad_parameter(text: str) -> NoReturn:
