@@ -1,6 +1,6 @@
 """Which metric ranks quantized models best, and which makes the best plans: ResNet20 on CIFAR-10.
 
-    python benchmarks/metrics.py [--images 1024] [--plans 80] [--test-images 2000] [--cache DIR]
+    python benchmarks/metrics.py [--images 512] [--plans 80] [--test-images 1000] [--cache DIR]
 
 Part 1, on the first training images: Spearman's rank correlation of every metric with the measured change of the loss,
 one layer at a time at 2, 3, 4 and 8 bits, and for random whole plans over {3, 4, 8} and {2, 3}; weights per channel,
@@ -232,9 +232,9 @@ def first(batches: Any, count: int) -> list[Any]:
 def main() -> None:
     """Measure, print the tables and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--images", type=int, default=1024)
+    parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--plans", type=int, default=80)
-    parser.add_argument("--test-images", type=int, default=2000)
+    parser.add_argument("--test-images", type=int, default=1000)
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "metrics.json")
     arguments = parser.parse_args()

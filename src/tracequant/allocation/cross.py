@@ -3,7 +3,8 @@
 With products Σ_{i<j} P(option of i, option of j) the objective is a quadratic form in the choice, for which no proof is
 attempted. The search starts at the exact optimum of the layers' own Ω, takes the best change of one decision or of two
 together that the limits allow until there is none, and then asks the exact solver for the optimum of the objective made
-linear at the plan it has reached, from where it searches again, as long as that helps.
+linear at the plan it has reached, from where it searches again, as long as that helps. Last, a few decisions are
+changed at random and the search goes on from there, which may lead out of a plan that no two changes improve.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from tracequant.sensitivity_result import Sensitivity
 # How often the exact solver is asked again, and how many changes a search may make.
 ROUNDS = 8
 MOST_CHANGES = 10_000
+# How often a few decisions are changed at random, and how many.
+KICKS, KICKED = 20, 3
 
 
 def improve(problem: Problem, sensitivity: Sensitivity, choice: Sequence[int]) -> tuple[int, ...]:
@@ -35,6 +38,15 @@ def improve(problem: Problem, sensitivity: Sensitivity, choice: Sequence[int]) -
         if form.value(found) >= form.value(best):
             break
         best = found
+    random = np.random.default_rng(0)
+    for _ in range(KICKS):
+        kicked = list(best)
+        for d in random.choice(len(best), min(KICKED, len(best)), replace=False):
+            kicked[d] = int(random.integers(len(problem.decisions[d].bits)))
+        if problem.allows(kicked):
+            found = form.search(kicked)
+            if form.value(found) < form.value(best):
+                best = found
     return tuple(best)
 
 
