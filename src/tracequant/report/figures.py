@@ -214,35 +214,43 @@ def _loss(fronts: Mapping[str, Frontier]) -> str:
     return f"; Ω too high by {np.median(excess):.3f} % (median), {max(excess.max(), 0):.3f} % (worst)"
 
 
+# What the self-check's figure shows of single layers and of plans; the table beside it has all.
+_LAYER_PANELS = ("l2", "eigenvalue", "trace", "first+quadratic")
+_PLAN_PANELS = ("trace", "first+quadratic", "first+cross", "response")
+
+
 def check_figure(check: Check) -> Figure:
-    """Measured changes of the loss against what each metric says: layers above, plans below, with their correlations.
+    """Measured changes of the loss against what metrics say: layers above, plans below, with their correlations.
 
     Colours stand for bits: a layer's, or a plan's on average.
     """
-    layer_names = list(check.layers[0].scores)
-    plan_names = list(check.plans[0].scores) if check.plans else []
-    columns = 4
-    panels: list[tuple[str, str, Sequence[LayerCheck] | Sequence[PlanCheck]]] = [
-        ("one layer", name, check.layers) for name in layer_names
-    ] + [("plans", name, check.plans) for name in plan_names]
-    above = -(-len(layer_names) // columns)
-    rows = above - (-len(plan_names) // columns)
-    figure = Figure(figsize=(13, 3.1 * rows), layout="constrained")
-    for number, (kind, name, own) in enumerate(panels):
-        place = number if kind == "one layer" else above * columns + number - len(layer_names)
-        axes = figure.add_subplot(rows, columns, place + 1)
-        scores, changes = [row.scores[name] for row in own], [row.loss_change for row in own]
-        axes.scatter(scores, changes, s=12, c=[_check_color(row) for row in own], alpha=0.8)
-        # Both may be negative, and both go over many powers of ten.
-        axes.set_xscale("symlog", linthresh=_smallest_shown(scores))
-        axes.set_yscale("symlog", linthresh=_smallest_shown(changes))
-        groups = check.correlations[name].items()
-        wanted = [value for group, value in groups if (group == "all bits") == (kind == "one layer")]
-        wanted = wanted if kind == "one layer" else [v for g, v in groups if g.startswith("plans")]
-        axes.set_title(f"{kind}: {name}, {', '.join(f'{value:.2f}' for value in wanted)}", fontsize=9)
-        axes.tick_params(labelsize=7)
-        axes.minorticks_off()
-        _despine(axes)
+    kinds: list[tuple[str, tuple[str, ...], Sequence[LayerCheck] | Sequence[PlanCheck]]] = [
+        ("one layer", _LAYER_PANELS, check.layers)
+    ]
+    if check.plans:
+        kinds.append(("plans", _PLAN_PANELS, check.plans))
+    figure = Figure(figsize=(13, 3.2 * len(kinds)), layout="constrained")
+    for row, (kind, names, own) in enumerate(kinds):
+        shown = [name for name in names if name in own[0].scores]
+        colors = [_check_color(entry) for entry in own]
+        changes = [entry.loss_change for entry in own]
+        for column, name in enumerate(shown):
+            axes = figure.add_subplot(len(kinds), len(names), row * len(names) + column + 1)
+            scores = [entry.scores[name] for entry in own]
+            axes.scatter(scores, changes, s=12, c=colors, alpha=0.8)
+            for values, scale in ((scores, axes.set_xscale), (changes, axes.set_yscale)):
+                # Values may be negative, and mostly go over many powers of ten.
+                if max(map(abs, values)) > 30 * _smallest_shown(values):
+                    scale("symlog", linthresh=_smallest_shown(values))
+            axes.minorticks_off()
+            correlations = [
+                f"{value:.2f}"
+                for group, value in check.correlations[name].items()
+                if (group == "all bits" if kind == "one layer" else group.startswith("plans"))
+            ]
+            axes.set_title(f"{kind}: {name} ({', '.join(correlations)})", fontsize=9)
+            axes.tick_params(labelsize=7)
+            _despine(axes)
     figure.supylabel("measured change of the loss", fontsize=10)
     figure.supxlabel("what the metric says", fontsize=10)
     return figure
