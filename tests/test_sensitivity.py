@@ -241,7 +241,7 @@ def test_the_l2_metric_leaves_the_trace_out():
     assert result.metric == "l2"
     assert result.weight_omega == result.weight_errors
     assert result.activation_omega == result.activation_errors
-    with pytest.raises(ValueError, match="unknown metric 'l1'"):
+    with pytest.raises(ModelError, match="unknown metric 'l1'"):
         measure_sensitivity(model, curvature, images(), TASK, metric="l1")
 
 
