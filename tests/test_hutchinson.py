@@ -887,7 +887,7 @@ def test_forward_mode_where_there_is_no_way_back():
 @pytest.mark.parametrize("options", [{}, {"mode": "reverse"}], ids=["by default", "reverse"])
 def test_forward_mode_is_not_taken_unasked(function, options):
     """For some functions it would leave out a term and say nothing."""
-    with pytest.raises(ModelError, match="no second derivative.*or try mode='forward'"):
+    with pytest.raises(ModelError, match=r"no second derivative.*or try mode='forward'"):
         estimate_curvature(build(lambda: Called(function.apply)), labelled(6), TASK, draws=3, **options)
 
 

@@ -357,8 +357,10 @@ class Run:
         chosen = match_names(layers, names, "layer")
         whole = ["*"] if "*" in densities else []
         wanted = whole + match_names([p for p in densities if p != "*"], names, "density")
-        if not chosen and not wanted:
-            raise RunError(f"there is nothing to measure: no layer matches {list(layers)}")
+        if not (top and chosen) and not wanted:
+            raise RunError(
+                f"there is nothing to measure: {top} eigenvalues of the layers that match {list(layers)}, and no density"
+            )
         eigenvalues = {}
         if top and chosen:
             some = replace(points, layers=tuple(points.by_name[name] for name in chosen))
