@@ -482,8 +482,7 @@ def _run_stages(
     if not run.done("plan"):
         run.keep_plan(plan, solved)
     if not (quiet or as_json):
-        stable = plan_stability(run.sensitivity(), run.curvature(), run.plan(), plan)
-        _print_plan(run.sensitivity(), run.plan(), plan, stable)
+        _print_plan(run.sensitivity(), run.plan(), plan, run.stability())
     run.quantize()
     if finetune.steps:
         run.finetune(finetune)
