@@ -25,6 +25,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/allocation.py
 	$(BIN)/python benchmarks/hutchinson_probes.py
 	$(BIN)/python benchmarks/curvature.py
+	$(BIN)/python benchmarks/metrics.py
 	$(BIN)/python benchmarks/end_to_end.py
 
 # torch and torchvision are resolved in one call: installed one after the other they may not fit each other.

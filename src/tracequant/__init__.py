@@ -14,10 +14,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tracequant.accuracy import solve_by_accuracy
     from tracequant.allocation import Frontier, frontier, full_space, monotone_space, solve, uniform_plan
+    from tracequant.check import check_metrics
     from tracequant.convert import quantize
     from tracequant.curvature.estimate import estimate_curvature
-    from tracequant.curvature.result import Curvature, Density, Spectrum, TraceEstimate
+    from tracequant.curvature.perturbation import measure_perturbation
+    from tracequant.curvature.result import Curvature, Density, Perturbation, Spectrum, TraceEstimate
     from tracequant.curvature.spectrum import spectral_density, top_eigenvalues
     from tracequant.errors import (
         ArtifactError,
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
         TaskError,
         TracequantError,
     )
+    from tracequant.evaluated import AccuracySearch, Check, EvaluatedPlan, Evaluations
     from tracequant.export.packed import load, pack
     from tracequant.finetuning import finetune
     from tracequant.layers import discover
@@ -43,10 +47,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
+    "tracequant.accuracy": ("solve_by_accuracy",),
+    "tracequant.check": ("check_metrics",),
+    "tracequant.curvature.perturbation": ("measure_perturbation",),
+    "tracequant.evaluated": ("AccuracySearch", "Check", "EvaluatedPlan", "Evaluations"),
     "tracequant.allocation": ("Frontier", "frontier", "full_space", "monotone_space", "solve", "uniform_plan"),
     "tracequant.convert": ("quantize",),
     "tracequant.curvature.estimate": ("estimate_curvature",),
-    "tracequant.curvature.result": ("Curvature", "Density", "Spectrum", "TraceEstimate"),
+    "tracequant.curvature.result": ("Curvature", "Density", "Perturbation", "Spectrum", "TraceEstimate"),
     "tracequant.curvature.spectrum": ("spectral_density", "top_eigenvalues"),
     "tracequant.errors": (
         "ArtifactError", "BudgetError", "DataError", "ModelError", "ResourceError", "RunError", "TaskError",
@@ -66,12 +74,13 @@ _MODULES = {
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
-    "ActivationPoint", "ArtifactError", "BitPlan", "BudgetError", "ClassificationTask", "Curvature", "DataError",
-    "Density", "Evaluation", "Frontier", "Layer", "ModelError", "QuantizationPoints", "ResourceError", "RunError",
-    "Sensitivity", "Spectrum", "Task", "TaskError", "TaskSetup", "TraceEstimate", "TracequantError", "WeightGrid",
-    "discover", "estimate_curvature", "finetune", "frontier", "full_space", "load", "measure_sensitivity",
-    "monotone_space", "pack", "quantize", "read_latency", "read_sensitivity", "solve", "spectral_density",
-    "top_eigenvalues", "uniform_plan",
+    "AccuracySearch", "ActivationPoint", "ArtifactError", "BitPlan", "BudgetError", "Check", "ClassificationTask",
+    "Curvature", "DataError", "Density", "EvaluatedPlan", "Evaluation", "Evaluations", "Frontier", "Layer",
+    "ModelError", "Perturbation", "QuantizationPoints", "ResourceError", "RunError", "Sensitivity", "Spectrum",
+    "Task", "TaskError", "TaskSetup", "TraceEstimate", "TracequantError", "WeightGrid", "check_metrics", "discover",
+    "estimate_curvature", "finetune", "frontier", "full_space", "load", "measure_perturbation",
+    "measure_sensitivity", "monotone_space", "pack", "quantize", "read_latency", "read_sensitivity", "solve",
+    "solve_by_accuracy", "spectral_density", "top_eigenvalues", "uniform_plan",
 ]  # fmt: skip
 
 

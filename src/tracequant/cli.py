@@ -17,13 +17,16 @@ from rich.table import Table
 
 from tracequant import __version__, allocation, cost
 from tracequant.errors import TracequantError
+from tracequant.evaluated import Check
 from tracequant.explain import exchange_rates, explain
 from tracequant.plan import MEGABYTE, BitPlan
 from tracequant.run import Measured, Run
 from tracequant.sensitivity_result import Sensitivity
 from tracequant.settings import (
+    METRICS,
     AnalyzeSettings,
     FinetuneSettings,
+    Metric,
     PlanSettings,
     RunSettings,
     TaskOptions,
@@ -92,8 +95,16 @@ Exclude = Annotated[list[str] | None, typer.Option(help="keep layers matching th
 Tie = Annotated[
     list[str] | None, typer.Option(help="layers matching this pattern share one bit width; may be repeated")
 ]
-Metric = Annotated[
-    Literal["trace", "l2"], typer.Option(help="trace: HAWQ-V2's Eq. 10; l2: the perturbation alone (ablation)")
+MetricName = Annotated[
+    Metric, typer.Option(help="what stands for a layer's loss; trace is HAWQ-V2's Eq. 10 (docs/method.md)")
+]
+PlanMetric = Annotated[Metric | None, typer.Option(help="solve by this metric [the one of the analysis]")]
+MaxAccuracyDrop = Annotated[
+    float | None,
+    typer.Option(help="smallest plan that loses at most this many points, by evaluation", metavar="POINTS"),
+]
+MaxLossIncrease = Annotated[
+    float | None, typer.Option(help="smallest plan whose loss rises by at most this, by evaluation", metavar="LOSS")
 ]
 PerTensor = Annotated[
     bool, typer.Option("--per-tensor", help="one scale for a whole weight instead of one per channel")
@@ -198,7 +209,7 @@ def analyze(
     include: Include = None,
     exclude: Exclude = None,
     tie: Tie = None,
-    metric: Metric = "trace",
+    metric: MetricName = "trace",
     per_tensor: PerTensor = False,
     asymmetric: Asymmetric = False,
     range_method: Range = "mse",
@@ -228,6 +239,9 @@ def plan(
     max_bops_g: MaxBops = None,
     max_latency_ms: MaxLatency = None,
     latency: LatencyFile = None,
+    max_accuracy_drop: MaxAccuracyDrop = None,
+    max_loss_increase: MaxLossIncrease = None,
+    metric: PlanMetric = None,
     bits: Annotated[str | None, typer.Option(help="use only these weight bits", metavar="LIST")] = None,
     activation_bits: Annotated[str | None, typer.Option(help="use only these activation bits", metavar="LIST")] = None,
     fix: Fix = None,
@@ -252,6 +266,9 @@ def plan(
 ) -> None:
     """Answer budgets from a finished analysis, in seconds and without the model. Several budgets hold together.
 
+    --max-accuracy-drop and --max-loss-increase evaluate a dozen plans instead, after calibration and without
+    fine-tuning, and give the smallest that keeps to them.
+
     The first plan becomes the run's. Once the run is quantized, further plans are only shown, unless --apply is given.
     With --sensitivity FILE there is no run, only the answer.
     """
@@ -261,13 +278,15 @@ def plan(
     run: Run | None = None
     if run_path is not None:
         run = _open(run_path, quiet)
-        solved, table = run.solve(settings), run.sensitivity()
+        solved, table = run.solve(settings), run.sensitivity_by(settings.metric)
     else:
         if apply:
             _bad_parameter("--apply needs a run directory")
+        if settings.by_accuracy or settings.metric is not None:
+            _bad_parameter("--metric, --max-accuracy-drop and --max-loss-increase need a run directory")
         assert sensitivity is not None
         table = read_sensitivity(sensitivity)
-        solved = allocation.solve(table, **asdict(settings))
+        solved = allocation.solve(table, **settings.keywords())
     if out is not None:
         solved.save(out)
     keep = run is not None and (apply or not run.done("quantize"))
@@ -316,6 +335,67 @@ def spectrum(
             table.add_row(name, *first, rest + (", ..." if len(values) > 6 else ""))
         Console().print(table)
         print(f"Figure: {run.path / 'figures' / 'spectrum.png'}; `tracequant report {run.path}` takes it in")
+
+
+@app.command()
+def check(
+    run_path: RunPath,
+    samples: Annotated[int | None, typer.Option(min=1, help="calibration inputs to measure on [all]")] = None,
+    plans: Annotated[int, typer.Option(min=0, help="random whole plans for each --plan-bits")] = 80,
+    plan_bits: Annotated[
+        list[str] | None, typer.Option(help="bits of the random plans; may be repeated [all]", metavar="LIST")
+    ] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Quantize single layers and random plans, measure the loss, and say which metric ranks them best.
+
+    Writes RUN/check.json and RUN/figures/check.png. Interrupted, the same command goes on where it stopped.
+    """
+    run = _open(run_path, quiet)
+    found = run.check(samples, plans, [_parse_bits(text, "--plan-bits") for text in plan_bits or ()])
+    from tracequant.report.figures import check_figure
+    from tracequant.report.html import save_figure
+
+    save_figure(check_figure(found), run.path / "figures" / "check")
+    if as_json:
+        _print_json(found.to_json())
+    elif not quiet:
+        _print_check(run, found)
+
+
+@app.command()
+def compare(
+    run_path: RunPath,
+    max_size_mb: MaxSize = None,
+    compression: Compression = None,
+    average_bits: AverageBits = None,
+    metrics: Annotated[str | None, typer.Option(help="compare these [all that were measured]", metavar="LIST")] = None,
+    fix: Fix = None,
+    min_bits: AtLeast = None,
+    allow: Allow = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Solve one budget by every metric and evaluate the plans, calibrated and not fine-tuned (Tables 3 and 5)."""
+    run = _open(run_path, quiet)
+    others = {"bits": None, "activation_bits": None, "latency": None, "allow_activation": None, "metric": None}
+    settings = _plan_settings(locals() | others | {"search": "exact"})
+    rows = run.compare(settings, _parse_metrics(metrics) if metrics is not None else run.metrics())
+    evaluations = run.evaluations()
+    assert evaluations is not None
+    if as_json:
+        _print_json({name: {"plan": p.to_json(), "evaluation": asdict(row)} for name, (p, row) in rows.items()})
+    elif not quiet:
+        name = evaluations.metric_name
+        table = Table(title=f"Plans by metric ({evaluations.samples:,} evaluation samples)", title_justify="left")
+        for column in ("metric", name, "loss", "MB on disk", "W-Comp"):
+            table.add_column(column, justify="left" if column == "metric" else "right")
+        for label, (solved, row) in rows.items():
+            size = f"{solved.size_mb:.4f}"
+            table.add_row(label, f"{row.metric:.2f}", f"{row.loss:.4f}", size, f"{solved.compression:.2f}x")
+        table.add_row("float", f"{evaluations.float_metric:.2f}", f"{evaluations.float_loss:.4f}", "", "")
+        Console().print(table)
 
 
 @app.command()
@@ -396,6 +476,8 @@ def run_all(
     max_bops_g: MaxBops = None,
     max_latency_ms: MaxLatency = None,
     latency: LatencyFile = None,
+    max_accuracy_drop: MaxAccuracyDrop = None,
+    max_loss_increase: MaxLossIncrease = None,
     fix: Fix = None,
     min_bits: AtLeast = None,
     allow: Allow = None,
@@ -420,7 +502,7 @@ def run_all(
     include: Include = None,
     exclude: Exclude = None,
     tie: Tie = None,
-    metric: Metric = "trace",
+    metric: MetricName = "trace",
     per_tensor: PerTensor = False,
     asymmetric: Asymmetric = False,
     range_method: Range = "mse",
@@ -439,7 +521,8 @@ def run_all(
     _run_stages(
         _open(out, quiet),
         _analyze_settings(locals()),
-        _plan_settings(locals() | {"bits": None, "activation_bits": None}),  # those are what is measured
+        # Bits and metric are those of the analysis.
+        _plan_settings(locals() | {"bits": None, "activation_bits": None, "metric": None}),
         _recipe(locals()),
         quiet,
         as_json,
@@ -660,6 +743,13 @@ def _parse_bits(text: str, option: str) -> tuple[int, ...]:
     return bits
 
 
+def _parse_metrics(text: str) -> list[Metric]:
+    found: list[Metric] = [metric for part in text.split(",") for metric in METRICS if metric == part.strip()]
+    if len(found) != len(text.split(",")):
+        _bad_parameter(f"--metrics takes some of {', '.join(METRICS)}, got {text!r}")
+    return found
+
+
 def _bad_parameter(text: str) -> NoReturn:
     raise typer.BadParameter(text)
 
@@ -681,6 +771,19 @@ def _print_sensitivity(run: Run) -> None:
         table.add_row(layer.name, f"{layer.numel:,}", f"{trace.average_trace:.3g}", *errors, *omegas)
     Console().print(table)
     print(f"Next: tracequant plan {run.path} --max-size-mb X (or --compression X, --average-bits X)")
+
+
+def _print_check(run: Run, found: Check) -> None:
+    table = Table(title=f"Rank correlation with the loss on {found.samples:,} samples", title_justify="left")
+    table.add_column("metric")
+    for group in found.groups:
+        table.add_column(group, justify="right")
+    for name, values in found.correlations.items():
+        cells = (f"{values[group]:.2f}" if group in values else "" for group in found.groups)
+        table.add_row(name, *cells, style="bold" if name == found.trusted else None)
+    Console().print(table)
+    print(f"Trust most: {found.trusted}. tracequant plan {run.path} --metric {found.trusted} ... solves by it.")
+    print(f"Figure: {run.path / 'figures' / 'check.png'}; `tracequant report {run.path}` takes it in")
 
 
 def _error(value: float) -> str:

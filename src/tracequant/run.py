@@ -13,6 +13,9 @@
     RUN/model.safetensors    pack: the product
     RUN/pack.json            pack: its size and accuracy
     RUN/spectrum.json        spectrum: eigenvalues and densities, where asked for
+    RUN/perturbation.json    analyze or check: the loss's expansion in the roundings, where a metric needs it
+    RUN/evaluations.json     plan: every plan that was evaluated, where a limit on accuracy was asked for
+    RUN/check.json           check: how well each metric ranks, its measurements in RUN/check
     RUN/report.html          report, with its figures in RUN/figures
 
 `stages.json` holds a key for every finished stage: a hash of its settings and of the keys of the stages before it. A
@@ -35,17 +38,27 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tracequant import allocation
 from tracequant.artifact import Saveable, read_json, replace_file, write_json
-from tracequant.curvature.result import Curvature, Spectrum
+from tracequant.curvature.result import Curvature, Perturbation, Spectrum
 from tracequant.errors import ArtifactError, ModelError, RunError, SecondDerivativeError, TaskError
+from tracequant.evaluated import Check, EvaluatedPlan, Evaluations
 from tracequant.plan import BitPlan
-from tracequant.sensitivity_result import Sensitivity
-from tracequant.settings import AnalyzeSettings, FinetuneSettings, PlanSettings, RunSettings
+from tracequant.sensitivity_result import Sensitivity, combine
+from tracequant.settings import (
+    EXPANSIONS,
+    METRICS,
+    AnalyzeSettings,
+    FinetuneSettings,
+    Metric,
+    PlanSettings,
+    RunSettings,
+)
 from tracequant.stability import is_stable, plan_stability
 
 if TYPE_CHECKING:
     import torch
 
-    from tracequant.task import TaskSetup
+    from tracequant.points import QuantizationPoints
+    from tracequant.task import Batch, TaskSetup
 
 Stage = Literal["analyze", "plan", "quantize", "finetune", "pack", "report"]
 STAGES: tuple[Stage, ...] = ("analyze", "plan", "quantize", "finetune", "pack", "report")
@@ -225,8 +238,59 @@ class Run:
         return Curvature.load(self.path / "curvature.json")
 
     def sensitivity(self) -> Sensitivity:
-        """Result of analyze."""
-        return Sensitivity.load(self.path / "sensitivity.json")
+        """Sensitivities by the metric that the run's plan was asked for by, or else the analysis."""
+        plan = self.settings().plan
+        return self.sensitivity_by(plan.metric if plan is not None else None)
+
+    def sensitivity_by(self, metric: Metric | None) -> Sensitivity:
+        """Sensitivities by any metric whose ingredients were measured, without the model; None is the analysis's own.
+
+        Raises `RunError` that says what to run where they were not.
+        """
+        measured = Sensitivity.load(self.path / "sensitivity.json")
+        if metric is None or metric == measured.metric:
+            return measured
+        perturbation = None
+        if metric in EXPANSIONS:
+            if not (self.path / "perturbation.json").is_file():
+                raise RunError(
+                    f"metric {metric!r} needs the loss's expansion in the roundings, which {self.path} has not:"
+                    f" `tracequant check {self.path}` measures it, or analyze with --metric {metric}"
+                )
+            perturbation = Perturbation.load(self.path / "perturbation.json")
+        curvature = self.curvature()
+        if metric.startswith("eigenvalue") and curvature.top_eigenvalues is None:
+            raise RunError(f"metric {metric!r} needs eigenvalues; analyze without --no-eigenvalues")
+        return combine(
+            curvature,
+            measured.weight_errors,
+            measured.activation_errors,
+            measured.weight_grid,
+            metric,
+            perturbation,
+            self.settings().analyze.options.seed,
+        )
+
+    def metrics(self) -> list[Metric]:
+        """The metrics whose ingredients were measured."""
+        has_eigenvalues = self.curvature().top_eigenvalues is not None
+        has_perturbation = (self.path / "perturbation.json").is_file()
+        return [
+            metric
+            for metric in METRICS
+            if (has_eigenvalues or not metric.startswith("eigenvalue"))
+            and (has_perturbation or metric not in EXPANSIONS)
+        ]
+
+    def evaluations(self) -> Evaluations | None:
+        """Every plan that was evaluated in solving by accuracy or comparing metrics; None if there is none."""
+        path = self.path / "evaluations.json"
+        return Evaluations.load(path) if path.is_file() else None
+
+    def check_result(self) -> Check | None:
+        """Result of `check`, None where there is none of this analysis."""
+        path = self.path / "check.json"
+        return Check.load(path) if path.is_file() else None
 
     def plan(self) -> BitPlan:
         """Result of plan; bits that were edited by hand count, with the size and Ω that they really have."""
@@ -259,7 +323,7 @@ class Run:
             settings = self.settings().analyze
             setup = load_task(settings.task, settings.options)
             if self.done("analyze"):
-                analysed = self.sensitivity().points.fingerprint
+                analysed = self.sensitivity_by(None).points.fingerprint
                 if analysed != fingerprint(setup.model):
                     raise RunError(
                         f"{self.path} was made with other weights of this model (fingerprint {analysed}); choose"
@@ -275,9 +339,8 @@ class Run:
             return
         from tracequant import distributed
         from tracequant.curvature.estimate import estimate_curvature
-        from tracequant.curvature.spectrum import top_eigenvalues
         from tracequant.layers import discover
-        from tracequant.sensitivity import measure_sensitivity, measure_weight_errors
+        from tracequant.sensitivity import measure_sensitivity, measure_weight_errors, with_eigenvalues
 
         start = self._begin("analyze") if distributed.rank() == 0 else 0.0
         settings = self.settings().analyze
@@ -314,15 +377,17 @@ class Run:
             progress=self._progress,
             **({} if settings.method == "gauss_newton" else {"probes": settings.probes}),
         )
+        perturbation = None
+        if settings.metric in EXPANSIONS:
+            perturbation = self._perturbation(points)  # measured by all processes together
         if distributed.rank() != 0:
             return
-        if settings.eigenvalues:
-            seed = settings.options.seed
+        if settings.eigenvalues or settings.metric.startswith("eigenvalue"):
             try:
-                first = list(itertools.islice(batches, 1))
-                found = top_eigenvalues(model, first, task, points, seed=seed, progress=self._progress)
-                curvature = replace(curvature, top_eigenvalues={name: values[0] for name, values in found.items()})
+                curvature = with_eigenvalues(model, curvature, batches, task, settings.options.seed, self._progress)
             except SecondDerivativeError as error:
+                if settings.metric.startswith("eigenvalue"):
+                    raise
                 self._say(f"analyze: no eigenvalues, HAWQ's point will be missing from the report ({error})")
         sensitivity = measure_sensitivity(
             model,
@@ -334,13 +399,84 @@ class Run:
             settings.metric,
             settings.weight_grid,
             weight_errors,
+            perturbation,
+            settings.options.seed,
             progress=self._progress,
         )
+        for earlier in ("perturbation.json", "check.json"):
+            (self.path / earlier).unlink(missing_ok=True)
+        if perturbation is not None:
+            perturbation.save(self.path / "perturbation.json")
         curvature.save(self.path / "curvature.json")
         sensitivity.save(self.path / "sensitivity.json")
         shutil.rmtree(self.path / "batches", ignore_errors=True)
         (self.path / "spectrum.json").unlink(missing_ok=True)  # of an earlier analysis
         self._finish("analyze", time.perf_counter() - start)
+
+    def _perturbation(self, points: QuantizationPoints) -> Perturbation:
+        """The expansion in the roundings, measured on the calibration data."""
+        from tracequant.curvature.perturbation import measure_perturbation
+
+        setup, settings = self.setup(), self.settings().analyze
+        return measure_perturbation(
+            setup.model,
+            setup.calibration,
+            setup.task,
+            points,
+            settings.weight_bits,
+            settings.weight_grid,
+            seed=settings.options.seed,
+            checkpoint=self.path / "batches",
+            precision=settings.precision,
+            progress=self._progress,
+        )
+
+    def check(self, samples: int | None, plans: int, offered: Sequence[Sequence[int]]) -> Check:
+        """Rank every metric by the loss measured on the first `samples` of the calibration data (all if None).
+
+        The expansion in the roundings is measured first where it is not there, which makes its metrics available to
+        `solve`.
+        """
+        self._need("analyze")
+        from tracequant.check import check_metrics
+
+        start = time.perf_counter()
+        setup, settings, curvature = self.setup(), self.settings().analyze, self.curvature()
+        path = self.path / "perturbation.json"
+        if path.is_file():
+            perturbation = Perturbation.load(path)
+        else:
+            perturbation = self._perturbation(curvature.points)
+            perturbation.save(path)
+            shutil.rmtree(self.path / "batches", ignore_errors=True)
+        found = check_metrics(
+            setup.model,
+            curvature,
+            setup.calibration if samples is None else self._some(samples),
+            setup.task,
+            settings.weight_bits,
+            settings.weight_grid,
+            perturbation,
+            plans,
+            offered or None,
+            settings.options.seed,
+            self.path / "check",
+            self._progress,
+        )
+        found.save(self.path / "check.json")
+        self._say(f"check: done in {time.perf_counter() - start:.1f} s")
+        return found
+
+    def _some(self, samples: int) -> list[Batch]:
+        """The first `samples` of the calibration data."""
+        setup, found = self.setup(), []
+        for batch in setup.calibration:
+            size = min(setup.task.batch_size(batch), samples)
+            found.append(batch if size == setup.task.batch_size(batch) else setup.task.select(batch, 0, size))
+            samples -= size
+            if not samples:
+                break
+        return found
 
     def measure_spectrum(self, layers: Sequence[str], top: int, densities: Sequence[str]) -> Spectrum:
         """The `top` largest eigenvalues of the layers that match, and densities of some ("*" for all weights together).
@@ -393,9 +529,51 @@ class Run:
         return self._stability[1]
 
     def solve(self, settings: PlanSettings) -> BitPlan:
-        """The plan for a budget, from the sensitivities alone; nothing is written."""
+        """The plan for a budget, from the sensitivities alone, or by evaluation for a limit on what it loses.
+
+        Nothing is written but the evaluations.
+        """
         self._need("analyze")
-        return allocation.solve(self.sensitivity(), **asdict(settings))
+        sensitivity = self.sensitivity_by(settings.metric)
+        if not settings.by_accuracy:
+            return allocation.solve(sensitivity, **settings.keywords())
+        allocation.check(settings)
+        from tracequant.accuracy import solve_by_accuracy
+
+        setup = self.setup()
+        own = ("metric", "max_accuracy_drop", "max_loss_increase")
+        search = solve_by_accuracy(
+            setup.model,
+            sensitivity,
+            setup.task,
+            setup.calibration,
+            setup.evaluation,
+            settings.max_accuracy_drop,
+            settings.max_loss_increase,
+            self.path / "evaluations.json",
+            self._progress,
+            **{key: value for key, value in asdict(settings).items() if key not in own},
+        )
+        self._say(f"plan: {search}")
+        return search.plan
+
+    def compare(self, settings: PlanSettings, metrics: Sequence[Metric]) -> dict[Metric, tuple[BitPlan, EvaluatedPlan]]:
+        """Plans for one budget by each metric, evaluated after calibration without fine-tuning (Tables 3 and 5)."""
+        self._need("analyze")
+        allocation.check(settings)
+        plans = {metric: self.solve(replace(settings, metric=metric)) for metric in metrics}
+        from tracequant.accuracy import Evaluator
+
+        setup = self.setup()
+        evaluator = Evaluator(
+            setup.model,
+            setup.task,
+            setup.calibration,
+            setup.evaluation,
+            self.path / "evaluations.json",
+            self._progress,
+        )
+        return {metric: (plan, evaluator.of(plan)) for metric, plan in plans.items()}
 
     def keep_plan(self, settings: PlanSettings, plan: BitPlan) -> None:
         """Make `plan`, solved for `settings`, the run's plan, also over one that was edited."""

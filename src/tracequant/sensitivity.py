@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from tracequant.curvature.result import Curvature
+from tracequant.curvature.perturbation import measure_perturbation
+from tracequant.curvature.result import Curvature, Perturbation
+from tracequant.curvature.spectrum import top_eigenvalues
 from tracequant.errors import ModelError
 from tracequant.layers import reading, weight_parameter
 from tracequant.model_state import frozen_evaluation
@@ -17,7 +20,7 @@ from tracequant.points import QuantizationPoints
 from tracequant.progress import track
 from tracequant.quantizer import Grid, check_bits, choose_grid, choose_weight_grid
 from tracequant.sensitivity_result import MODEL_INPUT_BITS, Sensitivity, combine
-from tracequant.settings import WeightGrid
+from tracequant.settings import EXPANSIONS, Metric, WeightGrid
 from tracequant.task import Batches, Task, checked, model_device, reusable
 
 # Values kept of each batch to choose an activation's range from; the error at that range is measured on all values.
@@ -31,18 +34,22 @@ def measure_sensitivity(
     task: Task,
     weight_bits: Sequence[int] = (2, 3, 4, 8),
     activation_bits: Sequence[int] = (4, 8),
-    metric: Literal["trace", "l2"] = "trace",
+    metric: Metric = "trace",
     weight_grid: WeightGrid | None = None,
     weight_errors: dict[str, dict[int, float]] | None = None,
+    perturbation: Perturbation | None = None,
+    seed: int = 0,
     progress: bool = False,
 ) -> Sensitivity:
     """Perturbations and Ω (HAWQ-V2, Eq. 10) of every layer at `weight_bits` and every point at `activation_bits`.
 
     Weights: ‖Q(W) − W‖² with the grid that conversion will use (`weight_grid`). Activations: the mean over samples of
-    ‖Q(a) − a‖², with ranges chosen on `batches`. `metric` "trace" weights them by the average trace; "l2" leaves the
-    trace out (the paper's ablation, Table 3b). With `activation_bits=()` activations stay in float. The tensor that the
-    caller hands to the model is offered 8 bits only: images arrive that way. `weight_errors` are those of
-    `measure_weight_errors` for these bits and this grid, where they are known already.
+    ‖Q(a) − a‖², with ranges chosen on `batches`. `metric` "trace" weights them by the average trace; the others are
+    explained at `tracequant.sensitivity_result.combine`. What a metric needs besides is measured on `batches` where it
+    is not given: the largest eigenvalues (on the first batch, where `curvature` has none) and the `perturbation` of
+    `measure_perturbation`. `seed` is that of the metric "random" and of these. With `activation_bits=()` activations
+    stay in float. The tensor that the caller hands to the model is offered 8 bits only: images arrive that way.
+    `weight_errors` are those of `measure_weight_errors` for these bits and this grid, where they are known already.
 
     Raises `ModelError` for bit widths outside 1 to 8, weights that are not finite, and a curvature without activations.
     """
@@ -72,7 +79,22 @@ def measure_sensitivity(
         }
         grids = calibrate(model, batches, task, points, options, progress)
         activation_errors = _activation_errors(model, batches, task, points, grids, progress)
-    return combine(curvature, weight_errors, activation_errors, weight_grid, metric)
+    if metric.startswith("eigenvalue") and curvature.top_eigenvalues is None:
+        curvature = with_eigenvalues(model, curvature, batches, task, seed, progress)
+    if metric in EXPANSIONS and perturbation is None:
+        perturbation = measure_perturbation(
+            model, batches, task, points, weight_bits, weight_grid, seed=seed, progress=progress
+        )
+    return combine(curvature, weight_errors, activation_errors, weight_grid, metric, perturbation, seed)
+
+
+def with_eigenvalues(
+    model: nn.Module, curvature: Curvature, batches: Batches, task: Task, seed: int = 0, progress: bool = False
+) -> Curvature:
+    """The curvature with the largest eigenvalue of every layer's block, on the first of `batches`."""
+    first = list(itertools.islice(batches, 1))
+    found = top_eigenvalues(model, first, task, curvature.points, seed=seed, progress=progress)
+    return replace(curvature, top_eigenvalues={name: values[0] for name, values in found.items()})
 
 
 def measure_weight_errors(

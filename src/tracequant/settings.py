@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
 
 from tracequant.artifact import Saveable
+
+# What stands for the loss that a layer's rounding costs; docs/method.md has the formulas. "trace" is HAWQ-V2's Eq. 10.
+Metric = Literal[
+    "trace", "l2", "eigenvalue", "eigenvalue_alone", "quadratic", "first+quadratic", "cross", "first+cross",
+    "inverted", "random",
+]  # fmt: skip
+METRICS: tuple[Metric, ...] = get_args(Metric)
+# Those that rest on the roundings themselves (`tracequant.Perturbation`), and of them those with products of layers.
+EXPANSIONS: tuple[Metric, ...] = ("quadratic", "first+quadratic", "cross", "first+cross")
+CROSS_METRICS: tuple[Metric, ...] = ("cross", "first+cross")
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,7 @@ class AnalyzeSettings:
     ties: tuple[str, ...] = ()
     weight_bits: tuple[int, ...] = (2, 3, 4, 8)
     activation_bits: tuple[int, ...] = (4, 8)
-    metric: Literal["trace", "l2"] = "trace"
+    metric: Metric = "trace"
     weight_grid: WeightGrid = WeightGrid()
     eigenvalues: bool = True
     relative_error: float | None = None
@@ -69,7 +79,12 @@ Latency = dict[str, dict[int, dict[int, float]]]
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """What a plan may cost and which bits it may use: the keywords of `tracequant.solve`, which explains them."""
+    """What a plan may cost and which bits it may use: the keywords of `tracequant.solve`, which explains them.
+
+    `metric` is what the plan makes small, None for the one that the analysis was asked for. `max_accuracy_drop` (points
+    of the task's metric) and `max_loss_increase` ask for the smallest plan that keeps to them by evaluation, in place
+    of a limit on what it costs.
+    """
 
     max_size_mb: float | None = None
     compression: float | None = None
@@ -86,6 +101,19 @@ class PlanSettings:
     allowed_activation_bits: dict[str, tuple[int, ...]] | None = None
     space: Literal["full", "monotone"] = "full"
     method: Literal["exact", "pareto"] = "exact"
+    metric: Metric | None = None
+    max_accuracy_drop: float | None = None
+    max_loss_increase: float | None = None
+
+    @property
+    def by_accuracy(self) -> bool:
+        """Whether the limit is one on what the plan loses."""
+        return self.max_accuracy_drop is not None or self.max_loss_increase is not None
+
+    def keywords(self) -> dict[str, Any]:
+        """The limits and rules as `tracequant.solve` takes them."""
+        own = ("metric", "max_accuracy_drop", "max_loss_increase")
+        return {name: value for name, value in asdict(self).items() if name not in own}
 
 
 @dataclass(frozen=True)

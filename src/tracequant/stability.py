@@ -8,7 +8,7 @@ keeps its bits.
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -44,12 +44,14 @@ def is_stable(
             max_latency_ms=None,
             latency=None,
             allowed_activation_bits=None,
+            max_accuracy_drop=None,
+            max_loss_increase=None,
         )
     if not (weights_only.max_size_mb or weights_only.compression or weights_only.average_bits):
         widths = [b for options in weight_errors.values() for b in options]
         weights_only = replace(weights_only, average_bits=(min(widths) + max(widths)) / 2)
     sensitivity = combine(curvature, weight_errors, {}, weight_grid, "trace")
-    plan = allocation.solve(sensitivity, **asdict(weights_only))
+    plan = allocation.solve(sensitivity, **weights_only.keywords())
     kept = plan_stability(sensitivity, curvature, plan, weights_only, resamples=STOP_RESAMPLES)
     return kept is not None and min(kept.values()) >= share
 
@@ -65,8 +67,9 @@ def plan_stability(
     """Layer name → share of `resamples` in which it gets the bits it has in `plan`; None without values to draw from.
 
     Traces of weights are resampled (samples together for all layers); perturbations and activations stay as they are.
+    None too for metrics that do not rest on the traces, and for a plan that was found by evaluations.
     """
-    if curvature.weight_values is None:
+    if curvature.weight_values is None or sensitivity.metric not in ("trace", "l2") or settings.by_accuracy:
         return None
     names = list(plan.weight_bits)
     values = np.array([curvature.weight_values[name] for name in names])
@@ -89,7 +92,7 @@ def plan_stability(
             sensitivity.weight_grid,
             sensitivity.metric,
         )
-        again = allocation.solve(resampled, **asdict(settings))
+        again = allocation.solve(resampled, **settings.keywords())
         for name in names:
             kept[name] += again.weight_bits[name] == plan.weight_bits[name]
     return {name: count / resamples for name, count in kept.items()}

@@ -71,6 +71,9 @@ def solve(
     size or weight bits. `space` "monotone" keeps to 𝓑 (Section 2.3): no layer has fewer bits than one of smaller
     average trace, or of smaller `ranking` (a value per layer, such as HAWQ's λ/n) where that is given.
 
+    Sensitivities with products between layers (metrics "cross" and "first+cross") are searched from that plan on, by
+    changes of one and of two decisions; nothing is proven about the result.
+
     Raises `BudgetError` if no plan is within the limits, naming the ones that bind and the nearest that can be met, or
     if even the largest plan is.
     """
@@ -99,6 +102,16 @@ def solve(
             if price > 0:
                 prices[limit.resource] = prices.get(limit.resource, 0.0) + price * limit.price_unit
     _refuse_too_large(problems)
+    if sensitivity.interactions is not None:
+        from tracequant.allocation import cross
+
+        choices = [
+            cross.improve(part, sensitivity, choice) if any(d.weights for d in part.decisions) else choice
+            for part, choice in zip(problems, choices, strict=True)
+        ]
+        bits = _bits(problems, choices)
+        asked = problem.describe(request, problems)
+        return _priced(sensitivity, *bits, f"{method} and local search, {space} space", asked)
     bits = _bits(problems, choices)
     plan = _priced(sensitivity, *bits, f"{method}, {space} space", problem.describe(request, problems))
     if method == "pareto":
@@ -110,6 +123,9 @@ def solve(
 
 def check(request: PlanSettings) -> None:
     """Raise `BudgetError` for a request that makes no sense whatever the sensitivities are."""
+    if request.by_accuracy:
+        problem.check_losses(request)
+        return
     problem.check_numbers(request)
     if request.method not in ("exact", "pareto"):
         raise BudgetError(f"unknown method {request.method!r}; choose 'exact' or 'pareto'")
@@ -167,9 +183,14 @@ def frontier(
     """All plans that no other beats in file size or Ω of the weights, by increasing size.
 
     "exact" finds every one of them by dynamic programming over bytes, "pareto" those that Appendix E finds. Activations
-    are as in `solve`, or those of `activation_bits`, such as a plan's. Raises `BudgetError` as `solve` does, and where
-    the exact tables would not fit into memory.
+    are as in `solve`, or those of `activation_bits`, such as a plan's. Raises `BudgetError` as `solve` does, where the
+    exact tables would not fit into memory, and for sensitivities with products between layers.
     """
+    if sensitivity.interactions is not None:
+        raise BudgetError(
+            f"metric {sensitivity.metric!r} has products between layers, which no frontier is known for; take"
+            f" {sensitivity.metric.replace('cross', 'quadratic')!r}, or solve for one budget"
+        )
     request = PlanSettings(
         # A size that no plan exceeds: only the file's bytes are wanted, as costs.
         max_size_mb=1e12,
@@ -182,7 +203,7 @@ def frontier(
     )
     check(request)
     if activation_bits is None:
-        activation_bits = _activation_bits(sensitivity, request)
+        activation_bits = decided_activations(sensitivity, request)
     else:
         sensitivity = replace(
             sensitivity,
@@ -227,7 +248,7 @@ def uniform_plan(
     elif activation_bits is None:
         request = PlanSettings(average_bits=32, average_activation_bits=average_activation_bits)
         check(request)
-        activation_bits = _activation_bits(sensitivity, request)
+        activation_bits = decided_activations(sensitivity, request)
     weight_bits = dict.fromkeys(sensitivity.weight_omega, num_bits)
     return _priced(sensitivity, weight_bits, activation_bits, "uniform", f"{num_bits} bits everywhere")
 
@@ -261,8 +282,8 @@ def _listed(rules: Mapping[str, Iterable[int]] | None) -> dict[str, tuple[int, .
     return None if rules is None else {pattern: tuple(sorted(bits)) for pattern, bits in rules.items()}
 
 
-def _activation_bits(sensitivity: Sensitivity, request: PlanSettings) -> dict[str, int]:
-    """Bits of the activations where they are decided apart from the weights."""
+def decided_activations(sensitivity: Sensitivity, request: PlanSettings) -> dict[str, int]:
+    """Bits of the activations under a request, where they are decided apart from the weights."""
     if sensitivity.same_bits:
         return {}
     from tracequant.allocation import exact
@@ -332,7 +353,8 @@ def _priced(
         size_bytes=cost.size_bytes(points, weight_bits, activation_bits, grid),
         weight_code_bits=cost.weight_bits_total(points, weight_bits),
         weight_count=cost.weight_count(points),
-        omega=math.fsum(sensitivity.weight_omega[name][b] for name, b in weight_bits.items()),
+        omega=math.fsum(sensitivity.weight_omega[name][b] for name, b in weight_bits.items())
+        + sensitivity.interaction(weight_bits),
         activation_omega=math.fsum(sensitivity.activation_omega[n][b] for n, b in activation_bits.items()),
         weight_grid=grid,
         fingerprint=points.fingerprint,

@@ -487,6 +487,21 @@ def check_numbers(request: PlanSettings) -> None:
             raise BudgetError(f"{name} must be a positive number, got {value}")
 
 
+def check_losses(request: PlanSettings) -> None:
+    """Raise `BudgetError` for limits on what a plan loses that are no numbers, or have others beside them."""
+    for name in ("max_accuracy_drop", "max_loss_increase"):
+        value = getattr(request, name)
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise BudgetError(f"{name} must be a number from 0, got {value}")
+    if given := [name for name in WEIGHT_LIMITS if getattr(request, name) is not None]:
+        raise BudgetError(
+            f"the smallest plan within a loss of accuracy was asked for, and {', '.join(given)} besides; give either"
+            " limits on what a plan loses or limits on what it costs"
+        )
+    if request.method != "exact":
+        raise BudgetError("solving by accuracy walks the exact frontier; leave the method at 'exact'")
+
+
 def describe(request: PlanSettings, problems: Iterable[Problem]) -> str:
     """The budget in words."""
     asked = [limit.asked for problem in problems for limit in problem.limits]

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import safetensors
@@ -37,6 +37,8 @@ from tracequant.task import Batch, Batches, Task, checked, forward, model_device
 MEMORY_SHARE = 0.7
 
 Stop = Callable[[Curvature], bool]
+Result = TypeVar("Result")
+ResultOut = TypeVar("ResultOut", covariant=True)
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ class Part:
     notes: tuple[str, ...] = ()
 
 
-class Estimator(Protocol):
-    """One way to estimate traces; a file in this package has one, and a function that hands it to `collect`."""
+class Estimator(Protocol[ResultOut]):
+    """One way to measure every layer; a file in this package has one, and a function that hands it to `collect`."""
 
     label: str
     """What the progress bar says."""
@@ -76,20 +78,20 @@ class Estimator(Protocol):
     def add(self, parts: Sequence[Part]) -> Part:
         """The parts of a batch's pieces as one."""
 
-    def summarize(self, parts: Sequence[Part]) -> Curvature:
+    def summarize(self, parts: Sequence[Part]) -> ResultOut:
         """The result, from the parts in the order of batches."""
 
 
 def collect(
-    estimator: Estimator,
+    estimator: Estimator[Result],
     model: nn.Module,
     batches: Batches,
     task: Task,
     checkpoint: str | Path | None = None,
-    stop: Stop | None = None,
+    stop: Callable[[Result], bool] | None = None,
     precision: Precision = "float32",
     progress: bool = False,
-) -> Curvature:
+) -> Result:
     """The estimator's result over all batches, or over those up to the one after which `stop` is content.
 
     `checkpoint` is a folder in which every finished batch is saved, and from which a later call goes on. With several
@@ -119,7 +121,7 @@ def collect(
             done.update(found)
         fresh.clear()
 
-    def summary() -> Curvature:
+    def summary() -> Result:
         return estimator.summarize(_merged(done))
 
     with frozen_evaluation(model), pieces.arithmetic(precision, model_device(model)):
@@ -129,18 +131,18 @@ def collect(
             failure = error
         unit, content = 0, False
         for index, batch in enumerate(track(checked(batches, task, model), estimator.label, progress and rank == 0)):
-            digest = _digest(batch)
-            digests.append(digest)
+            own = digest(batch)
+            digests.append(own)
             if index == 0 and failure is None:
                 store.open(model, task, batch)
             for share in range(shares):
                 if failure is None and unit % processes == rank:
                     try:
                         key = (index, share)
-                        part = store.load(key, shares, digest)
+                        part = store.load(key, shares, own)
                         if part is None:
                             part = collector.measure(batch, index, share, shares)
-                            store.save(key, shares, digest, part)
+                            store.save(key, shares, own, part)
                         fresh[key] = part
                     except Exception as error:
                         # The others must hear of it, or they would wait for ever.
@@ -166,7 +168,7 @@ def generator(seed: int, *key: int, device: torch.device) -> torch.Generator:
 class _Collector:
     """Measures batches, in as many pieces as memory asks for."""
 
-    def __init__(self, estimator: Estimator, model: nn.Module, task: Task, precision: Precision) -> None:
+    def __init__(self, estimator: Estimator[Any], model: nn.Module, task: Task, precision: Precision) -> None:
         self._estimator, self._model, self._task, self._precision = estimator, model, task, precision
         self._count: int | None = None
 
@@ -276,7 +278,7 @@ class _Store:
         return self._folder and self._folder / f"batch-{key[0]:06d}-{key[1]}-of-{shares}.safetensors"
 
 
-def _shares(estimator: Estimator, batches: Batches, processes: int) -> int:
+def _shares(estimator: Estimator[Any], batches: Batches, processes: int) -> int:
     """Into how many parts the draws of a batch are divided: 1 where there are batches for all processes."""
     try:
         count = len(batches)  # type: ignore[arg-type]
@@ -298,9 +300,9 @@ def _merged(done: dict[tuple[int, int], Part]) -> list[Part]:
     return merged
 
 
-def _digest(batch: Batch) -> str:
+def digest(batch: Batch) -> str:
     """A hash of a batch's sums and of some of its values, which tells batches apart."""
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for leaf in _leaves(batch):
         if isinstance(leaf, Tensor):
             flat = leaf.detach().flatten()
@@ -308,11 +310,11 @@ def _digest(batch: Batch) -> str:
             places = np.random.default_rng(0).integers(0, max(1, flat.numel()), min(flat.numel(), 2048))
             some = flat[torch.from_numpy(places).to(flat.device)]
             total = flat.to(torch.float64 if leaf.is_floating_point() else torch.int64).sum()
-            digest.update(f"{tuple(leaf.shape)}{leaf.dtype}{total.item()}".encode())
-            digest.update(some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            found.update(f"{tuple(leaf.shape)}{leaf.dtype}{total.item()}".encode())
+            found.update(some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         elif isinstance(leaf, (str, bytes, int, float)):
-            digest.update(repr(leaf).encode())
-    return digest.hexdigest()[:16]
+            found.update(repr(leaf).encode())
+    return found.hexdigest()[:16]
 
 
 def _leaves(value: Any) -> Iterator[Any]:

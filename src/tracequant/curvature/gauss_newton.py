@@ -98,7 +98,79 @@ def gauss_newton(
     return result
 
 
-class _GaussNewton:
+class Passes:
+    """One forward pass over a piece, checked and factored, and the cotangents to send back through it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        points: QuantizationPoints,
+        draws: int | Literal["exact"],
+        seed: int,
+        activations: bool,
+    ) -> None:
+        self._model, self._task, self._seed = model, task, seed
+        self._points, self._activations = points, activations
+        self._exact = draws == "exact"
+        self.draws = 1 if draws == "exact" else draws
+        # What `_check` finds on the first batch.
+        self._slow: list[str] | None = None
+        self._told_apart = False
+
+    def prepare(self) -> None:
+        """Let the layers' weights, and nothing else, require gradients."""
+        self._parameters = require_grad(self._model, self._points)
+
+    def open(self, piece: Piece, weights: bool = True) -> tuple[Sweep, OutputHessian, Tensor, dict[str, list[Tensor]]]:
+        """The piece's graph, the factored Hessian of its outputs, its loss and the activation variables by point."""
+        if self._slow is None or (piece.samples > 1 and not self._told_apart):
+            self._slow = self._check(piece)
+            self._told_apart = piece.samples > 1
+        sweep = self._sweep(piece.samples, piece.start, piece.size)
+        with sweep.recording() as variables:
+            outputs, loss = piece.forward(self._model, self._task)
+        device = model_device(self._model)
+        hessian = factor(self._task, outputs, piece.batch, generator(self._seed, piece.index, 0, device=device))
+        sweep.outputs = hessian.tensors
+        sweep.measure_weights = weights
+        sweep.set_slow(self._slow)
+        return sweep, hessian, loss, variables
+
+    def cotangents(self, hessian: OutputHessian, index: int, draws: Sequence[int]) -> Iterator[tuple[int, Cotangents]]:
+        """Position in `draws` and cotangents of every backward pass; position 0 for all columns of the exact sum."""
+        if self._exact:
+            yield from ((0, column) for column in hessian.columns())
+            return
+        for row, draw in enumerate(draws):
+            random = generator(self._seed, index, 1 + draw // GROUP, device=model_device(self._model))
+            yield from ((row, vector) for vector in hessian.draw(random, draw))
+
+    def _sweep(self, samples: int, offset: int, size: int) -> Sweep:
+        points = self._points if self._activations else replace(self._points, activations=())
+        return Sweep(self._model, points, self._parameters, samples, offset, size)
+
+    def _check(self, piece: Piece) -> list[str]:
+        """Names of layers that need a pass for each sample; `ModelError` where samples interact.
+
+        A few samples tell that as well as all of them do, unless they miss a layer, or seem to interact.
+        """
+        piece = replace(piece, precision="float32")  # lest rounding be taken for a difference
+        if piece.whole and piece.size > CHECK_SAMPLES:
+            with suppress(Exception):  # a batch or a model that knows one size only
+                few = self._task.select(piece.batch, 0, CHECK_SAMPLES)
+                sweep = self._sweep(CHECK_SAMPLES, 0, CHECK_SAMPLES)
+                with sweep.recording():
+                    outputs = self._task.outputs(self._model, few)
+                return sweep.check(differentiable(outputs), all_layers=True)
+        sweep = self._sweep(piece.samples, piece.start, piece.size)
+        with sweep.recording():
+            outputs, _ = piece.forward(self._model, self._task)
+        random = generator(self._seed, piece.index, 0, device=model_device(self._model))
+        return sweep.check(factor(self._task, outputs, piece.batch, random).tensors)
+
+
+class _GaussNewton(Passes):
     label = "Gauss-Newton"
     memory = 2.0
 
@@ -112,13 +184,8 @@ class _GaussNewton:
         weights: bool,
         activations: bool,
     ) -> None:
-        self._model, self._task, self._seed = model, task, seed
-        self._points, self._weights, self._activations = points, weights, activations
-        self._exact = draws == "exact"
-        self.draws = 1 if draws == "exact" else draws
-        # What `_check` finds on the first batch.
-        self._slow: list[str] | None = None
-        self._told_apart = False
+        super().__init__(model, task, points, draws, seed, activations)
+        self._weights = weights
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -130,22 +197,9 @@ class _GaussNewton:
             "layers": [layer.name for layer in self._points.layers],
         }
 
-    def prepare(self) -> None:
-        self._parameters = require_grad(self._model, self._points)
-
     def measure(self, piece: Piece, draws: Sequence[int]) -> Part:
         """Squared gradient norms `[draws, samples]`, each sample's own value of ‖J_nᵀ L v‖²."""
-        if self._slow is None or (piece.samples > 1 and not self._told_apart):
-            self._slow = self._check(piece)
-            self._told_apart = piece.samples > 1
-        sweep = self._sweep(piece.samples, piece.start, piece.size)
-        with sweep.recording() as variables:
-            outputs, _ = piece.forward(self._model, self._task)
-        device = model_device(self._model)
-        hessian = factor(self._task, outputs, piece.batch, generator(self._seed, piece.index, 0, device=device))
-        sweep.outputs = hessian.tensors
-        sweep.measure_weights = self._weights
-        sweep.set_slow(self._slow)
+        sweep, hessian, _, variables = self.open(piece, self._weights)
         rows = self._passes(sweep, hessian, piece.index, draws)
         if missing := [name for name in self._parameters if self._weights and f"weights:{name}" not in rows]:
             raise idle_layers(missing)
@@ -205,23 +259,10 @@ class _GaussNewton:
             if key.startswith(family)
         }
 
-    def _sweep(self, samples: int, offset: int, size: int) -> _Sweep:
-        points = self._points if self._activations else replace(self._points, activations=())
-        return _Sweep(self._model, points, self._parameters, samples, offset, size)
-
-    def _passes(self, sweep: _Sweep, hessian: OutputHessian, index: int, draws: Sequence[int]) -> Squares:
+    def _passes(self, sweep: Sweep, hessian: OutputHessian, index: int, draws: Sequence[int]) -> Squares:
         """Name → values `[draws, samples]` (one row, the sum over all columns, for the exact sum)."""
-        device = model_device(self._model)
-
-        def plan() -> Iterator[tuple[int, Cotangents]]:
-            if self._exact:
-                yield from ((0, column) for column in hessian.columns())
-            for row, draw in enumerate(draws if not self._exact else ()):
-                random = generator(self._seed, index, 1 + draw // GROUP, device=device)
-                yield from ((row, vector) for vector in hessian.draw(random, draw))
-
         rows: dict[str, list[Tensor]] = {}
-        upcoming = plan()
+        upcoming = self.cotangents(hessian, index, draws)
         current = next(upcoming, None)
         while current is not None:
             following = next(upcoming, None)
@@ -232,27 +273,8 @@ class _GaussNewton:
             current = following
         return {name: torch.stack(values).cpu() for name, values in rows.items()}
 
-    def _check(self, piece: Piece) -> list[str]:
-        """Names of layers that need a pass for each sample; `ModelError` where samples interact.
 
-        A few samples tell that as well as all of them do, unless they miss a layer, or seem to interact.
-        """
-        piece = replace(piece, precision="float32")  # lest rounding be taken for a difference
-        if piece.whole and piece.size > CHECK_SAMPLES:
-            with suppress(Exception):  # a batch or a model that knows one size only
-                few = self._task.select(piece.batch, 0, CHECK_SAMPLES)
-                sweep = self._sweep(CHECK_SAMPLES, 0, CHECK_SAMPLES)
-                with sweep.recording():
-                    outputs = self._task.outputs(self._model, few)
-                return sweep.check(differentiable(outputs), all_layers=True)
-        sweep = self._sweep(piece.samples, piece.start, piece.size)
-        with sweep.recording():
-            outputs, _ = piece.forward(self._model, self._task)
-        random = generator(self._seed, piece.index, 0, device=model_device(self._model))
-        return sweep.check(factor(self._task, outputs, piece.batch, random).tensors)
-
-
-class _Sweep:
+class Sweep:
     """One batch's graph: which layer calls and activation variables it has, and backward passes over it."""
 
     def __init__(
@@ -266,7 +288,7 @@ class _Sweep:
     ) -> None:
         self._model, self._points, self._parameters = model, points, parameters
         # Rows of the outputs that have a graph: `samples` of `size`, from `offset` on.
-        self._samples, self._offset, self._size = samples, offset, size
+        self.samples, self._offset, self._size = samples, offset, size
         self._calls: _Calls = {}
         self._variables: dict[str, list[Tensor]] = {}
         self.outputs: list[Tensor] = []
@@ -275,7 +297,7 @@ class _Sweep:
 
     def set_slow(self, names: list[str]) -> None:
         """Layers that get a pass for each sample: `names`, and those whose rows this batch does not tell apart."""
-        irregular = {name for name in self._calls if not self._regular(name)} if self.measure_weights else set()
+        irregular = {name for name in self._calls if not self.regular(name)} if self.measure_weights else set()
         self.slow = [layer for layer in self._points.layers if layer.name in irregular or layer.name in names]
 
     def recording(self) -> Any:
@@ -366,7 +388,7 @@ class _Sweep:
         total = torch.autograd.grad(
             outputs, list(self._parameters.values()), vectors, retain_graph=True, allow_unused=True
         )
-        calls = self._collect(vectors)
+        calls = self.collect(vectors)
         slow = []
         for (name, parameter), gradient in zip(self._parameters.items(), total, strict=True):
             if gradient is None:
@@ -374,17 +396,17 @@ class _Sweep:
                     raise idle_layers([name])
                 continue
             explained = calls.get(name)
-            if explained is None or not self._regular(name):
+            if explained is None or not self.regular(name):
                 slow.append(name)
                 continue
-            module = self._model.get_submodule(self._site(name))
+            module = self.module(name)
             if gradient.is_sparse:
                 gradient = gradient.to_dense()
-            difference = gradient_norms.total_gradient(module, explained, self._samples).view_as(parameter) - gradient
+            difference = gradient_norms.total_gradient(module, explained, self.samples).view_as(parameter) - gradient
             if float(difference.norm()) > CHECK_TOLERANCE * float(gradient.norm()):
                 slow.append(name)
         self.set_slow(slow)
-        if self._samples > 1:
+        if self.samples > 1:
             self._check_samples(vectors)
         return slow
 
@@ -405,7 +427,7 @@ class _Sweep:
                     " one sample, or method='hutchinson'"
                 )
 
-    def _collect(self, vectors: list[Tensor]) -> dict[str, list[gradient_norms.Call]]:
+    def collect(self, vectors: list[Tensor]) -> dict[str, list[gradient_norms.Call]]:
         """(input, output gradient) of all calls of every layer."""
         edges = [(name, a, edge) for name, calls in self._calls.items() for a, edge, _ in calls]
         if not edges:
@@ -419,7 +441,7 @@ class _Sweep:
                 collected.setdefault(name, []).append((a, d))
         return collected
 
-    def _regular(self, name: str) -> bool:
+    def regular(self, name: str) -> bool:
         """Whether rows of every call belong to samples, and all sites of the weight are of one supported kind."""
         layer = self._points.by_name[name]
         modules = [self._model.get_submodule(site[0]) for site in layer.sites]
@@ -432,38 +454,40 @@ class _Sweep:
             return False
         # An unbatched input has one axis less.
         axes = _least_axes(modules[0])
-        return all(len(a) % self._samples == 0 and a.ndim >= axes for a, _, _ in self._calls[name])
+        return all(len(a) % self.samples == 0 and a.ndim >= axes for a, _, _ in self._calls[name])
 
-    def _site(self, name: str) -> str:
-        return self._points.by_name[name].sites[0][0]
+    def module(self, name: str) -> nn.Module:
+        """The module that holds a layer's weight, the first of them where it is tied."""
+        return self._model.get_submodule(self._points.by_name[name].sites[0][0])
 
     def _weight_squares(self, name: str, gradients: list[Tensor | None]) -> Tensor:
         calls = [(a, d) for (a, _, _), d in zip(self._calls[name], gradients, strict=True) if d is not None]
-        return gradient_norms.squared_norms(self._model.get_submodule(self._site(name)), calls, self._samples)
+        return gradient_norms.squared_norms(self.module(name), calls, self.samples)
 
     def _activation_squares(self, name: str, gradient: Tensor) -> Tensor:
-        if len(gradient) % self._samples:
+        if len(gradient) % self.samples:
             raise ModelError(
-                f"the input of layer {name} has {len(gradient)} rows for {self._samples} samples; use batches of one"
+                f"the input of layer {name} has {len(gradient)} rows for {self.samples} samples; use batches of one"
                 " sample"
             )
-        norms: Tensor = torch.linalg.vector_norm(gradient.reshape(self._samples, -1), dim=1)
+        norms: Tensor = torch.linalg.vector_norm(gradient.reshape(self.samples, -1), dim=1)
         return norms.double().square()
 
     def _slow_squares(self, name: str, vectors: list[Tensor], keep: bool) -> Tensor:
-        """‖G_n‖² by one backward pass for each sample."""
-        squares = []
-        for n in range(self._samples):
+        return torch.stack([g.double().square().sum() for g in self.slow_gradients(name, vectors, keep)])
+
+    def slow_gradients(self, name: str, vectors: list[Tensor], keep: bool) -> Iterator[Tensor]:
+        """Each sample's own gradient of a layer's weight, by a backward pass for each."""
+        for n in range(self.samples):
             own = [torch.zeros_like(vector) for vector in vectors]
             for masked, vector in zip(own, vectors, strict=True):
                 row = self._offset + n if self._size > 1 else slice(None)
                 masked[row] = vector[row]
-            last = n == self._samples - 1
+            last = n == self.samples - 1
             (gradient,) = torch.autograd.grad(
                 self.outputs, [self._parameters[name]], own, retain_graph=keep or not last
             )
-            squares.append((gradient.to_dense() if gradient.is_sparse else gradient).double().square().sum())
-        return torch.stack(squares)
+            yield gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def _least_axes(module: nn.Module) -> int:

@@ -16,7 +16,7 @@ calls of one layer are laid side by side along T, which adds their gradients up 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -88,6 +88,32 @@ def squared_norms(module: nn.Module, calls: list[Call], samples: int) -> Tensor:
             own = [c._replace(x=x, y=y) for c, (x, y) in zip(convolutions, chunk, strict=True)]
             parts.append(form(own))
     return torch.cat([part.double() for part in parts])
+
+
+def responses(module: nn.Module, call: Call, directions: Sequence[Tensor]) -> list[Tensor]:
+    """What each direction V, taken for the weight, would add to the output of a call, in the output's shape.
+
+    With D_n the gradient of the output, ⟨G_n, V⟩ is the sum over sample n of D_n times it: no G_n is formed.
+    """
+    a, d = call
+    if isinstance(module, nn.Embedding):
+        mask = _embedding_mask(module, a).unsqueeze(-1)
+        return [F.embedding(a, direction) * mask for direction in directions]
+    ((a, d),) = _cast(module, [call])
+    if isinstance(module, nn.Linear):
+        return [F.linear(a, direction) for direction in directions]
+    if isinstance(module, CONVOLUTIONS):
+        return [module._conv_forward(a, direction, None) for direction in directions]
+    geometry = cast(nn.ConvTranspose2d, module)
+    shape = zip(
+        d.shape[2:], a.shape[2:], geometry.kernel_size, geometry.stride, cast(Any, geometry.padding),
+        geometry.dilation, strict=True,
+    )  # fmt: skip
+    # As large as this call's output was, whatever was asked for in the call.
+    extra = tuple(n - ((m - 1) * s - 2 * p + e * (k - 1) + 1) for n, m, k, s, p, e in shape)
+    function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[d.ndim - 3]
+    rest: Any = (geometry.stride, geometry.padding, extra, geometry.groups, geometry.dilation)
+    return [function(a, direction, None, *rest) for direction in directions]
 
 
 def total_gradient(module: nn.Module, calls: list[Call], samples: int) -> Tensor:

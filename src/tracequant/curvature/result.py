@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from tracequant.artifact import Saveable
 from tracequant.points import QuantizationPoints
+from tracequant.settings import WeightGrid
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,36 @@ class Curvature(Saveable):
                 errors = f"± {e.standard_error / e.numel:.1g} (draws) ± {e.sampling_error / e.numel:.1g} (samples)"
                 lines.append(f"  {kind} {name}: average trace {e.average_trace:.4g} {errors}")
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Perturbation(Saveable):
+    """The expansion of the mean loss in the roundings ΔW of all layers at all of `weight_bits`.
+
+    Options are the pairs (layer, bits), layers in the order of `points` and for each of them the bits in increasing
+    order. `first_order[a]` is E[g · ΔW_a], in units of the loss, and `products[a][b]`, b ≤ a, is E[Σ_k s_k (u_k · ΔW_a)
+    (u_k · ΔW_b)], of which the halves on the diagonal are the second-order terms of single layers.
+    """
+
+    points: QuantizationPoints
+    weight_bits: tuple[int, ...]
+    weight_grid: WeightGrid
+    first_order: tuple[float, ...]
+    products: tuple[tuple[float, ...], ...]
+    samples: int
+    reason: str
+
+    def omega(self, first_order: bool) -> dict[str, dict[int, float]]:
+        """½ E[(u · ΔW)²] by layer and bits, with E[g · ΔW] added where that is asked for."""
+        values = [
+            0.5 * row[-1] + (slope if first_order else 0.0)
+            for slope, row in zip(self.first_order, self.products, strict=True)
+        ]
+        width = len(self.weight_bits)
+        return {
+            layer.name: dict(zip(self.weight_bits, values[i * width : (i + 1) * width], strict=True))
+            for i, layer in enumerate(self.points.layers)
+        }
 
 
 @dataclass(frozen=True)

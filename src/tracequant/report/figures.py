@@ -14,6 +14,7 @@ from matplotlib.ticker import ScalarFormatter
 
 from tracequant.allocation import Frontier
 from tracequant.curvature.result import Curvature, Spectrum, TraceEstimate
+from tracequant.evaluated import Check, LayerCheck, PlanCheck
 from tracequant.explain import LayerRow
 from tracequant.plan import MEGABYTE, BitPlan
 
@@ -157,10 +158,13 @@ def _running_means(axes: Axes, series: Sequence[Sequence[float]]) -> None:
     axes.set_ylim(-0.2, 2.2)
 
 
-def frontier_figure(fronts: Mapping[str, Frontier], markers: Sequence[Marker]) -> Figure:
+def frontier_figure(
+    fronts: Mapping[str, Frontier], markers: Sequence[Marker], evaluated: Sequence[tuple[float, float, float]] = ()
+) -> Figure:
     """File size against the sum of Ω (as the paper's Figure 4): the frontiers and the plans to point out.
 
-    The exact frontier is a line, what Appendix E's search finds are dots on or above it.
+    The exact frontier is a line, what Appendix E's search finds are dots on or above it. `evaluated` are plans whose
+    metric was measured: (bytes, Ω, metric), the metric as their colour.
     """
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     axes = figure.subplots()
@@ -183,6 +187,14 @@ def frontier_figure(fronts: Mapping[str, Frontier], markers: Sequence[Marker]) -
             markeredgecolor="black", label=marker.label or None, linestyle="none", zorder=3,
         )  # fmt: skip
         axes.annotate(marker.note, position, xytext=(7, 5), textcoords="offset points", fontsize=9)
+    if evaluated:
+        sizes, omegas, metrics = zip(*evaluated, strict=True)
+        positive = positive and min(omegas) > 0
+        megabytes = [size / MEGABYTE for size in sizes]
+        drawn = axes.scatter(
+            megabytes, omegas, c=metrics, cmap="viridis", edgecolors="black", zorder=2.5, label="evaluated plans"
+        )
+        figure.colorbar(drawn, ax=axes, label="metric, evaluated without fine-tuning")
     if positive:
         axes.set_yscale("log")
     axes.set_xlabel("size of the packed file (MB of 2²⁰ bytes)")
@@ -202,6 +214,60 @@ def _loss(fronts: Mapping[str, Frontier]) -> str:
     if not len(excess):
         return ""
     return f"; Ω too high by {np.median(excess):.3f} % (median), {max(excess.max(), 0):.3f} % (worst)"
+
+
+# What the self-check's figure shows of single layers and of plans; the table beside it has all.
+_LAYER_PANELS = ("l2", "eigenvalue", "trace", "first+quadratic")
+_PLAN_PANELS = ("trace", "first+quadratic", "first+cross", "response")
+
+
+def check_figure(check: Check) -> Figure:
+    """Measured changes of the loss against what metrics say: layers above, plans below, with their correlations.
+
+    Colours stand for bits: a layer's, or a plan's on average.
+    """
+    kinds: list[tuple[str, tuple[str, ...], Sequence[LayerCheck] | Sequence[PlanCheck]]] = [
+        ("one layer", _LAYER_PANELS, check.layers)
+    ]
+    if check.plans:
+        kinds.append(("plans", _PLAN_PANELS, check.plans))
+    figure = Figure(figsize=(13, 3.2 * len(kinds)), layout="constrained")
+    for row, (kind, names, own) in enumerate(kinds):
+        shown = [name for name in names if name in own[0].scores]
+        colors = [_check_color(entry) for entry in own]
+        changes = [entry.loss_change for entry in own]
+        for column, name in enumerate(shown):
+            axes = figure.add_subplot(len(kinds), len(names), row * len(names) + column + 1)
+            scores = [entry.scores[name] for entry in own]
+            axes.scatter(scores, changes, s=12, c=colors, alpha=0.8)
+            for values, scale in ((scores, axes.set_xscale), (changes, axes.set_yscale)):
+                # Values may be negative, and mostly go over many powers of ten.
+                if max(map(abs, values)) > 30 * _smallest_shown(values):
+                    scale("symlog", linthresh=_smallest_shown(values))
+            axes.minorticks_off()
+            correlations = [
+                f"{value:.2f}"
+                for group, value in check.correlations[name].items()
+                if (group == "all bits" if kind == "one layer" else group.startswith("plans"))
+            ]
+            axes.set_title(f"{kind}: {name} ({', '.join(correlations)})", fontsize=9)
+            axes.tick_params(labelsize=7)
+            _despine(axes)
+    figure.supylabel("measured change of the loss", fontsize=10)
+    figure.supxlabel("what the metric says", fontsize=10)
+    return figure
+
+
+def _check_color(row: LayerCheck | PlanCheck) -> str:
+    if isinstance(row, LayerCheck):
+        return _BIT_COLORS[row.num_bits]
+    return _BIT_COLORS[round(sum(row.weight_bits.values()) / len(row.weight_bits))]
+
+
+def _smallest_shown(values: Sequence[float]) -> float:
+    """The size below which an axis is linear: that of the smallest tenth of the values."""
+    sizes = np.abs(values)
+    return float(np.quantile(sizes[sizes > 0], 0.1)) if (sizes > 0).any() else 1.0
 
 
 def accuracy_figure(rows: Sequence[tuple[str, float, float]], metric_name: str) -> Figure:

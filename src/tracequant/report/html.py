@@ -17,6 +17,7 @@ from tracequant import __version__, allocation, cost
 from tracequant.allocation import Frontier
 from tracequant.artifact import replace_file, write_text
 from tracequant.errors import BudgetError
+from tracequant.evaluated import EvaluatedPlan, Evaluations
 from tracequant.explain import exchange_rates, explain
 from tracequant.plan import MEGABYTE, BitPlan
 from tracequant.report import figures
@@ -34,10 +35,17 @@ def write_report(run: Run) -> Path:
     rows = explain(sensitivity, plan, settings.plan.latency if settings.plan else None)
     results = run.result_rows()
     fronts = _frontiers(sensitivity, plan, settings.plan)
+    evaluations = run.evaluations()
+    evaluated = _evaluated(sensitivity, evaluations)
     pictures: dict[str, Figure] = {
         "layers": figures.layers_figure(rows, curvature),
-        "frontier": figures.frontier_figure(fronts, _markers(run, sensitivity, plan)),
+        "frontier": figures.frontier_figure(
+            fronts, _markers(run, sensitivity, plan), [(row.size_bytes, omega, row.metric) for row, omega in evaluated]
+        ),
     }
+    check = run.check_result()
+    if check is not None:
+        pictures["check"] = figures.check_figure(check)
     if (convergence := figures.convergence_figure(curvature)) is not None:
         pictures["convergence"] = convergence
     if (spectrum := run.spectrum()) is not None:
@@ -73,6 +81,10 @@ def write_report(run: Run) -> Path:
         evaluation_samples=run.quantize_result().samples if results else 0,
         packed=run.pack_result() if run.done("pack") else None,
         figures=embedded,
+        metric=sensitivity.metric,
+        evaluations=evaluations,
+        evaluated=evaluated,
+        check=check,
         float_bytes=cost.float_bytes(points),
         bops=cost.bit_operations(points, plan.weight_bits, plan.activation_bits),
         float_bops=cost.bit_operations(points, {}, {}),
@@ -86,6 +98,17 @@ def write_report(run: Run) -> Path:
     path = run.path / "report.html"
     write_text(path, page)
     return path
+
+
+def _evaluated(sensitivity: Sensitivity, evaluations: Evaluations | None) -> list[tuple[EvaluatedPlan, float]]:
+    """Evaluated plans of this run's layers with their Ω in the plan's metric, by size."""
+    found = []
+    for row in evaluations.plans if evaluations is not None else ():
+        known = row.weight_bits.keys() == sensitivity.weight_omega.keys()
+        if known and all(b in sensitivity.weight_omega[name] for name, b in row.weight_bits.items()):
+            omega = math.fsum(sensitivity.weight_omega[name][b] for name, b in row.weight_bits.items())
+            found.append((row, omega + sensitivity.interaction(row.weight_bits)))
+    return sorted(found, key=lambda entry: entry[0].size_bytes)
 
 
 def _frontiers(sensitivity: Sensitivity, plan: BitPlan, settings: PlanSettings | None) -> dict[str, Frontier]:

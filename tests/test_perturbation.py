@@ -1,0 +1,406 @@
+"""The expansion of the loss in the roundings, against Jacobians and Hessians written out."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models import (
+    CLASSES,
+    AttentionNet,
+    EnergyTask,
+    attention_net,
+    build,
+    conv_net,
+    images,
+    labelled,
+    residual_net,
+    shared_head_net,
+    snapshot,
+    tied_net,
+    token_batch,
+)
+from test_sensitivity import made_up
+from tracequant import (
+    BudgetError,
+    ClassificationTask,
+    ModelError,
+    Perturbation,
+    Sensitivity,
+    Task,
+    WeightGrid,
+    cost,
+    discover,
+    frontier,
+    measure_perturbation,
+    measure_sensitivity,
+    solve,
+)
+from tracequant.curvature import collect
+from tracequant.layers import weight_parameter
+from tracequant.quantizer import choose_weight_grid
+from tracequant.sensitivity import measure_weight_errors
+from tracequant.sensitivity_result import combine
+from tracequant.settings import EXPANSIONS, METRICS
+
+TASK = ClassificationTask()
+BITS = (2, 4)
+
+
+def explicit(model: nn.Module, batches: list[Any], task: Task, bits: tuple[int, ...] = BITS) -> tuple[Tensor, Tensor]:
+    """E[g·ΔW] `[options]` and JᵀH_L J `[options, options]`, J the outputs' derivatives along every rounding."""
+    points = discover(model, batches, task)
+    model.eval()
+    weights = [weight_parameter(model, layer) for layer in points.layers]
+    moves = [
+        [
+            choose_weight_grid(w.detach(), b, layer.channel_axis, WeightGrid()).round(w.detach()) - w.detach()
+            for b in bits
+        ]
+        for w, layer in zip(weights, points.layers, strict=True)
+    ]
+    first: Any = 0
+    second: Any = 0
+    samples = 0
+    for batch in batches:
+        outputs = task.outputs(model, batch)
+        shape, flat = outputs.shape, outputs.flatten()
+        rows = []
+        for value in flat:
+            gradients = torch.autograd.grad(value, weights, retain_graph=True, allow_unused=True)
+            rows.append(
+                torch.stack(
+                    [
+                        torch.zeros((), dtype=flat.dtype) if g is None else (g * move).sum()
+                        for g, own in zip(gradients, moves, strict=True)
+                        for move in own
+                    ]
+                )
+            )
+        jacobian = torch.stack(rows)
+        z = flat.detach()
+
+        def loss(z: Tensor, batch: Any = batch, shape: Any = shape) -> Tensor:
+            return task.loss(z.reshape(shape), batch)
+
+        size = task.batch_size(batch)
+        first = first + size * torch.func.grad(loss)(z) @ jacobian
+        second = second + size * jacobian.T @ torch.func.jacrev(torch.func.jacrev(loss))(z) @ jacobian
+        samples += size
+    return first / samples, second / samples
+
+
+def square(result: Perturbation) -> Tensor:
+    """The products as a symmetric matrix."""
+    size = len(result.products)
+    lower = torch.zeros(size, size, dtype=torch.float64)
+    for i, row in enumerate(result.products):
+        lower[i, : i + 1] = torch.tensor(row, dtype=torch.float64)
+    return lower + lower.tril(-1).T
+
+
+def alone(module: nn.Module) -> Callable[[], nn.Module]:
+    return lambda: build(lambda: nn.Sequential(module, nn.ReLU(), nn.Flatten(), nn.LazyLinear(CLASSES)))
+
+
+class Geometry(nn.Module):
+    """Layers of many geometries in one network of images 3 x 8 x 8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reflect = nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")
+        self.dilated = nn.Conv2d(4, 4, 3, dilation=2, padding="same", groups=4)
+        self.up = nn.ConvTranspose2d(4, 2, 3, stride=2, padding=1, output_padding=1, groups=2)
+        self.line = nn.Conv1d(2, 3, 5, stride=3)
+        self.fc = nn.Linear(3, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.dilated(torch.relu(self.reflect(x))))
+        x = torch.relu(self.up(x, output_size=(16, 15)))
+        return self.fc(torch.relu(self.line(x.flatten(2))).mean(2))
+
+
+class Energy(EnergyTask):
+    """Energy of outputs whose batch is one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__(0.5)
+
+
+CASES = {
+    "conv": (conv_net, images((4, 3)), TASK),
+    "residual": (residual_net, images((3,)), TASK),
+    "called twice": (shared_head_net, images((3,)), TASK),
+    "geometry": (lambda: build(Geometry), images((2, 1)), TASK),
+    "tied": (tied_net, [(token_batch()[0],)], Energy()),
+    "attention": (attention_net, labelled(4, 3, sizes=(3,)), TASK),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_against_jacobian_and_hessian_of_the_outputs(name: str) -> None:
+    make, batches, task = CASES[name]
+    model = make()
+    points = discover(model, batches, task)
+    result = measure_perturbation(model, batches, task, points, BITS, draws="exact")
+    first, second = explicit(make(), batches, task)
+    assert float(second.abs().max()) > 1e-6
+    torch.testing.assert_close(
+        torch.tensor(result.first_order, dtype=torch.float64), first, rtol=1e-8, atol=1e-10 * float(first.abs().max())
+    )
+    torch.testing.assert_close(square(result), second, rtol=1e-8, atol=1e-10 * float(second.abs().max()))
+    assert result.samples == sum(task.batch_size(batch) for batch in batches)
+
+
+def test_attention_and_tied_weights_take_the_slow_way_and_say_so() -> None:
+    """Which is what makes the two cases above a test of it."""
+    batches = labelled(4, 3, sizes=(3,))
+    model = build(AttentionNet)
+    result = measure_perturbation(model, batches, TASK, discover(model, batches, TASK), BITS)
+    assert "a backward pass for each sample for attention" in result.reason
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+def test_a_plan_has_the_square_of_the_sum(first_order: bool) -> None:
+    """½E[(Σ u·ΔW)²] + ΣE[g·ΔW] of whole plans, which is what the metric's table must add up to."""
+    batches = images((4, 3))
+    model = residual_net()
+    points = discover(model, batches, TASK)
+    result = measure_perturbation(model, batches, TASK, points, BITS)
+    errors = measure_weight_errors(model, points, BITS, WeightGrid())
+    metric = "first+cross" if first_order else "cross"
+    table = combine(made_up(points), errors, {}, WeightGrid(), metric, result)
+    first, second = explicit(residual_net(), batches, TASK)
+    names = list(table.weight_omega)
+    for bits in itertools.islice(itertools.product(BITS, repeat=len(names)), 0, None, 7):
+        plan = dict(zip(names, bits, strict=True))
+        taken = torch.tensor([float(plan[n] == b) for n in names for b in BITS], dtype=torch.float64)
+        want = 0.5 * taken @ second @ taken + (first @ taken if first_order else 0.0)
+        got = math.fsum(table.weight_omega[n][b] for n, b in plan.items()) + table.interaction(plan)
+        assert got == pytest.approx(float(want), rel=1e-8)
+        assert abs(table.interaction(plan)) > 1e-6 * abs(got)  # without them the equality would fail
+
+
+def test_draws_and_division_into_batches_and_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 draws cancel all products of 5 columns; a batch cut in pieces, or in two, is the same samples."""
+    model = conv_net()
+    points = discover(model, images((6,)), TASK)
+    exact = measure_perturbation(model, images((6,)), TASK, points, BITS, draws="exact")
+    drawn = measure_perturbation(model, images((6,)), TASK, points, BITS, draws=64)
+    few = measure_perturbation(model, images((6,)), TASK, points, BITS, draws=1)
+    torch.testing.assert_close(square(drawn), square(exact), rtol=1e-6, atol=1e-9)
+    assert float((square(few) - square(exact)).norm() / square(exact).norm()) > 1e-3
+    (x, y) = images((6,))[0]
+    two = measure_perturbation(model, [(x[:2], y[:2]), (x[2:], y[2:])], TASK, points, BITS)
+    torch.testing.assert_close(square(two), square(exact), rtol=1e-9, atol=1e-12)
+    monkeypatch.setattr(collect._Collector, "_expected_count", lambda self, whole: 3)
+    cut = measure_perturbation(model, images((6,)), TASK, points, BITS)
+    assert "cut to 2 samples" in cut.reason
+    torch.testing.assert_close(square(cut), square(exact), rtol=1e-9, atol=1e-12)
+    assert cut.first_order == pytest.approx(exact.first_order, rel=1e-9)
+
+
+def test_it_is_what_the_loss_does_for_small_steps() -> None:
+    """At 8 bits the rounding is small: the expansion must predict the loss itself, sign included."""
+    batches = images((6,))
+    model = conv_net().eval()
+    points = discover(model, batches, TASK)
+    omega = measure_perturbation(model, batches, TASK, points, (8,)).omega(first_order=True)
+    before = TASK.evaluate(model, batches).loss
+    for layer in points.layers:
+        weight = weight_parameter(model, layer)
+        saved = weight.detach().clone()
+        with torch.no_grad():
+            weight.copy_(choose_weight_grid(saved, 8, layer.channel_axis, WeightGrid()).round(saved))
+        change = TASK.evaluate(model, batches).loss - before
+        with torch.no_grad():
+            weight.copy_(saved)
+        assert change == pytest.approx(omega[layer.name][8], rel=0.15)  # a few ReLUs switch
+
+
+def test_the_model_comes_back_as_it_was_and_the_result_saves(tmp_path) -> None:
+    model = residual_net()
+    before = snapshot(model)
+    result = measure_perturbation(model, images((3,)), TASK, discover(model, images(), TASK), BITS)
+    assert snapshot(model) == before
+    result.save(tmp_path / "p.json")
+    assert Perturbation.load(tmp_path / "p.json") == result
+
+
+def test_errors_name_what_is_wrong() -> None:
+    model = conv_net()
+    points = discover(model, images(), TASK)
+    with pytest.raises(ModelError, match="draws must be"):
+        measure_perturbation(model, images(), TASK, points, BITS, draws=0)
+    with pytest.raises(ModelError, match="bit widths go from 1 to 8, got 9"):
+        measure_perturbation(model, images(), TASK, points, (9,))
+    with pytest.raises(ModelError, match="name at least one"):
+        measure_perturbation(model, images(), TASK, points, ())
+    model.fc.weight.data.zero_()
+    del model.conv2
+    with pytest.raises(ModelError, match=r"layer conv2"):
+        measure_perturbation(model, images(), TASK, points, BITS)
+
+
+# Metrics
+
+
+def test_every_metric_is_the_formula_that_is_documented() -> None:
+    model = conv_net()
+    batches = images()
+    points = discover(model, batches, TASK)
+    eigenvalues = {layer.name: float(10 + i) for i, layer in enumerate(points.layers)}
+    curvature = dataclasses.replace(made_up(points, average_trace=0.5), top_eigenvalues=eigenvalues)
+    errors = measure_weight_errors(model, points, BITS, WeightGrid())
+    activations = {point.name: {4: 0.25} for point in points.activations}
+    expansion = measure_perturbation(model, batches, TASK, points, BITS)
+    numel = {layer.name: layer.numel for layer in points.layers}
+    trace = {name: 0.5 * (i + 1) for i, name in enumerate(numel)}
+    backwards = dict(zip(numel, reversed(trace.values()), strict=True))
+    second = {(n, b): 0.5 * expansion.products[i][-1] for i, (n, b) in enumerate((n, b) for n in numel for b in BITS)}
+    slope = dict(zip(second, expansion.first_order, strict=True))
+    want = {
+        "trace": lambda n, b: trace[n] * errors[n][b],
+        "l2": lambda n, b: errors[n][b],
+        "eigenvalue": lambda n, b: eigenvalues[n] / numel[n] * errors[n][b],
+        "eigenvalue_alone": lambda n, b: eigenvalues[n] * errors[n][b],
+        "inverted": lambda n, b: backwards[n] * errors[n][b],
+        "quadratic": lambda n, b: second[n, b],
+        "cross": lambda n, b: second[n, b],
+        "first+quadratic": lambda n, b: second[n, b] + slope[n, b],
+        "first+cross": lambda n, b: second[n, b] + slope[n, b],
+    }
+    assert {*want, "random"} == set(METRICS)
+    for metric, formula in want.items():
+        table = combine(curvature, errors, activations, WeightGrid(), metric, expansion)
+        assert table.metric == metric
+        assert table.weight_omega == {n: {b: pytest.approx(formula(n, b)) for b in BITS} for n in numel}
+        for i, point in enumerate(points.activations):
+            rank = 1 + len(numel) + (len(points.activations) - 1 - i if metric == "inverted" else i)
+            factor = 1.0 if metric == "l2" else 0.5 * rank * (0.5 if metric in EXPANSIONS else 1.0)
+            assert table.activation_omega[point.name][4] == pytest.approx(0.25 * factor)
+        assert (table.interactions is not None) == ("cross" in metric)
+
+
+def test_random_deals_the_traces_out_by_its_seed() -> None:
+    model = residual_net()
+    points = discover(model, images(), TASK)
+    errors = measure_weight_errors(model, points, (4,), WeightGrid())
+
+    def dealt(seed: int) -> list[float]:
+        table = combine(made_up(points), errors, {}, WeightGrid(), "random", seed=seed)
+        return [round(table.weight_omega[n][4] / errors[n][4], 6) for n in errors]
+
+    assert dealt(1) == dealt(1)
+    assert sorted(dealt(1)) == [float(i + 1) for i in range(len(errors))]
+    assert len({tuple(dealt(seed)) for seed in range(5)}) > 1
+
+
+def test_metrics_refuse_what_they_have_no_ingredients_for() -> None:
+    model = conv_net()
+    points = discover(model, images(), TASK)
+    errors = measure_weight_errors(model, points, BITS, WeightGrid())
+    curvature = made_up(points)
+    with pytest.raises(ModelError, match="unknown metric 'hessian'; choose trace, l2"):
+        combine(curvature, errors, {}, WeightGrid(), "hessian")
+    with pytest.raises(ModelError, match="no eigenvalues"):
+        combine(curvature, errors, {}, WeightGrid(), "eigenvalue")
+    with pytest.raises(ModelError, match="needs the roundings"):
+        combine(curvature, errors, {}, WeightGrid(), "cross")
+    other = measure_perturbation(model, images(), TASK, points, (2, 3))
+    with pytest.raises(ModelError, match=r"measured at \[2, 3\] bits"):
+        combine(curvature, errors, {}, WeightGrid(), "quadratic", other)
+
+
+def test_measure_sensitivity_measures_what_the_metric_needs() -> None:
+    model = conv_net()
+    batches = images()
+    curvature = made_up(discover(model, batches, TASK))
+    by_eigenvalue = measure_sensitivity(model, curvature, batches, TASK, BITS, (), metric="eigenvalue")
+    ratio = {
+        n: by_eigenvalue.weight_omega[n][2] / by_eigenvalue.weight_errors[n][2] for n in by_eigenvalue.weight_omega
+    }
+    assert all(value > 0 for value in ratio.values())
+    quadratic = measure_sensitivity(model, curvature, batches, TASK, BITS, (), metric="quadratic")
+    _, second = explicit(conv_net(), batches, TASK)
+    got = [omega for by_bits in quadratic.weight_omega.values() for omega in by_bits.values()]
+    assert got == pytest.approx((0.5 * second.diagonal()).tolist(), rel=1e-8)
+
+
+# Plans with products between layers
+
+
+def crossed(seed: int, ties: tuple[tuple[str, ...], ...] = ()) -> Sensitivity:
+    """A sensitivity of `residual_net` with products made up at random, positive semidefinite."""
+    batches = images((2,))
+    model = residual_net()
+    points = dataclasses.replace(discover(model, batches, TASK), ties=ties)
+    names = [layer.name for layer in points.layers]
+    widths = (2, 4, 8)
+    options = len(names) * len(widths)
+    rng = np.random.default_rng(seed)
+    c = rng.standard_normal((5, options)) * np.tile([1.0, 0.3, 0.05], len(names))
+    products = c.T @ c
+    rows = tuple(tuple(float(x) for x in products[i, : i + 1]) for i in range(options))
+    slope = rng.standard_normal(options) * np.tile([0.3, 0.1, 0.02], len(names))
+    expansion = Perturbation(points, widths, WeightGrid(), tuple(map(float, slope)), rows, 2, "made up")
+    errors = {name: dict.fromkeys(widths, 1.0) for name in names}
+    return combine(made_up(points), errors, {}, WeightGrid(), "first+cross", expansion)
+
+
+def brute_force(table: Sensitivity, average_bits: float) -> float:
+    best = math.inf
+    points = table.points
+    units = points.weight_units
+    for bits in itertools.product((2, 4, 8), repeat=len(units)):
+        plan = {name: b for unit, b in zip(units, bits, strict=True) for name in unit}
+        if cost.weight_bits_total(points, plan) <= average_bits * cost.weight_count(points):
+            omega = math.fsum(table.weight_omega[n][b] for n, b in plan.items()) + table.interaction(plan)
+            best = min(best, omega)
+    return best
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_local_search_keeps_the_limit_and_finds_nearly_always_the_optimum(tied: bool) -> None:
+    ties = (("block1.conv1", "block2.conv1"),) if tied else ()
+    found = 0
+    for seed in range(8):
+        table = crossed(seed, ties)
+        plan = solve(table, average_bits=4.0)
+        start = solve(dataclasses.replace(table, interactions=None), average_bits=4.0)
+        omega = math.fsum(table.weight_omega[n][b] for n, b in plan.weight_bits.items())
+        assert plan.omega == pytest.approx(omega + table.interaction(plan.weight_bits))
+        assert plan.average_bits <= 4.0
+        assert plan.omega <= start.omega + table.interaction(start.weight_bits) + 1e-12
+        assert plan.bound is None
+        if tied:
+            assert plan.weight_bits["block1.conv1"] == plan.weight_bits["block2.conv1"]
+        best = brute_force(table, 4.0)
+        assert plan.omega >= best - 1e-9
+        found += plan.omega <= best + 1e-9
+    assert found >= 7
+
+
+def test_rules_and_bops_hold_with_products_too() -> None:
+    table = crossed(3)
+    limit = 0.6 * cost.bit_operations(table.points, dict.fromkeys(table.weight_omega, 8), {}) / 1e9
+    plan = solve(table, max_bops_g=limit, fixed_bits={"fc": 8}, space="monotone")
+    assert plan.weight_bits["fc"] == 8
+    assert cost.bit_operations(table.points, plan.weight_bits, {}) / 1e9 <= limit
+    ranked = sorted(table.points.layers, key=lambda layer: -table.average_traces[layer.name])
+    bits = [plan.weight_bits[layer.name] for layer in ranked]
+    assert bits == sorted(bits, reverse=True)
+    with pytest.raises(BudgetError, match="products between layers"):
+        frontier(table)
+
+
+def test_sensitivity_with_products_saves(tmp_path) -> None:
+    table = crossed(0)
+    table.save(tmp_path / "s.json")
+    assert Sensitivity.load(tmp_path / "s.json") == table
