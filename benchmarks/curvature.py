@@ -6,10 +6,12 @@ Models: resnet20 (trained, CIFAR-10; the digits network where TRACEQUANT_DATA do
 inception_v3 (torchvision's, 224² and 299², 10 classes so that an exact reference can be had, weights at random with
 BatchNorm's statistics taken from the images). Every method measures all layers; ours measure the activations as well.
 
-Errors are those of the weights' traces against the exact sum over classes on the same images, the median and the worst
-over layers. Times and peak memory are ratios to a plain forward and backward pass over the same images, run in the same
-process. PyHessian (Hutchinson, one layer at a time) and curvlinops (Gauss-Newton products, one layer at a time) take
-part where they are installed: pip install pyhessian curvlinops-for-pytorch. They measure weights only.
+Errors are relative to the exact sum over classes on the same images: the root mean square over repetitions (seeds for
+gauss_newton, single draws divided by the square root of their number for the others), of the median and of the worst
+layer's weights. Times and peak memory are ratios to a plain forward and backward pass over the same images, run beside
+each method in the same process. PyHessian (Hutchinson, one layer at a time) and curvlinops (Gauss-Newton products, one
+layer at a time) take part where they are installed: pip install pyhessian curvlinops-for-pytorch. They measure weights
+only.
 
 The last table is the error of the arithmetic: exact sums in float32 and bfloat16 against float64.
 """
@@ -38,7 +40,8 @@ from data import data_folder
 from tracequant.settings import TaskOptions
 from tracequant.tasks import load_task
 
-Traces = dict[str, float]
+# Layer → its trace by every repetition; one value for each draw where draws are independent.
+Traces = dict[str, list[float]]
 
 
 def load(model: str, images: int) -> tuple[str, tq.TaskSetup]:
@@ -100,7 +103,7 @@ def plain_pass(setup: tq.TaskSetup) -> None:
     setup.model.zero_grad()
 
 
-def with_pyhessian(setup: tq.TaskSetup, layers: list[str], draws: int) -> dict[str, float]:
+def with_pyhessian(setup: tq.TaskSetup, layers: list[str], draws: int) -> Traces:
     """Traces by PyHessian as its users get them by layer: only one layer's weight requires a gradient at a time."""
     from pyhessian import hessian
 
@@ -108,12 +111,13 @@ def with_pyhessian(setup: tq.TaskSetup, layers: list[str], draws: int) -> dict[s
     torch.manual_seed(1)
     for name in layers:
         only(setup, name)
-        values = hessian(setup.model, F.cross_entropy, dataloader=setup.calibration, cuda=False).trace(draws, tol=0)
-        traces[name] = statistics.fmean(values)
+        traces[name] = hessian(setup.model, F.cross_entropy, dataloader=setup.calibration, cuda=False).trace(
+            draws, tol=0
+        )
     return traces
 
 
-def with_curvlinops(setup: tq.TaskSetup, layers: list[str], draws: int) -> dict[str, float]:
+def with_curvlinops(setup: tq.TaskSetup, layers: list[str], draws: int) -> Traces:
     """Traces by curvlinops: Hutchinson's estimator on the Gauss-Newton operator of one layer at a time."""
     from curvlinops import GGNLinearOperator, hutchinson_trace
 
@@ -125,7 +129,7 @@ def with_curvlinops(setup: tq.TaskSetup, layers: list[str], draws: int) -> dict[
         operator = GGNLinearOperator(
             setup.model, torch.nn.CrossEntropyLoss(), [weight], data, check_deterministic=False
         )
-        traces[name] = float(hutchinson_trace(operator, draws))
+        traces[name] = [float(hutchinson_trace(operator, 1)) for _ in range(draws)]
     return traces
 
 
@@ -137,16 +141,12 @@ def only(setup: tq.TaskSetup, name: str) -> torch.nn.Parameter:
     return setup.model.get_parameter(f"{name}.weight").requires_grad_(True)
 
 
-def timed(function: Callable[[], Traces | None], repeats: int) -> tuple[float, int, Traces | None]:
-    """Median seconds over `repeats` calls, bytes of memory at the peak beyond those before, and the last result."""
-    seconds, peak = [], 0
-    for _ in range(repeats):
-        before = begin_peak()
-        start = time.perf_counter()
-        result = function()
-        seconds.append(time.perf_counter() - start)
-        peak = max(peak, end_peak() - before)
-    return statistics.median(seconds), peak, result
+def timed(function: Callable[[], Traces | None]) -> tuple[float, int, Traces | None]:
+    """Seconds, bytes of memory at the peak beyond those before, and the result."""
+    before = begin_peak()
+    start = time.perf_counter()
+    result = function()
+    return time.perf_counter() - start, end_peak() - before, result
 
 
 def begin_peak() -> int:
@@ -169,25 +169,33 @@ def status(field: str) -> int:
 
 def precision_errors(name: str, images: int) -> dict[str, dict[str, float]]:
     """Errors of exact sums in float32 and bfloat16 against float64, and their times against float32."""
+    _, setup = load(name, images)
+    batches = list(setup.calibration)
 
-    def exact(double: bool, precision: str) -> tuple[float, Traces]:
-        _, setup = load(name, images)
-        model, batches = setup.model, list(setup.calibration)
-        if double:
-            model, batches = model.double(), [(x.double(), y) for x, y in batches]
-        start = time.perf_counter()
+    def exact(precision: str) -> dict[str, float]:
         found = tq.estimate_curvature(
-            model, batches, setup.task, method="gauss_newton", draws="exact", precision=precision
+            setup.model, batches, setup.task, method="gauss_newton", draws="exact", precision=precision
         )
-        return time.perf_counter() - start, {n: trace.trace for n, trace in found.weights.items()}
+        return {n: trace.trace for n, trace in found.weights.items()}
 
-    _, truth = exact(True, "float32")
-    result, plain = {}, 0.0
+    result, found = {}, {}
     for precision in ("float32", "bfloat16"):
-        seconds, traces = exact(False, precision)
-        plain = plain or seconds
-        errors = [abs(traces[layer] / truth[layer] - 1) for layer in truth]
-        result[precision] = {"median": statistics.median(errors), "worst": max(errors), "time": seconds / plain}
+        exact(precision)  # warm up
+        seconds = []
+        for _ in range(3):
+            start = time.perf_counter()
+            found[precision] = exact(precision)
+            seconds.append(time.perf_counter() - start)
+        result[precision] = {"time": statistics.median(seconds)}
+    setup.model.double()
+    batches = [(images.double(), labels) for images, labels in batches]
+    truth = exact("float32")
+    for precision, row in result.items():
+        errors = [abs(found[precision][layer] / truth[layer] - 1) for layer in truth]
+        row |= {"median": statistics.median(errors), "worst": max(errors)}
+    base = result["float32"]["time"]
+    for row in result.values():
+        row["time"] /= base
     return result
 
 
@@ -197,75 +205,86 @@ def main() -> None:
     parser.add_argument("--model", default="resnet20", choices=["resnet20", "resnet50", "inception_v3"])
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--draws", type=int, default=4, help="probes of Hutchinson's method for each batch")
+    parser.add_argument("--seeds", type=int, default=5, help="repetitions of gauss_newton")
     parser.add_argument("--ours", action="store_true", help="leave out the other packages and Hutchinson's method")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     name, setup = load(arguments.model, arguments.images)
     points = tq.discover(setup.model, setup.calibration, setup.task)
 
-    def estimate(method: str, draws: int | str, **options: str) -> Callable[[], Traces]:
-        def run() -> Traces:
-            curvature = tq.estimate_curvature(
-                setup.model, setup.calibration, setup.task, method=method, draws=draws, points=points, seed=1, **options
-            )
-            return {name: trace.trace for name, trace in curvature.weights.items()}
+    data = (setup.model, setup.calibration, setup.task)
 
-        return run
+    def gauss_newton(draws: int | str, seed: int) -> Traces:
+        found = tq.estimate_curvature(*data, "gauss_newton", draws, seed, points)
+        return {name: [trace.trace] for name, trace in found.weights.items()}
 
-    plain_pass(setup)  # warm up
-    methods = {
-        "gauss_newton, exact": (estimate("gauss_newton", "exact"), 1),
-        "gauss_newton, 1 draw": (estimate("gauss_newton", 1), 3),
-        "gauss_newton, 2 draws": (estimate("gauss_newton", 2), 3),
-        "gauss_newton, 8 draws": (estimate("gauss_newton", 8), 1),
+    def hutchinson(draws: int, probes: str) -> Traces:
+        found = tq.estimate_curvature(*data, "hutchinson", draws, 1, points, probes=probes).weight_draws
+        assert found is not None
+        return {name: list(values) for name, values in found.items()}
+
+    draws, layers = arguments.draws, [layer.name for layer in points.layers]
+    # Label → (call by repetition, repetitions, draws in a value that is returned).
+    methods: dict[str, tuple[Callable[[int], Traces], int, int]] = {
+        "gauss_newton, exact": (lambda seed: gauss_newton("exact", seed), 1, 1),
+        "gauss_newton, 1 draw": (lambda seed: gauss_newton(1, seed), arguments.seeds, 1),
+        "gauss_newton, 2 draws": (lambda seed: gauss_newton(2, seed), arguments.seeds, 1),
+        "gauss_newton, 4 draws": (lambda seed: gauss_newton(4, seed), arguments.seeds, 1),
     }
-    layers = [layer.name for layer in points.layers]
     if not arguments.ours:
-        draws = arguments.draws
-        methods[f"hutchinson, shared, {draws} draws"] = (estimate("hutchinson", draws, probes="shared"), 1)
-        methods[f"hutchinson, per layer, {draws} draws"] = (estimate("hutchinson", draws), 1)
+        methods[f"hutchinson, shared, {draws} draws"] = (lambda seed: hutchinson(draws, "shared"), 1, draws)
+        methods[f"hutchinson, per layer, {draws} draws"] = (lambda seed: hutchinson(draws, "per_layer"), 1, draws)
         for package, other in (("pyhessian", with_pyhessian), ("curvlinops", with_curvlinops)):
             if importlib.util.find_spec(package):
                 label = f"{package}, per layer, {draws} draws"
-                methods[label] = (lambda other=other: other(setup, layers, draws), 1)
+                methods[label] = (lambda seed, other=other: other(setup, layers, draws), 1, draws)
     print(f"{name}; torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}")
-    _, plain_peak, _ = timed(lambda: plain_pass(setup), 5)
+    plain_pass(setup)  # warm up
+    plain_peak = max(timed(lambda: plain_pass(setup))[1] for _ in range(3))
     print(f"plain forward and backward pass: time 1.0, peak memory 1.0 ({plain_peak / 2**20:.0f} MB)\n")
     print(f"{'method':34s} {'time':>8s} {'memory':>8s} {'median error':>13s} {'worst':>8s}")
-    truth: Traces = {}
+    truth: dict[str, float] = {}
     rows = []
-    for label, (run, repeats) in methods.items():
-        # Beside every method a plain pass of its own: the machine's speed drifts.
-        before, _, _ = timed(lambda: plain_pass(setup), 3)
-        seconds, peak, traces = timed(run, repeats)
-        after, _, _ = timed(lambda: plain_pass(setup), 3)
-        assert traces is not None
-        truth = truth or traces
-        errors = [abs(traces[layer] / truth[layer] - 1) for layer in truth]
+    for label, (run, repeats, averaged) in methods.items():
+        ratios, peak, values = [], 0, []
+        for seed in range(repeats):
+            # Beside every call plain passes of its own: the machine's speed drifts.
+            before, _, _ = timed(lambda: plain_pass(setup))
+            seconds, own_peak, traces = timed(lambda run=run, seed=seed: run(seed))
+            after, _, _ = timed(lambda: plain_pass(setup))
+            assert traces is not None
+            ratios.append(2 * seconds / (before + after))
+            peak = max(peak, own_peak)
+            values.append(traces)
+        truth = truth or {layer: row[0] for layer, row in values[0].items()}
+        errors = [
+            (statistics.fmean((v / truth[layer] - 1) ** 2 for found in values for v in found[layer]) / averaged) ** 0.5
+            for layer in truth
+        ]
         row = {
             "method": label,
-            "time": 2 * seconds / (before + after),
+            "time": statistics.median(ratios),
             "memory": peak / plain_peak,
             "median": statistics.median(errors),
             "worst": max(errors),
         }
         rows.append(row)
         print(
-            f"{label:34s} {row['time']:8.1f} {row['memory']:8.2f} {row['median']:13.1%} {row['worst']:8.1%}", flush=True
+            f"{label:34s} {row['time']:8.1f} {row['memory']:8.2f} {row['median']:13.2%} {row['worst']:8.2%}", flush=True
         )
     if not arguments.ours:
-        print("\ntime to the median error of gauss_newton with 2 draws, as a multiple of its own:")
-        fast = rows[2]
+        print("\ntime to the median error of gauss_newton with 1 draw, as a multiple of its own:")
+        fast = rows[1]
         for row in rows[4:]:
             # The error falls with the square root of the draws, so that work grows with its square.
             row["multiple"] = row["time"] / fast["time"] * (row["median"] / fast["median"]) ** 2
-            print(f"{row['method']:34s} {row['multiple']:8.0f}")
+            print(f"{row['method']:34s} {row['multiple']:12,.0f}")
     document = {"name": name, "torch": torch.__version__, "threads": torch.get_num_threads(), "rows": rows}
     if arguments.model == "resnet20":
         document["precision"] = precision_errors(arguments.model, arguments.images)
         print("\narithmetic of an exact sum, against float64:")
         for precision, row in document["precision"].items():
-            print(f"{precision:34s} {row['time']:8.1f} {'':8s} {row['median']:13.1e} {row['worst']:8.1e}")
+            print(f"{precision:34s} {row['time']:8.2f} {'':8s} {row['median']:13.1e} {row['worst']:8.1e}")
     if arguments.json:
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")
 

@@ -310,7 +310,6 @@ def test_all_processes_stop_at_the_same_batch() -> None:
     assert [curvature.samples for curvature in together(lambda: measured(**options))] == [15, 15]
 
 
-@pytest.mark.xfail(strict=True, reason="nothing is set")
 def test_waiting_for_a_slow_process_has_no_end() -> None:
     """A batch of a large network may take hours; torch's own limit is 30 minutes."""
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import tiny_task
 import tracequant as tq
+from tracequant import cli
 from tracequant.curvature.hutchinson import exact_block
 from tracequant.curvature.spectrum import _outermost
 
@@ -107,7 +110,7 @@ def test_a_density_of_the_whole_model_takes_in_the_blocks_between_layers() -> No
         assert math.fsum(weights) == pytest.approx(1)
 
 
-def test_a_density_survives_a_file(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_a_density_survives_a_file(tmp_path: Path) -> None:
     model, batches = network(), data(6)
     points = tq.discover(model, batches, TASK)
     density = tq.spectral_density(model, batches, TASK, points, layer="0", draws=2, steps=3)
@@ -116,3 +119,36 @@ def test_a_density_survives_a_file(tmp_path) -> None:  # type: ignore[no-untyped
     assert tq.Spectrum.load(tmp_path / "spectrum.json") == spectrum
     with pytest.raises(tq.ModelError, match="no layer 'nowhere'"):
         tq.spectral_density(model, batches, TASK, points, layer="nowhere")
+
+
+def invoke(*arguments: object) -> int:
+    """Exit code of `tracequant` with these arguments."""
+    return cli.run_guarded(lambda: cli.app([str(argument) for argument in arguments]))
+
+
+def test_the_command_writes_eigenvalues_and_figure_which_the_report_takes_in(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, task = tmp_path / "run", f"{Path(tiny_task.__file__)}:build"
+    assert invoke("analyze", "--task", task, "--out", run, "--activation-bits", "none", "-q") == 0
+    assert invoke("plan", run, "--average-bits", 3, "--stability") == 0
+    assert "Stable: the share of 100 resamples" in capsys.readouterr().out
+    assert invoke("report", run, "-q") == 0
+    without = (run / "report.html").read_text()
+    first = next(iter(tq.Curvature.load(run / "curvature.json").weights))
+    assert invoke("spectrum", run, "--layer", first, "--top", 3, "--density", "*", "--density", first) == 0
+    assert first in capsys.readouterr().out
+    spectrum = tq.Spectrum.load(run / "spectrum.json")
+    assert {name: len(values) for name, values in spectrum.eigenvalues.items()} == {first: 3}
+    assert [density.layer for density in spectrum.densities] == [None, first]
+    known = tq.Curvature.load(run / "curvature.json").top_eigenvalues
+    assert known is not None
+    assert spectrum.eigenvalues[first][0] == pytest.approx(known[first], rel=0.02)
+    assert (run / "figures" / "spectrum.png").stat().st_size > 1000
+    assert invoke("report", run, "-q") == 0
+    assert "<h2>Eigenvalues</h2>" in (run / "report.html").read_text()
+    assert "<h2>Eigenvalues</h2>" not in without
+    # Eigenvalues of other samples are not those of the new analysis.
+    assert invoke("analyze", "--task", task, "--out", run, "--activation-bits", "none", "--seed", 5, "-q") == 0
+    assert not (run / "spectrum.json").exists()
+    assert invoke("spectrum", run, "--top", 0, "-q") == 2  # nothing to measure

@@ -32,6 +32,7 @@ from tracequant.settings import (
     TaskOptions,
     WeightGrid,
 )
+from tracequant.stability import plan_stability
 from tracequant.tables import read_latency, read_sensitivity
 
 app = typer.Typer(
@@ -257,6 +258,9 @@ def plan(
     apply: Annotated[
         bool, typer.Option("--apply", help="make it the run's plan even if a later stage is done")
     ] = False,
+    stability: Annotated[
+        bool, typer.Option("--stability", help="also say how often each layer keeps its bits if samples are drawn anew")
+    ] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -291,7 +295,8 @@ def plan(
     if as_json:
         _print_json(solved.to_json())
     elif not quiet:
-        _print_plan(table, solved, settings)
+        stable = plan_stability(table, run.curvature(), solved, settings) if run is not None and stability else None
+        _print_plan(table, solved, settings, stable)
         if run is not None and not keep:
             _err.print("The run is quantized by another plan and keeps it; add --apply to replace it.", style="yellow")
 
@@ -560,7 +565,7 @@ def _run_stages(
     if not run.done("plan"):
         run.keep_plan(plan, solved)
     if not (quiet or as_json):
-        _print_plan(run.sensitivity(), run.plan(), plan)
+        _print_plan(run.sensitivity(), run.plan(), plan, run.stability())
     run.quantize()
     if finetune.steps:
         run.finetune(finetune)
@@ -785,10 +790,21 @@ def _error(value: float) -> str:
     return "–" if math.isinf(value) else f"{value:.1g}"
 
 
-def _print_plan(sensitivity: Sensitivity, solved: BitPlan, settings: PlanSettings) -> None:
+def _print_plan(
+    sensitivity: Sensitivity, solved: BitPlan, settings: PlanSettings, stability: dict[str, float] | None = None
+) -> None:
     console = Console()
     table = Table(title=str(solved), title_justify="left")
-    columns = ["layer", "weights", "Tr(H)/n", "bits", "input bits", "Ω", "share of Ω"]
+    columns = [
+        "layer",
+        "weights",
+        "Tr(H)/n",
+        "bits",
+        *(["stable"] if stability else []),
+        "input bits",
+        "Ω",
+        "share of Ω",
+    ]
     wide = console.width >= 160
     for column in [*columns, "why"] if wide else columns:
         table.add_column(column, justify="left" if column in ("layer", "why") else "right", overflow="fold")
@@ -799,12 +815,15 @@ def _print_plan(sensitivity: Sensitivity, solved: BitPlan, settings: PlanSetting
             f"{row.numel:,}",
             f"{row.average_trace:.3g}",
             str(row.num_bits),
+            *([f"{stability[row.name]:.0%}"] if stability else []),
             str(row.activation_bits or "float"),
             f"{row.omega:.2g}",
             f"{row.omega_share:.1%}",
         ]
         table.add_row(*cells, row.why) if wide else table.add_row(*cells)
     console.print(table)
+    if stability:
+        print("Stable: the share of 100 resamples of the calibration data in which the layer keeps its bits.")
     points = sensitivity.points
     spent = [f"{cost.bit_operations(points, solved.weight_bits, solved.activation_bits) / 1e9:.4g} G BOPs"]
     if settings.max_latency_ms is not None:

@@ -52,6 +52,7 @@ from tracequant.settings import (
     PlanSettings,
     RunSettings,
 )
+from tracequant.stability import is_stable, plan_stability
 
 if TYPE_CHECKING:
     import torch
@@ -124,6 +125,7 @@ class Run:
         self._say = say
         self._progress = progress
         self._setup: TaskSetup | None = None
+        self._stability: tuple[BitPlan, dict[str, float] | None] | None = None
 
     def be_silent(self) -> None:
         """Say nothing from now on and draw no bars: another process speaks."""
@@ -339,7 +341,6 @@ class Run:
         from tracequant.curvature.estimate import estimate_curvature
         from tracequant.layers import discover
         from tracequant.sensitivity import measure_sensitivity, measure_weight_errors, with_eigenvalues
-        from tracequant.stability import is_stable
 
         start = self._begin("analyze") if distributed.rank() == 0 else 0.0
         settings = self.settings().analyze
@@ -493,8 +494,10 @@ class Run:
         chosen = match_names(layers, names, "layer")
         whole = ["*"] if "*" in densities else []
         wanted = whole + match_names([p for p in densities if p != "*"], names, "density")
-        if not chosen and not wanted:
-            raise RunError(f"there is nothing to measure: no layer matches {list(layers)}")
+        if not (top and chosen) and not wanted:
+            raise RunError(
+                f"there is nothing to measure: {top} eigenvalues of layers that match {list(layers)}, and no density"
+            )
         eigenvalues = {}
         if top and chosen:
             some = replace(points, layers=tuple(points.by_name[name] for name in chosen))
@@ -515,6 +518,15 @@ class Run:
         """Result of `measure_spectrum`, None where there is none of this analysis."""
         path = self.path / "spectrum.json"
         return Spectrum.load(path) if path.is_file() else None
+
+    def stability(self) -> dict[str, float] | None:
+        """Layer name → share of resamples in which it keeps the bits of the run's plan; worked out once."""
+        settings, plan = self.settings().plan, self.plan()
+        if settings is None:
+            return None
+        if self._stability is None or self._stability[0] != plan:
+            self._stability = plan, plan_stability(self.sensitivity(), self.curvature(), plan, settings)
+        return self._stability[1]
 
     def solve(self, settings: PlanSettings) -> BitPlan:
         """The plan for a budget, from the sensitivities alone, or by evaluation for a limit on what it loses.

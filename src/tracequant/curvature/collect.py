@@ -235,11 +235,14 @@ class _Store:
         self._folder: Path | None = None
 
     def open(self, model: nn.Module, task: Task, batch: Batch) -> None:
-        """Find the folder for these settings. The loss cannot be compared, but its value on the first batch can."""
+        """Find the folder for these settings. The loss cannot be compared, but its value on a few samples can."""
         if self._parent is None:
             return
         with torch.no_grad():
-            _, loss = forward(task, model, batch)
+            try:
+                _, loss = forward(task, model, task.select(batch, 0, min(4, task.batch_size(batch))))
+            except Exception:  # a batch or a model that knows one size only
+                _, loss = forward(task, model, batch)
         text = json.dumps(self._settings | {"loss": f"{loss.item():.5g}"}, sort_keys=True)
         self._folder = self._parent / hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -38,8 +38,12 @@ def estimate_curvature(
     twice-differentiable network, thousands of products), or "auto", which compares the two on one batch and takes the
     fast one where they agree; the result's `reason` says which and why. `draws` random vectors are used for each batch
     (hutchinson, default 16) or sample (gauss_newton, default 2; "exact" for none). `points` come from `discover`
-    (called here if None). Further `options` go to the estimator: `weights`, `activations`, `progress`, and for
-    hutchinson `probes` and `distribution`. The model is left exactly as it was.
+    (called here if None). The model is left exactly as it was.
+
+    Further `options` go to the estimator: `weights`, `activations`, `progress`; `relative_error` and `stop` to end when
+    enough is known; `checkpoint`, a folder to go on from; `precision` "float32", "tf32" or "bfloat16"; for hutchinson
+    `probes`, `distribution` and `mode`. See `gauss_newton`, `hutchinson` and `collect`. Under `torchrun` the work is
+    shared out to all processes.
     """
     if draws is not None and draws != "exact" and (not isinstance(draws, int) or draws < 1):
         raise ModelError(f"draws must be a whole number from 1, or 'exact', got {draws!r}")
@@ -52,6 +56,9 @@ def estimate_curvature(
         raise ModelError("draws='exact' is for gauss_newton; give hutchinson a number of draws")
     why = ""
     if method == "auto":
+        known = set().union(*(_own_options(name, options) for name in ESTIMATORS))
+        if unknown := options.keys() - known:
+            raise ModelError(f"there is no option {', '.join(sorted(unknown))}")
         method, why = choose_method(model, batches, task, points, seed)
         if method == "gauss_newton":
             try:

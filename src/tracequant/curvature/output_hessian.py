@@ -114,7 +114,7 @@ class OutputHessian:
         tiny = torch.finfo(p.dtype).tiny ** 0.5  # its square is still above zero
         safe, before = tail.clamp_min(tiny), from_here.clamp_min(tiny)
         beside = (p / before / safe).sqrt() * v * (tail > tiny)
-        earlier = beside.cumsum(1) - beside
+        earlier = torch.cat([torch.zeros_like(beside[:, :1]), beside[:, :-1].cumsum(1)], 1)
         product = (p * tail / before).sqrt() * v - p * earlier
         return self.first[0].sqrt() * torch.zeros_like(product).scatter(1, order, product)
 
@@ -150,7 +150,9 @@ def factor(task: Task, outputs: Any, batch: Batch, generator: torch.Generator) -
     if len(z) == 1 and z[0].ndim >= 2:
         p = z[0].softmax(1)
         expected = p * probe[0] - p * (p * probe[0]).sum(1, keepdim=True)
-        scale = (image[0] * expected).sum(1, keepdim=True) / expected.square().sum(1, keepdim=True).clamp_min(1e-300)
+        scale = (image[0] * expected).sum(1, keepdim=True) / (
+            expected.square().sum(1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
+        )
         if bool((scale >= 0).all()) and _close([scale * expected], image):
             return OutputHessian("softmax", tensors, [scale], p)
     diagonal = product([torch.ones_like(v) for v in z])

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tracequant.curvature.output_hessian import loss_hessian
-from tracequant.errors import ModelError, ResourceError, TaskError
-from tracequant.task import Batch, Task, checked_loss, has_rows, model_device
+from tracequant.errors import ResourceError, TaskError
+from tracequant.task import Batch, Task, checked_loss, has_rows, model_device, total_loss
 
 Precision = Literal["float32", "tf32", "bfloat16"]
 
@@ -73,7 +72,7 @@ def divide(model: nn.Module, task: Task, whole: Piece, count: int) -> Iterator[P
         for start, stop in itertools.pairwise(bounds):
             outputs.append(_outputs(model, task, task.select(whole.batch, start, stop), whole.precision))
     lengths = [stop - start for start, stop in itertools.pairwise(bounds)]
-    _check_separable(task, join(outputs, lengths), whole.batch)
+    _check_separable(task, outputs, lengths, whole.batch)
     for i in range(count):
         others = tuple(
             join(outputs[part], lengths[part]) if lengths[part] else None for part in (slice(i), slice(i + 1, None))
@@ -111,20 +110,30 @@ def join(parts: Sequence[Any], lengths: Sequence[int]) -> Any:
     return first
 
 
-def _check_separable(task: Task, outputs: Any, batch: Batch) -> None:
-    """Raise `TaskError` if the loss's second derivatives mix samples: pieces would leave such terms out."""
-    free = pytree.tree_map(lambda x: x.detach().requires_grad_() if _is_floating(x) else x, outputs)
-    try:
-        tensors, product = loss_hessian(task, free, batch)
-    except ModelError:
-        return  # the loss is linear in the outputs, or its derivatives are for the estimator to complain of
-    first = [torch.zeros_like(tensor) for tensor in tensors]
-    for vector, tensor in zip(first, tensors, strict=True):
-        vector[0] = torch.randn(
-            tensor[0].shape, generator=torch.Generator(tensor.device).manual_seed(0), device=tensor.device
-        ).to(tensor.dtype)
-    for image in product(first):
-        if float(image[1:].abs().sum()) > 1e-6 * float(image.abs().sum()):
+def _check_separable(task: Task, outputs: Sequence[Any], lengths: Sequence[int], batch: Batch) -> None:
+    """Raise `TaskError` if the loss has second derivatives by two pieces' outputs, which the pieces would leave out.
+
+    Two pieces differ in a bit of their numbers. So a vector that is zero where a bit is 0, and random elsewhere, may
+    have no image there, for every bit.
+    """
+    free = [pytree.tree_map(lambda x: x.detach().requires_grad_() if _is_floating(x) else x, own) for own in outputs]
+    leaves = [[x for x in pytree.tree_leaves(own) if _is_floating(x)] for own in free]
+    flat = [x for own in leaves for x in own]
+    numbers = [number for number, own in enumerate(leaves) for _ in own]
+    slopes = torch.autograd.grad(
+        total_loss(task, join(free, lengths), batch), flat, create_graph=True, allow_unused=True
+    )
+    bent = [slope for slope in slopes if slope is not None and slope.requires_grad]
+    owners = [n for n, slope in zip(numbers, slopes, strict=True) if slope is not None and slope.requires_grad]
+    for bit in range(len(outputs).bit_length() if bent else 0):
+        vectors = [
+            torch.randn(g.shape, generator=torch.Generator(g.device).manual_seed(bit), device=g.device, dtype=g.dtype)
+            * (n >> bit & 1)
+            for g, n in zip(bent, owners, strict=True)
+        ]
+        images = torch.autograd.grad(bent, flat, vectors, retain_graph=True, allow_unused=True)
+        sizes = [0.0 if image is None else float(image.abs().sum()) for image in images]
+        if sum(size for size, n in zip(sizes, numbers, strict=True) if not n >> bit & 1) > 1e-6 * sum(sizes):
             raise TaskError("the loss of one sample depends on others, so that the batch cannot be divided")
 
 

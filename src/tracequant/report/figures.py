@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 from tracequant.allocation import Frontier
 from tracequant.curvature.result import Curvature, Spectrum, TraceEstimate
@@ -152,7 +153,8 @@ def _running_means(axes: Axes, series: Sequence[Sequence[float]]) -> None:
     for sign in (1, -1):
         axes.plot(counts, 1 + sign * band, "--", color="#d1495b", linewidth=1.2)
     axes.axhline(1, color="black", linewidth=0.6)
-    axes.set_xscale("log")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_ylim(-0.2, 2.2)
 
 

@@ -23,7 +23,6 @@ from tracequant.plan import MEGABYTE, BitPlan
 from tracequant.report import figures
 from tracequant.sensitivity_result import Sensitivity
 from tracequant.settings import PlanSettings
-from tracequant.stability import plan_stability
 
 if TYPE_CHECKING:
     from tracequant.run import Run
@@ -72,7 +71,7 @@ def write_report(run: Run) -> Path:
     page = template.render(
         settings=settings,
         curvature=curvature,
-        stability=plan_stability(sensitivity, curvature, plan, settings.plan) if settings.plan else None,
+        stability=run.stability(),
         points=points,
         plan=plan,
         rates=exchange_rates(plan),
