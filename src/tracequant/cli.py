@@ -373,6 +373,42 @@ def pack(run_path: RunPath, quiet: Quiet = False, as_json: AsJson = False) -> No
 
 
 @app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="a packed file", metavar="FILE")], as_json: AsJson = False
+) -> None:
+    """Check a packed file and show its layers, bits, shapes and bytes. Needs neither the model nor torch."""
+    from tracequant.packed import read_packed
+
+    contents = read_packed(file)
+    layout = contents.layout
+    layers = [
+        {"name": w.name, "shape": list(w.shape), "bits": w.num_bits, "scales": w.rows, "code_bytes": w.code_bytes}
+        for w in layout.weights
+    ]
+    inputs = {name: point.num_bits for point in layout.activations for name in point.consumers}
+    rest = sum(raw.size for *_, raw in contents.raw_tensors())
+    if as_json:
+        _print_json({
+            "file": str(file), "file_bytes": contents.file_bytes, "header_bytes": layout.header_bytes(),
+            "layers": layers, "input_bits": inputs, "float_bytes": rest,
+            "tensors": [{"name": n, "dtype": d, "shape": list(shape)} for n, d, shape in layout.tensors],
+        })  # fmt: skip
+        return
+    table = Table(title="Quantized weights", title_justify="left")
+    for column in ("layer", "shape", "bits", "input bits", "bytes of codes", "scales"):
+        table.add_column(column, justify="left" if column == "layer" else "right", overflow="fold")
+    for weight in layout.weights:
+        shape = " x ".join(map(str, weight.shape))
+        read = str(inputs.get(weight.sites[0][0], "float"))
+        table.add_row(weight.name, shape, str(weight.num_bits), read, f"{weight.code_bytes:,}", f"{weight.rows:,}")
+    Console().print(table)
+    print(
+        f"{file}: {contents.file_bytes:,} bytes, checksum right; codes {sum(w.code_bytes for w in layout.weights):,},"
+        f" {len(layout.tensors)} tensors that are not quantized {rest:,}, header {layout.header_bytes():,}."
+    )
+
+
+@app.command()
 def report(run_path: RunPath, quiet: Quiet = False, as_json: AsJson = False) -> None:
     """Write RUN/report.html and its figures from what is finished, the plan at least."""
     run = _open(run_path, quiet)

@@ -22,6 +22,7 @@ from torch.nn.utils import parametrize
 
 from tracequant.errors import ModelError
 from tracequant.layers import replace_inputs
+from tracequant.packed_layout import symmetric_zero_point
 from tracequant.settings import WeightGrid
 
 MAX_BITS = 8
@@ -50,15 +51,6 @@ class Grid:
         """Each value replaced by its nearest on the grid, values outside the range by the grid's ends."""
         # `dequantize` in place: the same operations, and so the same bits.
         return self.quantize(values).sub_(self.zero_point).mul_(self.scale)
-
-
-def symmetric_zero_point(num_bits: int) -> float:
-    """The zero point of a symmetric grid, in units of its scale.
-
-    >>> [symmetric_zero_point(k) for k in (1, 2, 3, 8)]
-    [0.5, 1.5, 4.0, 128.0]
-    """
-    return (2**num_bits - 1) / 2 if num_bits <= 2 else float(2 ** (num_bits - 1))
 
 
 def check_bits(num_bits: int) -> None:
