@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tracequant.allocation import Frontier, frontier, full_space, monotone_space, solve, uniform_plan
-    from tracequant.convert import quantize
+    from tracequant.convert import quantize, to_float
     from tracequant.curvature.estimate import estimate_curvature
     from tracequant.curvature.result import Curvature, Density, Spectrum, TraceEstimate
     from tracequant.curvature.spectrum import spectral_density, top_eigenvalues
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         TaskError,
         TracequantError,
     )
+    from tracequant.export.onnx import OnnxFile, export_onnx
     from tracequant.export.packed import load, pack
     from tracequant.finetuning import finetune
     from tracequant.layers import discover
@@ -44,7 +45,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "tracequant.allocation": ("Frontier", "frontier", "full_space", "monotone_space", "solve", "uniform_plan"),
-    "tracequant.convert": ("quantize",),
+    "tracequant.convert": ("quantize", "to_float"),
     "tracequant.curvature.estimate": ("estimate_curvature",),
     "tracequant.curvature.result": ("Curvature", "Density", "Spectrum", "TraceEstimate"),
     "tracequant.curvature.spectrum": ("spectral_density", "top_eigenvalues"),
@@ -52,6 +53,7 @@ _MODULES = {
         "ArtifactError", "BudgetError", "DataError", "ModelError", "ResourceError", "RunError", "TaskError",
         "TracequantError",
     ),
+    "tracequant.export.onnx": ("OnnxFile", "export_onnx"),
     "tracequant.export.packed": ("load", "pack"),
     "tracequant.finetuning": ("finetune",),
     "tracequant.layers": ("discover",),
@@ -67,11 +69,11 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "ActivationPoint", "ArtifactError", "BitPlan", "BudgetError", "ClassificationTask", "Curvature", "DataError",
-    "Density", "Evaluation", "Frontier", "Layer", "ModelError", "QuantizationPoints", "ResourceError", "RunError",
+    "Density", "Evaluation", "Frontier", "Layer", "ModelError", "OnnxFile", "QuantizationPoints", "ResourceError", "RunError",
     "Sensitivity", "Spectrum", "Task", "TaskError", "TaskSetup", "TraceEstimate", "TracequantError", "WeightGrid",
-    "discover", "estimate_curvature", "finetune", "frontier", "full_space", "load", "measure_sensitivity",
+    "discover", "estimate_curvature", "export_onnx", "finetune", "frontier", "full_space", "load", "measure_sensitivity",
     "monotone_space", "pack", "quantize", "read_latency", "read_sensitivity", "solve", "spectral_density",
-    "top_eigenvalues", "uniform_plan",
+    "to_float", "top_eigenvalues", "uniform_plan",
 ]  # fmt: skip
 
 

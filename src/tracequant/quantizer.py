@@ -234,6 +234,14 @@ class ActivationQuantizer(Quantizer):
         # A bound method, not a closure: deepcopy of the model then binds the copy's own quantizer.
         module.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
+    def detach(self, module: nn.Module) -> None:
+        """Undo `attach`."""
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if getattr(hook, "__self__", None) is self:
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+        del module.input_quantizer
+
     def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         return replace_inputs(module, args, kwargs, self)
 

@@ -23,7 +23,13 @@ from tracequant.errors import ModelError
 from tracequant.layers import DTYPE_NAMES
 from tracequant.packed import PackedFile, pack_codes, read_packed, sealed
 from tracequant.packed_layout import PackedActivation, PackedLayout, PackedWeight, state_name
-from tracequant.quantizer import ActivationQuantizer, Grid, activation_quantizers, weight_quantizers
+from tracequant.quantizer import (
+    ActivationQuantizer,
+    Grid,
+    WeightQuantizer,
+    activation_quantizers,
+    weight_quantizers,
+)
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
@@ -33,10 +39,9 @@ def pack(model: nn.Module, path: str | Path) -> int:
 
     Raises `ModelError` if the model is not quantized, its weights are not float32, or a quantizer is switched off.
     """
-    weights = _weights_of(model)
+    quantized = list(quantized_weights(model))
+    weights = [weight for weight, _, _ in quantized]
     activations = activation_quantizers(model)
-    if off := [name for name, quantizer in activations.items() if not quantizer.enabled]:
-        raise ModelError(f"the input of {off[0]} is not quantized yet: progressive fine-tuning has not reached it")
     floats = dict(_float_state(model, weights))
     layout = PackedLayout(
         tuple(weights),
@@ -44,19 +49,14 @@ def pack(model: nn.Module, path: str | Path) -> int:
         tuple((name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in floats.items()),
     )
     codes, scales, zero_points = [], [], []
-    for weight in weights:
-        module, parameter = weight.sites[0]
-        chain: Any = model.get_submodule(module).parametrizations[parameter]  # type: ignore[index]
-        grid: Grid = chain[0].grid
-        codes.append(pack_codes(_rows(grid.quantize(chain.original.detach()), weight), weight.num_bits))
+    for weight, grid, values in quantized:
+        codes.append(pack_codes(_rows(values, weight), weight.num_bits))
         scales.append(grid.scale.flatten())
         if not weight.symmetric:
             zero_points.append(grid.zero_point.flatten())
     for quantizer in activations.values():
         scales.append(quantizer.scale.detach().flatten())
         zero_points.append(quantizer.zero_point.flatten())
-    if not all(bool((scale.isfinite() & (scale > 0)).all()) for scale in scales):
-        raise ModelError("a scale is not a positive number: training has diverged; try a smaller learning rate")
     sections = {
         "codes": torch.from_numpy(np.concatenate(codes)),
         "scales": torch.cat(scales).cpu(),
@@ -133,38 +133,35 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     return loaded.eval()
 
 
-def _weights_of(model: nn.Module) -> list[PackedWeight]:
-    """The quantized weights of a model, tied ones once with all their sites."""
-    sites: dict[int, list[tuple[str, str]]] = {}
+def quantized_weights(model: nn.Module) -> Iterator[tuple[PackedWeight, Grid, Tensor]]:
+    """Every quantized weight of a model with its grid and codes (floats, the weight's shape), tied ones once.
+
+    Raises `ModelError` if nothing is quantized, something is not yet, a weight is not float32, or a scale is not a
+    positive number.
+    """
     found = weight_quantizers(model)
     if not found:
         raise ModelError("the model is not quantized: nothing to pack; call tracequant.quantize first")
+    activations = activation_quantizers(model)
+    if off := [name for name, quantizer in activations.items() if not quantizer.enabled]:
+        raise ModelError(f"the input of {off[0]} is not quantized yet: progressive fine-tuning has not reached it")
+    for owner in (*found.values(), *activations.values()):
+        if not bool((owner.scale.isfinite() & (owner.scale > 0)).all()):
+            raise ModelError("a scale is not a positive number: training has diverged; try a smaller learning rate")
+    sites: dict[WeightQuantizer, list[tuple[str, str]]] = {}
     for site, quantizer in found.items():
-        sites.setdefault(id(quantizer), []).append(site)
-    weights = []
-    for site, quantizer in found.items():
-        own = sites[id(quantizer)]
-        if own[0] != site:
-            continue
-        chain: Any = model.get_submodule(site[0]).parametrizations[site[1]]  # type: ignore[index]
-        original = chain.original
-        name = site[0] if site[1] == "weight" else ".".join(filter(None, site))
-        name = name or "weight"
+        sites.setdefault(quantizer, []).append(site)
+    for quantizer, own in sites.items():
+        module, parameter = own[0]
+        original: Tensor = model.get_submodule(module).parametrizations[parameter].original  # type: ignore
+        name = (module if parameter == "weight" else state_name(own[0])) or "weight"
         if original.dtype != torch.float32:
             raise ModelError(f"layer {name} is of type {original.dtype}; packing needs float32, call model.float()")
         if not quantizer.enabled:
             raise ModelError(f"layer {name} is not quantized yet: progressive fine-tuning has not reached it")
-        weights.append(
-            PackedWeight(
-                name,
-                tuple(own),
-                tuple(original.shape),
-                quantizer.num_bits,
-                quantizer.axis,
-                quantizer.symmetric,
-            )
-        )
-    return weights
+        shape, bits = tuple(original.shape), quantizer.num_bits
+        weight = PackedWeight(name, tuple(own), shape, bits, quantizer.axis, quantizer.symmetric)
+        yield weight, quantizer.grid, quantizer.grid.quantize(original.detach())
 
 
 def _consumers(model: nn.Module, quantizer: ActivationQuantizer) -> tuple[str, ...]:
