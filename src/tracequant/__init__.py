@@ -69,11 +69,11 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "ActivationPoint", "ArtifactError", "BitPlan", "BudgetError", "ClassificationTask", "Curvature", "DataError",
-    "Density", "Evaluation", "Frontier", "Layer", "ModelError", "OnnxFile", "QuantizationPoints", "ResourceError", "RunError",
-    "Sensitivity", "Spectrum", "Task", "TaskError", "TaskSetup", "TraceEstimate", "TracequantError", "WeightGrid",
-    "discover", "estimate_curvature", "export_onnx", "finetune", "frontier", "full_space", "load", "measure_sensitivity",
-    "monotone_space", "pack", "quantize", "read_latency", "read_sensitivity", "solve", "spectral_density",
-    "to_float", "top_eigenvalues", "uniform_plan",
+    "Density", "Evaluation", "Frontier", "Layer", "ModelError", "OnnxFile", "QuantizationPoints", "ResourceError",
+    "RunError", "Sensitivity", "Spectrum", "Task", "TaskError", "TaskSetup", "TraceEstimate", "TracequantError",
+    "WeightGrid", "discover", "estimate_curvature", "export_onnx", "finetune", "frontier", "full_space", "load",
+    "measure_sensitivity", "monotone_space", "pack", "quantize", "read_latency", "read_sensitivity", "solve",
+    "spectral_density", "to_float", "top_eigenvalues", "uniform_plan",
 ]  # fmt: skip
 
 

@@ -67,7 +67,7 @@ def quantize_activation(consumers: Sequence[nn.Module], name: str, grid: Grid) -
 
 
 def to_float(quantized: nn.Module) -> nn.Module:
-    """A copy of a fake-quantized model as an ordinary one: weights hold the values of their codes, nothing else is left.
+    """A copy of a fake-quantized model as an ordinary one, whose weights hold the values of their codes.
 
     No parametrizations, no hooks, the state dict of the float model; activations are not rounded. For other tools that
     take a plain module (torch.export, TensorRT, compressed-tensors).

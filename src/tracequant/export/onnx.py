@@ -10,7 +10,8 @@ import copy
 import json
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -79,7 +80,8 @@ def export_onnx(
     program = _trace(model, args, kwargs, dynamic_batch)
     graph_model = program.model
     names = {state_name(site): weight for weight in weights for site in weight.entry.sites}
-    onnx_graph.rewrite(graph_model, names, weights_only=profile == "weights-only")
+    with _quiet("onnx_ir", "onnxscript"):
+        onnx_graph.rewrite(graph_model, names, weights_only=profile == "weights-only")
     graph_model.producer_name, graph_model.producer_version = "tracequant", __version__
     graph_model.metadata_props.clear()
     graph_model.metadata_props.update(_metadata(quantized, weights, profile))
@@ -130,7 +132,8 @@ def _translate(values: Any, scale: Any, zero_point: Any, num_bits: int) -> Any:
 
     codes = op.QuantizeLinear(values, scale, zero_point)
     if num_bits < 8:
-        low, high = (op.Constant(value=onnx_ir.tensor(np.uint8(end))) for end in (0, 2**num_bits - 1))
+        ends: list[Any] = [onnx_ir.tensor(np.uint8(end)) for end in (0, 2**num_bits - 1)]
+        low, high = (op.Constant(value=end) for end in ends)
         codes = op.Clip(codes, low, high)
     return op.DequantizeLinear(codes, scale, zero_point)
 
@@ -176,12 +179,8 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyna
             lambda leaf: {0: batch} if isinstance(leaf, Tensor) and leaf.ndim else None, (*args, *kwargs.values())
         )
         shapes = dict(zip(kwargs, shapes, strict=True)) if kwargs else shapes
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), frozen_evaluation(model), torch.no_grad():
-            warnings.simplefilter("ignore")  # of torch's own deprecations
+        with _quiet("torch.onnx", "onnxscript"), frozen_evaluation(model), torch.no_grad():
             return torch.onnx.export(
                 model,
                 args,
@@ -199,8 +198,21 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyna
             cause = cause.__cause__
         hint = "; if its batch size cannot vary, try dynamic_batch=False" if dynamic_batch else ""
         raise ModelError(f"{type(model).__name__} cannot be traced for ONNX: {_first_line(cause)}{hint}") from error
+
+
+@contextmanager
+def _quiet(*loggers: str) -> Iterator[None]:
+    """No warnings inside the block: those of the libraries used here are about themselves."""
+    levels = {name: logging.getLogger(name).level for name in loggers}
+    try:
+        for name in loggers:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
-        logger.setLevel(level)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def _first_line(error: BaseException) -> str:

@@ -8,9 +8,9 @@ looked up in a table of 16 rows, which also shifts them to their place. The sum 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,8 @@ def code_bytes(weight: StoredWeight) -> int:
     """Bytes of a weight's codes in an ONNX file."""
     if weight.entry.num_bits == 8:
         return weight.codes.size
-    return sum(-(-(-(-weight.codes.size * width // 4)) // 2) for width in PLANES[weight.entry.num_bits])
+    elements = (ceil(weight.codes.size * width / 4) for width in PLANES[weight.entry.num_bits])
+    return sum(ceil(count / 2) for count in elements)
 
 
 def rewrite(model: ir.Model, weights: Mapping[str, StoredWeight], weights_only: bool) -> None:
@@ -53,6 +54,9 @@ def rewrite(model: ir.Model, weights: Mapping[str, StoredWeight], weights_only: 
     for node in model.graph:
         if node.op_type == "Add" and not weights_only:
             _widen_bias(node)
+    for node in list(model.graph):
+        if node.op_type in ("MaxPool", "Concat"):
+            _round_before(model.graph, node)
     _tidy(model)
 
 
@@ -82,20 +86,22 @@ class _Writer:
         self.graph = model.graph
         self.weights_only = weights_only
         self._unpacked: dict[tuple[int, bool], ir.Value] = {}
+        self._calls: dict[str, int] = {}
 
     def replace(self, old: ir.Value, weight: StoredWeight) -> None:
         """Let every consumer of `old` read the dequantized codes."""
         assert old.name is not None
         name, layer = old.name, weight.entry.name
+        del self.graph.initializers[name]
         for node, index in list(old.uses()):
-            transposed = node.op_type == "Transpose" and node.attributes["perm"].as_ints() == [1, 0]
+            transposed = node.op_type == "Transpose" and list(node.attributes["perm"].as_ints()) == [1, 0]
             scale, axis = weight.scale, weight.entry.axis
             if node.op_type in _COMPUTE and index == 1:
-                node.name = layer
+                self._name(node, layer)
                 scale, axis = self._fold_batch_norm(node, weight)
             if transposed:
                 for consumer in node.outputs[0].consumers():
-                    consumer.name = layer
+                    self._name(consumer, layer)
                 axis = None if axis is None else 1 - axis
             value = self._dequantized(name, weight, scale, axis, transposed, node)
             if transposed:
@@ -103,8 +109,12 @@ class _Writer:
                 self.graph.remove(node, safe=True)
             else:
                 node.replace_input_with(index, value)
-        if old.name in self.graph.initializers and self.graph.initializers[old.name] is old:
-            del self.graph.initializers[old.name]
+
+    def _name(self, node: ir.Node, layer: str) -> None:
+        """Call a node after its layer; a runtime wants names to differ where a layer is called several times."""
+        count = self._calls.get(layer, 0)
+        self._calls[layer] = count + 1
+        node.name = f"{layer}:{count}" if count else layer
 
     def _dequantized(
         self,
@@ -132,9 +142,7 @@ class _Writer:
             inputs.append(self._constant(f"{name}.zero_point", zero_point))
         return self._insert(before, "DequantizeLinear", inputs, {} if axis is None else {"axis": axis})
 
-    def _codes(
-        self, name: str, weight: StoredWeight, transposed: bool, before: ir.Node
-    ) -> tuple[ir.Value, float]:
+    def _codes(self, name: str, weight: StoredWeight, transposed: bool, before: ir.Node) -> tuple[ir.Value, float]:
         """The codes as integers that the runtime computes with, and what was taken off them."""
         bits, symmetric = weight.entry.num_bits, weight.entry.symmetric
         offset = 2.0 ** (bits - 1) if symmetric else 0.0
@@ -176,9 +184,7 @@ class _Writer:
         assert total is not None
         return total
 
-    def _plane(
-        self, name: str, bits: NDArray[np.uint8], width: int, step: int, offset: int, before: ir.Node
-    ) -> ir.Value:
+    def _plane(self, name: str, bits: NDArray[Any], width: int, step: int, offset: int, before: ir.Node) -> ir.Value:
         """Values step * bits - offset as int8, from `width` bits of every code."""
         if width == 4 and step == 1 and offset == 0:
             nibbles = self._nibbles(name, bits, ir.DataType.UINT4)
@@ -219,7 +225,7 @@ class _Writer:
         return value
 
     def _insert(self, before: ir.Node, kind: str, inputs: list[ir.Value], attributes: dict[str, Any]) -> ir.Value:
-        node = ir.node(kind, inputs, {key: value for key, value in attributes.items()})
+        node = ir.node(kind, inputs, attributes)
         self.graph.insert_before(before, node)
         return node.outputs[0]
 
@@ -278,6 +284,30 @@ def _widen_bias(node: ir.Node) -> None:
                 bias.const_value = ir.tensor(wide)
                 bias.shape = ir.Shape(wide.shape)
             return
+
+
+def _round_before(graph: ir.Graph, node: ir.Node) -> None:
+    """Round the inputs of a pooling or concatenation as its output is: the same values, and convolutions fuse.
+
+    Rounding is monotone, so the maximum of rounded values is the rounded maximum, and rounding that once more changes
+    nothing. Only where nobody reads the output unrounded.
+    """
+    readers = node.outputs[0].consumers()
+    if len(readers) != 1 or readers[0].op_type != "QuantizeLinear" or node.outputs[0].is_graph_output():
+        return
+    chain = [readers[0]]
+    while chain[-1].op_type != "DequantizeLinear":
+        chain.append(chain[-1].outputs[0].consumers()[0])
+    for index, value in enumerate(node.inputs):
+        # What is rounded already (or never computed by a convolution) stays.
+        producer = None if value is None else value.producer()
+        if value is None or producer is None or producer.op_type == "DequantizeLinear":
+            continue
+        for link in chain:
+            copied = ir.node(link.op_type, [value, *link.inputs[1:]], dict(link.attributes))
+            graph.insert_before(node, copied)
+            value = copied.outputs[0]
+        node.replace_input_with(index, value)
 
 
 def _tidy(model: ir.Model) -> None:
