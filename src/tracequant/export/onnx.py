@@ -91,6 +91,14 @@ def export_onnx(
     return OnnxFile(str(path), size, sum(onnx_graph.code_bytes(weight) for weight in weights))
 
 
+def trace_float(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: Path) -> None:
+    """Write a float model to `path` as ONNX, for comparison, its batch size fixed to that of the arguments."""
+    import onnx_ir
+
+    program = _trace(copy.deepcopy(model).cpu().eval(), args, kwargs, dynamic_batch=False, optimize=True)
+    onnx_ir.save(program.model, path)
+
+
 @torch.library.custom_op("tracequant::quantize_activation", mutates_args=())
 def _quantize_activation(values: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int) -> Tensor:
     return Grid(scale, zero_point.float(), num_bits).round(values)
@@ -171,7 +179,9 @@ def _arguments(example: Any, dynamic_batch: bool) -> tuple[tuple[Any, ...], dict
     return (tuple(example) if isinstance(example, (tuple, list)) else (example,)), {}
 
 
-def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_batch: bool) -> Any:
+def _trace(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_batch: bool, optimize: bool = False
+) -> Any:
     shapes = None
     if dynamic_batch:
         batch = torch.export.Dim("batch")
@@ -187,7 +197,7 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyna
                 kwargs=kwargs,
                 dynamo=True,
                 opset_version=OPSET,
-                optimize=False,
+                optimize=optimize,
                 verbose=False,
                 dynamic_shapes=shapes,
                 custom_translation_table={torch.ops.tracequant.quantize_activation.default: _translate},
