@@ -512,3 +512,27 @@ def test_inspect_refuses_a_flipped_bit(copy: Path, capsys: pytest.CaptureFixture
     file.write_bytes(blob)
     assert invoke("inspect", file) == 2
     assert "checksum" in capsys.readouterr().err
+
+
+def test_export_and_verify(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxscript", reason="needs the extra 'onnx'")
+    pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")
+    assert invoke("verify", copy) == 2
+    assert "tracequant export" in capsys.readouterr().err
+    assert invoke("export", copy, "-q") == 0
+    assert invoke("verify", copy, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["file_bytes"] == (copy / "model.onnx").stat().st_size
+    assert found["promised_bytes"] == Run(copy).plan().size_bytes
+    assert found["difference"] <= 1e-5
+    assert found["metric"] == Run(copy).pack_result().evaluation.metric
+    assert found["runtimes"][0]["equal_predictions"] >= 0.97
+    assert [kernel["layer"] for kernel in found["kernels"]] == ["0", "3", "6"]
+    assert invoke("verify", copy) == 0
+    assert "layers in integers" in capsys.readouterr().out
+
+
+def test_export_needs_a_packed_model(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copy / "model.safetensors").unlink()
+    assert invoke("export", copy) == 2
+    assert "tracequant pack" in capsys.readouterr().err

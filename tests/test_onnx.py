@@ -246,6 +246,20 @@ def test_convolutions_run_on_int8_kernels(weight_bits: int, tmp_path: Path) -> N
     assert not {"Conv", "FusedConv", "Gather", "Cast", "BatchNormalization"} & set(found)
 
 
+@pytest.mark.parametrize("grid", ["symmetric", "asymmetric"])
+def test_weights_only_runs_on_packed_weights(grid: str, tmp_path: Path) -> None:
+    """Activations stay in float; 4-bit weights are multiplied as they are stored."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 16)).eval()
+    inputs = torch.randn(2, 5, 64)
+    quantized = quantized_with(model, inputs, lambda i: 4, GRIDS[grid])
+    tq.export_onnx(quantized, tmp_path / "model.onnx", inputs, profile="weights-only")
+    assert difference(run(tmp_path / "model.onnx", inputs), tq.to_float(quantized)(inputs)) <= 1e-5
+    found = operators(tmp_path / "model.onnx", tmp_path / "optimised.onnx")
+    assert found.count("MatMulNBits") == 2
+    assert "QuantizeLinear" not in found
+
+
 @pytest.mark.parametrize("num_bits", range(1, 9))
 def test_codes_take_their_bits_on_disk(num_bits: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -311,6 +325,45 @@ def test_the_model_stays_as_it_was(tmp_path: Path) -> None:
     tq.export_onnx(quantized, tmp_path / "model.onnx", inputs)
     assert snapshot(quantized) == before
     assert torch.equal(copy.deepcopy(quantized).eval()(inputs), quantized.eval()(inputs))
+
+
+def test_verification_finds_what_is_there(tmp_path: Path) -> None:
+    """A faithful file differs by rounding alone; one of another plan does not pass for it."""
+    from tracequant.verification import verify
+
+    model, inputs = net("residual")
+    task = tq.ClassificationTask()
+    batches = [(inputs, torch.tensor([0, 1, 2, 3]))]
+    quantized = quantized_with(model, inputs, lambda i: 8)
+    tq.export_onnx(quantized, tmp_path / "model.onnx", inputs)
+
+    found = verify(tmp_path / "model.onnx", quantized, model, batches, task, 1000, repeats=2)
+    other = verify(
+        tmp_path / "model.onnx", quantized_with(model, inputs, lambda i: 2), model, batches, task, 1, repeats=2
+    )
+
+    assert found.difference <= 1e-5
+    assert found.samples_within == 1
+    assert other.difference > 0.01
+    assert found.samples == 4
+    assert found.metric == task.evaluate(quantized, batches).metric == found.runtimes[0].metric
+    assert found.runtimes[0].equal_predictions == 1
+    assert min(found.runtimes[0].milliseconds, found.runtimes[0].float_milliseconds) > 0
+    assert (found.file_bytes, found.promised_bytes) == ((tmp_path / "model.onnx").stat().st_size, 1000)
+    kernels = {kernel.layer: kernel for kernel in found.kernels}
+    assert kernels["block1.conv1"].kernel == "QLinearConv"
+    assert kernels["block1.conv1"].reason == ""
+    assert "Add" in kernels["block1.conv2"].reason
+    assert "output of the model" in kernels["fc"].reason
+
+
+def test_a_file_that_is_not_onnx_is_refused(tmp_path: Path) -> None:
+    from tracequant.verification import verify
+
+    model, inputs = net("convolutions")
+    (tmp_path / "model.onnx").write_bytes(b"no such thing")
+    with pytest.raises(tq.ArtifactError, match="cannot be loaded by ONNX Runtime"):
+        verify(tmp_path / "model.onnx", model, model, [(inputs, torch.zeros(4))], tq.ClassificationTask(), 1)
 
 
 def test_a_float_model_is_refused(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ class _Writer:
         codes, offset = self._codes(name, weight, transposed, before)
         factor, zero_point = 1.0, None
         if not weight.entry.symmetric:
-            zero_point = (weight.zero_point - offset).astype(np.uint8 if weight.entry.num_bits == 8 else np.int8)
+            zero_point = (weight.zero_point - offset).astype(codes.dtype.numpy() if codes.dtype else np.int8)
         elif weight.entry.num_bits <= 2:
             factor = 0.5  # 2c - (2^k - 1) counts in half steps
         if len(scale) == 1:
@@ -151,14 +151,18 @@ class _Writer:
             if bits == 8:
                 stored = weight.codes.astype(np.int16) - int(offset)
                 codes = self._constant(name, stored.astype(np.int8 if symmetric else np.uint8))
-            elif bits == 4 and (symmetric or self.weights_only):
+            elif bits == 4 and self.weights_only:
+                # Kernels for packed weights want them as they are stored, with nothing in between.
+                stored = weight.codes.astype(np.int16) - int(offset)
                 kind = ir.DataType.INT4 if symmetric else ir.DataType.UINT4
-                codes = self._nibbles(name, weight.codes.astype(np.int16) - int(offset), kind)
-                if not self.weights_only:
-                    codes = self._insert(before, "Cast", [codes], {"to": ir.DataType.INT8})
+                codes = self._nibbles(name, stored.T if transposed else stored, kind)
+            elif bits == 4 and symmetric:
+                stored = weight.codes.astype(np.int16) - int(offset)
+                codes = self._nibbles(name, stored, ir.DataType.INT4)
+                codes = self._insert(before, "Cast", [codes], {"to": ir.DataType.INT8})
             else:
                 codes = self._sum_of_planes(name, weight, before)
-            if transposed:
+            if transposed and not (bits == 4 and self.weights_only):
                 codes = self._insert(before, "Transpose", [codes], {"perm": [1, 0]})
             self._unpacked[key] = codes
         return self._unpacked[key], offset
@@ -226,6 +230,8 @@ class _Writer:
 
     def _insert(self, before: ir.Node, kind: str, inputs: list[ir.Value], attributes: dict[str, Any]) -> ir.Value:
         node = ir.node(kind, inputs, attributes)
+        if kind != "DequantizeLinear" and (dtype := attributes.get("to", inputs[0].dtype)) is not None:
+            node.outputs[0].dtype = dtype  # the type of a zero point follows that of its codes
         self.graph.insert_before(before, node)
         return node.outputs[0]
 
@@ -320,6 +326,8 @@ def _tidy(model: ir.Model) -> None:
     for node in graph:
         node.metadata_props.clear()
         node.doc_string = None
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            _drop_defaults(node)
         if node.op_type not in _COMPUTE:
             node.name = ""
         for value in node.outputs:
@@ -330,3 +338,13 @@ def _tidy(model: ir.Model) -> None:
     for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
         value.metadata_props.clear()
     graph.metadata_props.clear()
+
+
+def _drop_defaults(node: ir.Node) -> None:
+    """Leave out what a quantizer of one scale does not need to say: in a small network it adds up."""
+    for name, default in (("output_dtype", 0), ("block_size", 0), ("saturate", 1)):
+        if name in node.attributes and node.attributes[name].as_int() == default:
+            del node.attributes[name]
+    scale = node.inputs[1]
+    if "axis" in node.attributes and scale is not None and scale.shape is not None and not len(scale.shape):
+        del node.attributes["axis"]
