@@ -81,14 +81,14 @@ def export_onnx(
     graph_model = program.model
     names = {state_name(site): weight for weight in weights for site in weight.entry.sites}
     with _quiet("onnx_ir", "onnxscript"):
-        onnx_graph.rewrite(graph_model, names, weights_only=profile == "weights-only")
+        code_bytes = onnx_graph.rewrite(graph_model, names, weights_only=profile == "weights-only")
     graph_model.producer_name, graph_model.producer_version = "tracequant", __version__
     graph_model.metadata_props.clear()
     graph_model.metadata_props.update(_metadata(quantized, weights, profile))
     with replace_file(path) as temporary:
         onnx_ir.save(graph_model, temporary)
         size = temporary.stat().st_size
-    return OnnxFile(str(path), size, sum(onnx_graph.code_bytes(weight) for weight in weights))
+    return OnnxFile(str(path), size, code_bytes)
 
 
 def trace_float(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: Path) -> None:

@@ -44,13 +44,18 @@ def code_bytes(weight: StoredWeight) -> int:
     return sum(ceil(count / 2) for count in elements)
 
 
-def rewrite(model: ir.Model, weights: Mapping[str, StoredWeight], weights_only: bool) -> None:
-    """Replace the initializers that `weights` names by their codes, in place, and clean the graph up."""
+def rewrite(model: ir.Model, weights: Mapping[str, StoredWeight], weights_only: bool) -> int:
+    """Replace the initializers that `weights` names by their codes, in place, and clean the graph up.
+
+    Returns the bytes of all codes in the graph; weights that the model does not use are not in it.
+    """
     _fold(model, weights)
     writer = _Writer(model, weights_only)
+    written = {}
     for name, weight in weights.items():
         if name in model.graph.initializers:
             writer.replace(model.graph.initializers[name], weight)
+            written[weight.entry.name] = weight
     for node in model.graph:
         if node.op_type == "Add" and not weights_only:
             _widen_bias(node)
@@ -58,6 +63,7 @@ def rewrite(model: ir.Model, weights: Mapping[str, StoredWeight], weights_only: 
         if node.op_type in ("MaxPool", "Concat"):
             _round_before(model.graph, node)
     _tidy(model)
+    return sum(code_bytes(weight) for weight in written.values())
 
 
 def _fold(model: ir.Model, weights: Mapping[str, StoredWeight]) -> None:
@@ -245,9 +251,8 @@ class _Writer:
         if len(readers) != 1 or readers[0].op_type != "BatchNormalization" or node.outputs[0].is_graph_output():
             return unchanged
         axis = {"Conv": 0, "ConvTranspose": 1, "Gemm": 0}.get(node.op_type)
-        attributes = node.attributes
-        grouped = node.op_type == "ConvTranspose" and attributes["group"].as_int() != 1
-        if node.op_type == "Gemm" and not attributes["transB"].as_int():
+        grouped = node.op_type == "ConvTranspose" and node.attributes.get_int("group", 1) != 1
+        if node.op_type == "Gemm" and not node.attributes.get_int("transB", 0):
             return unchanged
         norm = readers[0]
         given = [value.const_value if value is not None else None for value in norm.inputs[1:5]]
