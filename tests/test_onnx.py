@@ -156,7 +156,10 @@ OTHER_GRIDS = ("Conv2d", "Linear in 3 dimensions", "Embedding", "Conv2d and Batc
 
 @pytest.mark.parametrize(
     ("kind", "grid"),
-    [(kind, "symmetric") for kind in KINDS] + [(k, g) for k in OTHER_GRIDS for g in ("asymmetric", "per tensor")],
+    [
+        *((kind, "symmetric") for kind in KINDS),
+        *(pytest.param(k, g, marks=pytest.mark.slow) for k in OTHER_GRIDS for g in ("asymmetric", "per tensor")),
+    ],
 )
 def test_onnx_runtime_computes_the_same(kind: str, grid: str, tmp_path: Path) -> None:
     """Every kind of layer with 1 to 8 bits in weights and inputs; ordinary and saturating inputs, other batch sizes."""
