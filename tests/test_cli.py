@@ -487,3 +487,50 @@ def test_precision_is_passed_on(tmp_path: Path, capsys: pytest.CaptureFixture[st
     arguments = ("--task", TASK, "--precision", "tf32", "--device", "cpu", "--out", tmp_path / "other", "-q")
     assert invoke("analyze", *arguments) == 2
     assert "precision='tf32' is for CUDA devices" in " ".join(capsys.readouterr().err.split())
+
+
+def test_inspect_shows_what_is_in_the_file(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, file = Run(finished), finished / "model.safetensors"
+    assert invoke("inspect", file, "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert {layer["name"]: layer["bits"] for layer in shown["layers"]} == run.plan().weight_bits
+    assert shown["input_bits"] == run.plan().activation_bits
+    assert shown["layers"][0]["shape"] == [8, 1, 3, 3]
+    assert shown["file_bytes"] == file.stat().st_size == run.plan().size_bytes
+    assert invoke("inspect", file) == 0
+    text = capsys.readouterr().out
+    assert f"{file.stat().st_size:,} bytes, checksum right" in text
+    assert all(name in text for name in run.plan().weight_bits)
+
+
+def test_inspect_refuses_a_flipped_bit(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = copy / "model.safetensors"
+    blob = bytearray(file.read_bytes())
+    blob[-1] ^= 1
+    file.write_bytes(blob)
+    assert invoke("inspect", file) == 2
+    assert "checksum" in capsys.readouterr().err
+
+
+def test_export_and_verify(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxscript", reason="needs the extra 'onnx'")
+    pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")
+    assert invoke("verify", copy) == 2
+    assert "tracequant export" in capsys.readouterr().err
+    assert invoke("export", copy, "-q") == 0
+    assert invoke("verify", copy, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["file_bytes"] == (copy / "model.onnx").stat().st_size
+    assert found["promised_bytes"] == Run(copy).plan().size_bytes
+    assert found["difference"] <= 1e-5
+    assert found["metric"] == Run(copy).pack_result().evaluation.metric
+    assert found["runtimes"][0]["equal_predictions"] >= 0.97
+    assert [kernel["layer"] for kernel in found["kernels"]] == ["0", "3", "6"]
+    assert invoke("verify", copy) == 0
+    assert "layers in integers" in capsys.readouterr().out
+
+
+def test_export_needs_a_packed_model(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copy / "model.safetensors").unlink()
+    assert invoke("export", copy) == 2
+    assert "tracequant pack" in capsys.readouterr().err

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import tracequant as tq
+from models import snapshot
 from tracequant import cost
 from tracequant.convert import dequantized_state, quantize_activation
 from tracequant.errors import ModelError
@@ -427,3 +428,39 @@ def test_an_iterator_of_batches_is_enough() -> None:
     once = tq.quantize(model, plan, iter(images()), TASK)
     again = tq.quantize(model, plan, images(), TASK)
     assert torch.equal(once(batch), again(batch))
+
+
+# Back to an ordinary module
+
+
+def test_to_float_is_an_ordinary_module_with_the_weights_of_the_codes() -> None:
+    """No parametrization, hook or quantizer is left, the state dict is the float model's, and the argument stays."""
+    model, quantized = quantized_residual()
+    _, weights_only = quantized_residual(activation_bits=0)
+    inputs = images()[0][0]
+    quantized.eval()
+    before = snapshot(quantized)
+
+    plain = tq.to_float(quantized)
+
+    assert snapshot(quantized) == before
+    quantized(inputs)  # still whole: the copy shares the classes of its modules
+    assert list(plain.state_dict()) == list(model.state_dict())
+    assert [type(module) for module in plain.modules()] == [type(module) for module in model.modules()]
+    assert not any(module._forward_pre_hooks for module in plain.modules())
+    assert all(torch.equal(tensor, dequantized_state(quantized)[name]) for name, tensor in plain.state_dict().items())
+    assert torch.equal(plain(inputs), weights_only.eval()(inputs))
+    assert not torch.equal(plain(inputs), model(inputs))
+    program = torch.export.export(plain, (inputs,))
+    assert torch.allclose(program.module()(inputs), plain(inputs))
+    assert sorted(program.state_dict) == sorted(model.state_dict())
+
+
+def test_to_float_keeps_ties_and_attention() -> None:
+    model, tokens = build(Words), sentences()[0][0]
+    plan = plan_for(tq.discover(model, sentences(), TASK), activation_bits=0)
+    quantized = tq.quantize(model, plan, sentences(), TASK).eval()
+    plain = tq.to_float(quantized)
+    assert plain.out.weight is plain.embed.weight
+    assert len(list(plain.parameters())) == len(list(model.parameters()))
+    assert torch.allclose(plain(tokens), quantized(tokens))  # the plain one may take torch's fused attention

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 import json
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -27,8 +29,10 @@ from torch import Tensor, nn
 
 import tracequant as tq
 from tracequant import cost
+from tracequant.convert import dequantized_state
 from tracequant.errors import ArtifactError, ModelError, TracequantError
-from tracequant.export.packed import pack_codes, read_packed, unpack_codes
+from tracequant.packed import pack_codes, read_packed, unpack_codes
+from tracequant.packed_layout import PackedWeight
 from tracequant.points import QuantizationPoints
 from tracequant.quantizer import activation_quantizers, weight_quantizers
 
@@ -194,6 +198,11 @@ def outputs(model: nn.Module, name: str) -> Tensor:
 # Bits in bytes
 
 
+def weight_of(rows: int, length: int, num_bits: int) -> PackedWeight:
+    """A weight of `rows` channels of `length` codes."""
+    return PackedWeight("layer", (("layer", "weight"),), (rows, length), num_bits, 0, True)
+
+
 @pytest.mark.parametrize("num_bits", range(1, 9))
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 7, 8, 9, 31, 32, 33, 64, 100])
@@ -206,7 +215,7 @@ def test_codes_round_trip(num_bits: int, rows: int, length: int) -> None:
 
     assert packed.dtype == np.uint8
     assert packed.shape == (rows * row_bytes,)
-    assert np.array_equal(unpack_codes(packed.reshape(rows, row_bytes), num_bits, length), codes)
+    assert np.array_equal(unpack_codes(packed.reshape(rows, row_bytes), weight_of(rows, length, num_bits)), codes)
 
 
 @settings(max_examples=100, deadline=None)
@@ -215,7 +224,7 @@ def test_any_codes_round_trip(data: st.DataObject, num_bits: int, rows: int, len
     flat = data.draw(st.lists(st.integers(0, 2**num_bits - 1), min_size=rows * length, max_size=rows * length))
     codes = np.array(flat, dtype=np.uint8).reshape(rows, length)
     packed = pack_codes(codes, num_bits).reshape(rows, -1)
-    assert np.array_equal(unpack_codes(packed, num_bits, length), codes)
+    assert np.array_equal(unpack_codes(packed, weight_of(rows, length, num_bits)), codes)
 
 
 def test_least_significant_bit_comes_first() -> None:
@@ -624,7 +633,7 @@ def test_a_damaged_header_never_raises_anything_else(scratch: Path, data: st.Dat
     for _ in range(data.draw(st.integers(1, 3), "flips")):
         position = data.draw(st.integers(0, header_length(packed_bytes()) - 1), "position")
         blob[position] = data.draw(st.integers(0, 255), "byte")
-    scratch.write_bytes(blob)
+    scratch.write_bytes(resealed(bytes(blob)))
 
     try:
         read_packed(scratch)
@@ -644,7 +653,7 @@ def test_a_header_of_printable_damage_never_raises_anything_else(scratch: Path, 
     for _ in range(data.draw(st.integers(1, 2), "flips")):
         position = data.draw(st.integers(8, header_length(packed_bytes()) - 1), "position")
         blob[position] = ord(data.draw(st.sampled_from('0123456789-.,:"[]{}\\ eanltrufs'), "byte"))
-    scratch.write_bytes(blob)
+    scratch.write_bytes(resealed(bytes(blob)))
     try:
         read_packed(scratch)
     except ArtifactError:
@@ -653,12 +662,21 @@ def test_a_header_of_printable_damage_never_raises_anything_else(scratch: Path, 
         tq.load(scratch, prepared("convolutions")[0])
 
 
+def resealed(blob: bytes) -> bytes:
+    """The file with a checksum that is right again, so that nothing but its contents can give it away."""
+    found = re.search(rb'sha256[\\\\]+":[\\\\]+"([0-9a-f]{64})', blob)
+    if found is None:
+        return blob
+    start, end = found.span(1)
+    digest = hashlib.sha256(blob[:start] + b"0" * 64 + blob[end:]).hexdigest()
+    return blob[:start] + digest.encode() + blob[end:]
+
+
 def with_manifest(edit: Callable[[dict[str, Any]], Any]) -> bytes:
-    """The packed file with another manifest, its header as long as before wherever there is room."""
+    """The packed file with another manifest and a right checksum, its header as long as before if there is room."""
     blob = packed_bytes()
     end = header_length(blob)
     header = json.loads(blob[8:end])
-    header["__metadata__"] = {"tracequant": header["__metadata__"]["tracequant"].rstrip()}
     manifest = json.loads(header["__metadata__"]["tracequant"])
     edited = edit(manifest)
     text = edited if isinstance(edited, str) else json.dumps(edited, separators=(",", ":"))
@@ -666,7 +684,7 @@ def with_manifest(edit: Callable[[dict[str, Any]], Any]) -> bytes:
     text = json.dumps(header, separators=(",", ":")).rstrip()
     # Spaces after the header's last brace belong to the format.
     text = text.ljust(max(end - 8, 8 * -(-len(text) // 8)))
-    return struct.pack("<Q", len(text)) + text.encode() + blob[end:]
+    return resealed(struct.pack("<Q", len(text)) + text.encode() + blob[end:])
 
 
 def changed(*path: Any, to: Any) -> Callable[[dict[str, Any]], Any]:
@@ -693,8 +711,13 @@ MANIFESTS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a number": lambda m: 7,
     "empty": lambda m: {},
     **{f"without {key}": without(key) for key in ("format", "version", "weights", "activations", "tensors")},
+    "without checksum": lambda m: {key: value for key, value in m.items() if key != "sha256"},
+    "checksum a number": changed("sha256", to=7),
+    "checksum short": changed("sha256", to="0" * 63),
+    "checksum of other letters": changed("sha256", to="é" * 64),
     "another format": changed("format", to="somebody-else"),
     "a later version": changed("version", to=99),
+    "the version before checksums": changed("version", to=1),
     "weights a number": changed("weights", to=3),
     "weights null": changed("weights", to=None),
     "weights an object": changed("weights", to={"stem": 4}),
@@ -721,7 +744,16 @@ MANIFESTS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "axis negative": changed("weights", 0, 4, to=-1),
     "axis of text": changed("weights", 0, 4, to="0"),
     "axis a float": changed("weights", 0, 4, to=0.0),
+    "symmetric of text": changed("weights", 0, 5, to="no"),
+    "symmetric true": changed("weights", 0, 5, to=True),
+    "a layer twice": changed("weights", 1, 0, to="stem"),
+    "a weight at two layers' places": changed("weights", 1, 1, to=[["stem", "weight"]]),
+    "a weight that is a tensor too": changed("weights", 0, 1, to=[["norm", "bias"]]),
+    "a tensor twice": changed("tensors", "F32", 1, 0, to="norm.weight"),
+    "too many dimensions": changed("tensors", "F32", 0, to=["norm.weight", 5, *[1] * 70]),
+    "nothing of enormous size": changed("tensors", "F32", 0, to=["norm.weight", 0, 10**30]),
     "activations a number": changed("activations", to=3),
+    "a reader of two activations": changed("activations", 1, to=["stem", 4]),
     "activation without consumers": changed("activations", 0, to=[4]),
     "activation empty": changed("activations", 0, to=[]),
     "activation with 0 bits": changed("activations", 0, -1, to=0),
@@ -802,6 +834,133 @@ def test_sections_that_do_not_fit_the_manifest_are_refused(scratch: Path) -> Non
         moved = dict(sections)
         moved[first] = torch.cat([moved[first], torch.zeros(1, dtype=torch.uint8)])
         moved[second] = moved[second][:-1]
-        scratch.write_bytes(safetensors.torch.save(moved, header["__metadata__"]))
-        with pytest.raises(ArtifactError, match="damaged"):
+        scratch.write_bytes(resealed(safetensors.torch.save(moved, header["__metadata__"])))
+        with pytest.raises(ArtifactError, match="lengths"):
             tq.load(scratch, prepared("convolutions")[0])
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "message"),
+    [
+        ("scales", float("nan"), "a scale"), ("scales", -1.0, "a scale"), ("scales", 0.0, "a scale"),
+        ("zero_points", 255, "a zero point"), ("codes", 255, "padding"),
+    ],
+)  # fmt: skip
+def test_values_that_no_packer_writes_are_refused(scratch: Path, section: str, value: float, message: str) -> None:
+    sections = safetensors.torch.load(packed_bytes())
+    # The last row's last byte is padding; activations of fewer than 8 bits have the last zero points.
+    sections[section][-1] = value
+    scratch.write_bytes(rebuilt(sections))
+    with pytest.raises(ArtifactError, match=message):
+        read_packed(scratch)
+
+
+def rebuilt(sections: dict[str, Tensor]) -> bytes:
+    """The packed file with other contents and a right checksum."""
+    blob = packed_bytes()
+    raw = safetensors.torch.load(blob)
+    assert {name: len(t) for name, t in sections.items()} == {name: len(t) for name, t in raw.items()}
+    offsets = json.loads(blob[8 : header_length(blob)])
+    body = bytearray(blob)
+    for name, tensor in sections.items():
+        start, end = (header_length(blob) + offset for offset in offsets[name]["data_offsets"])
+        body[start:end] = tensor.numpy().tobytes()
+    return resealed(bytes(body))
+
+
+def test_the_checksum_is_what_the_specification_says() -> None:
+    """SHA-256 over the whole file, its own digits as zeros."""
+    assert resealed(packed_bytes()) == packed_bytes()
+
+
+def test_the_version_before_is_named(scratch: Path) -> None:
+    scratch.write_bytes(with_manifest(changed("version", to=1)))
+    with pytest.raises(ArtifactError, match=r"version 1, this tracequant reads .* version 2; pack the model again"):
+        read_packed(scratch)
+
+
+def test_a_diverged_model_is_not_packed(tmp_path: Path) -> None:
+    quantized, _ = quantized_case("convolutions")
+    with torch.no_grad():
+        weight_quantizers(quantized)["deep", "weight"].scale[0] = float("nan")
+    with pytest.raises(ModelError, match="diverged"):
+        tq.pack(quantized, tmp_path / "model.safetensors")
+
+
+# A thousand corrupted files
+
+
+@settings(max_examples=1000, deadline=None)
+@given(data=st.data())
+def test_a_corrupted_file_is_refused(scratch: Path, data: st.DataObject) -> None:
+    """Flipped bits anywhere, truncation, bytes cut out or put in, edited headers: refused, unless nothing changed."""
+    whole = packed_bytes()
+    blob = bytearray(whole)
+    end = header_length(whole)
+    kind = data.draw(st.sampled_from(["bits", "cut", "remove", "insert", "header"]))
+    place = data.draw(st.integers(0, len(blob) - 1), "place")
+    if kind == "bits":
+        for bit in data.draw(st.lists(st.integers(0, 8 * len(blob) - 1), min_size=1, max_size=4), "bits"):
+            blob[bit // 8] ^= 1 << bit % 8
+    elif kind == "cut":
+        del blob[place:]
+    elif kind == "remove":
+        del blob[place : place + data.draw(st.integers(1, 16), "count")]
+    elif kind == "insert":
+        blob[place:place] = data.draw(st.binary(min_size=1, max_size=16), "bytes")
+    else:
+        text = '0123456789-.,:"[]{}\\ eanltrufs'
+        blob[8 + place % (end - 8)] = ord(data.draw(st.sampled_from(text), "character"))
+    scratch.write_bytes(blob)
+
+    if bytes(blob) == whole:
+        read_packed(scratch)
+    else:
+        with pytest.raises(ArtifactError):
+            read_packed(scratch)
+
+
+# Without torch
+
+
+@pytest.mark.parametrize("grid", list(GRIDS))
+@pytest.mark.parametrize("name", list(CASES))
+def test_the_reader_without_torch_gives_the_same_values(name: str, grid: str, tmp_path: Path) -> None:
+    quantized, plan = quantized_case(name, 3, GRIDS[grid])
+    tq.pack(quantized, tmp_path / "model.safetensors")
+
+    file = read_packed(tmp_path / "model.safetensors")
+
+    assert {w.entry.name: w.entry.num_bits for w in file.weights()} == plan.weight_bits
+    state = dequantized_state(quantized)
+    for weight in file.weights():
+        assert weight.codes.max() < 2**weight.entry.num_bits
+        for site in weight.entry.sites:
+            assert np.array_equal(weight.dequantize(), state[".".join(filter(None, site))].numpy())
+    for activation, quantizer in zip(file.activations(), activation_quantizers(quantized).values(), strict=True):
+        expected = (quantizer.num_bits, quantizer.scale.item(), quantizer.zero_point.item())
+        assert (activation.entry.num_bits, activation.scale, activation.zero_point) == expected
+    for key, tensor in file.tensors().items():
+        assert np.array_equal(tensor, state[key].numpy())
+
+
+def test_bfloat16_is_widened(tmp_path: Path) -> None:
+    layer = nn.Linear(3, 4)
+    layer.register_buffer("table", torch.tensor([1.5, -0.0078125], dtype=torch.bfloat16))
+    batches = [(torch.randn(6, 3), torch.zeros(6, dtype=torch.long))]
+    points = tq.discover(layer, batches, TASK)
+    tq.pack(tq.quantize(layer, random_plan(points, 0, tq.WeightGrid()), batches, TASK), tmp_path / "model")
+    table = read_packed(tmp_path / "model").tensors()["table"]
+    assert table.dtype == np.float32
+    assert table.tolist() == [1.5, -0.0078125]
+
+
+def test_reading_does_not_import_torch(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(packed_bytes())
+    script = (
+        "import sys; from tracequant.packed import read_packed;"
+        f"file = read_packed({str(tmp_path / 'model.safetensors')!r});"
+        "[w.dequantize() for w in file.weights()]; file.tensors(); list(file.activations());"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

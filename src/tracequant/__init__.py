@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tracequant.accuracy import solve_by_accuracy
     from tracequant.allocation import Frontier, frontier, full_space, monotone_space, solve, uniform_plan
     from tracequant.check import check_metrics
-    from tracequant.convert import quantize
+    from tracequant.convert import quantize, to_float
     from tracequant.curvature.estimate import estimate_curvature
     from tracequant.curvature.perturbation import measure_perturbation
     from tracequant.curvature.result import Curvature, Density, Perturbation, Spectrum, TraceEstimate
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         TracequantError,
     )
     from tracequant.evaluated import AccuracySearch, Check, EvaluatedPlan, Evaluations
+    from tracequant.export.onnx import OnnxFile, export_onnx
     from tracequant.export.packed import load, pack
     from tracequant.finetuning import finetune
     from tracequant.layers import discover
@@ -52,7 +53,7 @@ _MODULES = {
     "tracequant.curvature.perturbation": ("measure_perturbation",),
     "tracequant.evaluated": ("AccuracySearch", "Check", "EvaluatedPlan", "Evaluations"),
     "tracequant.allocation": ("Frontier", "frontier", "full_space", "monotone_space", "solve", "uniform_plan"),
-    "tracequant.convert": ("quantize",),
+    "tracequant.convert": ("quantize", "to_float"),
     "tracequant.curvature.estimate": ("estimate_curvature",),
     "tracequant.curvature.result": ("Curvature", "Density", "Perturbation", "Spectrum", "TraceEstimate"),
     "tracequant.curvature.spectrum": ("spectral_density", "top_eigenvalues"),
@@ -60,6 +61,7 @@ _MODULES = {
         "ArtifactError", "BudgetError", "DataError", "ModelError", "ResourceError", "RunError", "TaskError",
         "TracequantError",
     ),
+    "tracequant.export.onnx": ("OnnxFile", "export_onnx"),
     "tracequant.export.packed": ("load", "pack"),
     "tracequant.finetuning": ("finetune",),
     "tracequant.layers": ("discover",),
@@ -76,11 +78,11 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [
     "AccuracySearch", "ActivationPoint", "ArtifactError", "BitPlan", "BudgetError", "Check", "ClassificationTask",
     "Curvature", "DataError", "Density", "EvaluatedPlan", "Evaluation", "Evaluations", "Frontier", "Layer",
-    "ModelError", "Perturbation", "QuantizationPoints", "ResourceError", "RunError", "Sensitivity", "Spectrum",
-    "Task", "TaskError", "TaskSetup", "TraceEstimate", "TracequantError", "WeightGrid", "check_metrics", "discover",
-    "estimate_curvature", "finetune", "frontier", "full_space", "load", "measure_perturbation",
-    "measure_sensitivity", "monotone_space", "pack", "quantize", "read_latency", "read_sensitivity", "solve",
-    "solve_by_accuracy", "spectral_density", "top_eigenvalues", "uniform_plan",
+    "ModelError", "OnnxFile", "Perturbation", "QuantizationPoints", "ResourceError", "RunError", "Sensitivity",
+    "Spectrum", "Task", "TaskError", "TaskSetup", "TraceEstimate", "TracequantError", "WeightGrid", "check_metrics",
+    "discover", "estimate_curvature", "export_onnx", "finetune", "frontier", "full_space", "load",
+    "measure_perturbation", "measure_sensitivity", "monotone_space", "pack", "quantize", "read_latency",
+    "read_sensitivity", "solve", "solve_by_accuracy", "spectral_density", "to_float", "top_eigenvalues", "uniform_plan",
 ]  # fmt: skip
 
 

@@ -453,6 +453,94 @@ def pack(run_path: RunPath, quiet: Quiet = False, as_json: AsJson = False) -> No
 
 
 @app.command()
+def export(
+    run_path: RunPath,
+    format: Annotated[Literal["onnx"], typer.Option(help="file format")] = "onnx",
+    profile: Annotated[
+        Literal["qdq", "weights-only"],
+        typer.Option(help="qdq: integers throughout; weights-only: float activations, for transformers"),
+    ] = "qdq",
+    dynamic_batch: Annotated[bool, typer.Option(help="leave the batch size open")] = True,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write the packed model to RUN/model.onnx, for ONNX Runtime and OpenVINO."""
+    run = _open(run_path, quiet)
+    written = run.export(profile, dynamic_batch)
+    if as_json:
+        _print_json(asdict(written))
+    elif not quiet:
+        print(
+            f"{written.path}: {written.file_bytes:,} bytes, {written.code_bytes:,} of them codes. Next: tracequant"
+            f" verify {run.path}"
+        )
+
+
+@app.command()
+def verify(run_path: RunPath, quiet: Quiet = False, as_json: AsJson = False) -> None:
+    """Run RUN/model.onnx on the evaluation data: differences, accuracy, size, speed, and which kernels are integer."""
+    run = _open(run_path, quiet)
+    found = run.verify()
+    if as_json:
+        _print_json(found.to_json())
+        return
+    ratio = found.file_bytes / found.promised_bytes
+    print(f"Size: {found.file_bytes:,} bytes, {ratio:.3f} times the {found.promised_bytes:,} of the packed file.")
+    print(
+        f"Exact arithmetic: largest difference {found.difference:.1e} of the largest output;"
+        f" {found.samples_within:.2%} of {found.samples:,} samples within 1e-5."
+    )
+    table = Table(title=f"Fake-quantized model: {found.metric_name} {found.metric:.2f}", title_justify="left")
+    for column in ("runtime", found.metric_name, "equal predictions", "ms", "float32 ms", "speedup"):
+        table.add_column(column, justify="left" if column == "runtime" else "right")
+    for row in found.runtimes:
+        equal = "–" if row.equal_predictions is None else f"{row.equal_predictions:.2%}"
+        times = (row.milliseconds, row.float_milliseconds, row.float_milliseconds / row.milliseconds)
+        table.add_row(row.runtime, f"{row.metric:.2f}", equal, *(f"{value:.3g}" for value in times))
+    Console().print(table)
+    left = [kernel for kernel in found.kernels if kernel.reason]
+    print(f"ONNX Runtime computes {len(found.kernels) - len(left)} of {len(found.kernels)} layers in integers.")
+    for kernel in left:
+        print(f"  {kernel.layer}: {kernel.kernel}, {kernel.reason}")
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="a packed file", metavar="FILE")], as_json: AsJson = False
+) -> None:
+    """Check a packed file and show its layers, bits, shapes and bytes. Needs neither the model nor torch."""
+    from tracequant.packed import read_packed
+
+    contents = read_packed(file)
+    layout = contents.layout
+    layers = [
+        {"name": w.name, "shape": list(w.shape), "bits": w.num_bits, "scales": w.rows, "code_bytes": w.code_bytes}
+        for w in layout.weights
+    ]
+    inputs = {name: point.num_bits for point in layout.activations for name in point.consumers}
+    rest = sum(raw.size for *_, raw in contents.raw_tensors())
+    if as_json:
+        _print_json({
+            "file": str(file), "file_bytes": contents.file_bytes, "header_bytes": layout.header_bytes(),
+            "layers": layers, "input_bits": inputs, "float_bytes": rest,
+            "tensors": [{"name": n, "dtype": d, "shape": list(shape)} for n, d, shape in layout.tensors],
+        })  # fmt: skip
+        return
+    table = Table(title="Quantized weights", title_justify="left")
+    for column in ("layer", "shape", "bits", "input bits", "bytes of codes", "scales"):
+        table.add_column(column, justify="left" if column == "layer" else "right", overflow="fold")
+    for weight in layout.weights:
+        shape = " x ".join(map(str, weight.shape))
+        read = str(inputs.get(weight.sites[0][0], "float"))
+        table.add_row(weight.name, shape, str(weight.num_bits), read, f"{weight.code_bytes:,}", f"{weight.rows:,}")
+    Console().print(table)
+    print(
+        f"{file}: {contents.file_bytes:,} bytes, checksum right; codes {sum(w.code_bytes for w in layout.weights):,},"
+        f" {len(layout.tensors)} tensors that are not quantized {rest:,}, header {layout.header_bytes():,}."
+    )
+
+
+@app.command()
 def report(run_path: RunPath, quiet: Quiet = False, as_json: AsJson = False) -> None:
     """Write RUN/report.html and its figures from what is finished, the plan at least."""
     run = _open(run_path, quiet)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import glob
 from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -63,6 +64,44 @@ def quantize_activation(consumers: Sequence[nn.Module], name: str, grid: Grid) -
     for module in dict.fromkeys(consumers):
         quantizer.attach(module)
     return quantizer
+
+
+def to_float(quantized: nn.Module) -> nn.Module:
+    """A copy of a fake-quantized model as an ordinary one, whose weights hold the values of their codes.
+
+    No parametrizations, no hooks, the state dict of the float model; activations are not rounded. For other tools that
+    take a plain module (torch.export, TensorRT, compressed-tensors).
+    """
+    model = copy.deepcopy(quantized)
+    for module in list(model.modules()):
+        if parametrize.is_parametrized(module):
+            _make_plain(module)
+    for module in list(model.modules()):
+        quantizer = getattr(module, "input_quantizer", None)
+        if isinstance(quantizer, ActivationQuantizer):
+            quantizer.detach(module)
+    return model
+
+
+def _make_plain(module: nn.Module) -> None:
+    """Replace a module's quantized weights by parameters of the same values.
+
+    Not by `remove_parametrizations`, which takes the weight from the class too, and the copy shares it with the model.
+    """
+    chains = cast(nn.ModuleDict, module.parametrizations)
+    weights: dict[str, nn.Parameter | None] = {}
+    for name in chains:
+        original = cast(nn.Parameter, chains[name].original)
+        with torch.no_grad():
+            # Of tied weights every site writes the same values: rounding twice is rounding once.
+            original.copy_(getattr(module, name))
+        weights[name] = original
+    del module.parametrizations
+    module.__class__ = type(module).__bases__[0]
+    # Weights come before biases, as in the float model.
+    weights |= module._parameters
+    module._parameters.clear()
+    module._parameters.update(weights)
 
 
 def dequantized_state(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -9,20 +9,24 @@ agree to the byte. The format is a safetensors file of at most one tensor per ki
     zero_points    uint8, likewise, only of what is asymmetric
     float32, ...   every tensor that is not quantized, concatenated by dtype
 
-and a manifest in the header that gives names, shapes and bits in the same order. One tensor per kind instead of one per
-layer keeps the header of a small network small: five entries, not five per BatchNorm.
+and a manifest in the header that gives names, shapes and bits in the same order, and a checksum of the file. One tensor
+per kind instead of one per layer keeps the header of a small network small: five entries, not five per BatchNorm.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tracequant.points import QuantizationPoints
 
 FORMAT_NAME = "tracequant-packed"
-FORMAT_VERSION = 1
+# Version 1 had no checksum.
+FORMAT_VERSION = 2
+# Holds the place of the checksum while the file is made, and while the checksum is computed.
+BLANK_DIGEST = "0" * 64
 
 # safetensors' names of the dtypes that a state dict may hold.
 DTYPE_BYTES = {
@@ -47,9 +51,14 @@ class PackedWeight:
         return 1 if self.axis is None else self.shape[self.axis]
 
     @property
+    def row_length(self) -> int:
+        """Number of codes in a row."""
+        return math.prod(self.shape) // max(self.rows, 1)
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of one row of codes, padded to 32 bits."""
-        return 4 * math.ceil(math.prod(self.shape) // max(self.rows, 1) * self.num_bits / 32)
+        return 4 * -(-self.row_length * self.num_bits // 32)
 
     @property
     def code_bytes(self) -> int:
@@ -99,7 +108,7 @@ class PackedLayout:
         for name, dtype, shape in self.tensors:
             tensors.setdefault(dtype, []).append([name, *shape])
         return _compact({
-            "format": FORMAT_NAME, "version": FORMAT_VERSION,
+            "format": FORMAT_NAME, "version": FORMAT_VERSION, "sha256": BLANK_DIGEST,
             "weights": weights, "activations": activations, "tensors": tensors,
         })  # fmt: skip
 
@@ -123,6 +132,20 @@ class PackedLayout:
     def file_bytes(self) -> int:
         """Exact size of the packed file."""
         return self.header_bytes() + self.payload_bytes()
+
+
+def symmetric_zero_point(num_bits: int) -> float:
+    """The zero point of a symmetric grid, in units of its scale.
+
+    >>> [symmetric_zero_point(k) for k in (1, 2, 3, 8)]
+    [0.5, 1.5, 4.0, 128.0]
+    """
+    return (2**num_bits - 1) / 2 if num_bits <= 2 else float(2 ** (num_bits - 1))
+
+
+def state_name(site: Sequence[str]) -> str:
+    """The name in a float model's state dict of the parameter at a (module, parameter) site."""
+    return ".".join(filter(None, site))
 
 
 def sites_field(weight: PackedWeight) -> list[list[str]]:

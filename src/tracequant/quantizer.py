@@ -22,6 +22,7 @@ from torch.nn.utils import parametrize
 
 from tracequant.errors import ModelError
 from tracequant.layers import replace_inputs
+from tracequant.packed_layout import symmetric_zero_point
 from tracequant.settings import WeightGrid
 
 MAX_BITS = 8
@@ -50,15 +51,6 @@ class Grid:
         """Each value replaced by its nearest on the grid, values outside the range by the grid's ends."""
         # `dequantize` in place: the same operations, and so the same bits.
         return self.quantize(values).sub_(self.zero_point).mul_(self.scale)
-
-
-def symmetric_zero_point(num_bits: int) -> float:
-    """The zero point of a symmetric grid, in units of its scale.
-
-    >>> [symmetric_zero_point(k) for k in (1, 2, 3, 8)]
-    [0.5, 1.5, 4.0, 128.0]
-    """
-    return (2**num_bits - 1) / 2 if num_bits <= 2 else float(2 ** (num_bits - 1))
 
 
 def check_bits(num_bits: int) -> None:
@@ -241,6 +233,14 @@ class ActivationQuantizer(Quantizer):
         module.add_module("input_quantizer", self)
         # A bound method, not a closure: deepcopy of the model then binds the copy's own quantizer.
         module.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+
+    def detach(self, module: nn.Module) -> None:
+        """Undo `attach`."""
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if getattr(hook, "__self__", None) is self:
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+        del module.input_quantizer
 
     def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         return replace_inputs(module, args, kwargs, self)

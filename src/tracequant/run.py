@@ -12,6 +12,8 @@
     RUN/finetune.json        finetune: losses and accuracies
     RUN/model.safetensors    pack: the product
     RUN/pack.json            pack: its size and accuracy
+    RUN/model.onnx           export: the product as ONNX
+    RUN/verify.json          verify: the ONNX file against the packed model
     RUN/spectrum.json        spectrum: eigenvalues and densities, where asked for
     RUN/perturbation.json    analyze or check: the loss's expansion in the roundings, where a metric needs it
     RUN/evaluations.json     plan: every plan that was evaluated, where a limit on accuracy was asked for
@@ -57,8 +59,10 @@ from tracequant.stability import is_stable, plan_stability
 if TYPE_CHECKING:
     import torch
 
+    from tracequant.export.onnx import OnnxFile, Profile
     from tracequant.points import QuantizationPoints
     from tracequant.task import Batch, TaskSetup
+    from tracequant.verification import Verification
 
 Stage = Literal["analyze", "plan", "quantize", "finetune", "pack", "report"]
 STAGES: tuple[Stage, ...] = ("analyze", "plan", "quantize", "finetune", "pack", "report")
@@ -729,6 +733,40 @@ class Run:
         setup = self.setup()
         evaluation = setup.task.evaluate(load(path, setup.model), setup.evaluation, self._progress)
         return Measured(path.name, evaluation.metric, evaluation.loss, path.stat().st_size, math.nan)
+
+    def export(self, profile: Profile = "qdq", dynamic_batch: bool = True) -> OnnxFile:
+        """Write the packed model to `model.onnx`."""
+        self._need("pack")
+        from tracequant.export.onnx import export_onnx
+        from tracequant.export.packed import load
+        from tracequant.verification import captured_call
+
+        setup = self.setup()
+        quantized = load(self.path / "model.safetensors", setup.model)
+        args, kwargs = captured_call(quantized, setup.task, next(iter(setup.calibration)))
+        if args and kwargs:
+            raise ModelError(
+                "the task calls the model with positional and keyword arguments, ONNX export needs one kind; pass all"
+                " by keyword in the task's `outputs`"
+            )
+        (self.path / "verify.json").unlink(missing_ok=True)  # of an earlier export
+        return export_onnx(quantized, self.path / "model.onnx", kwargs or args, profile, dynamic_batch)
+
+    def verify(self) -> Verification:
+        """Compare `model.onnx` with the packed model on the evaluation data."""
+        self._need("pack")
+        from tracequant.export.packed import load
+        from tracequant.verification import verify
+
+        path = self.path / "model.onnx"
+        if not path.is_file():
+            raise ArtifactError(f"{path} does not exist; `tracequant export {self.path}` makes it")
+        setup = self.setup()
+        quantized = load(self.path / "model.safetensors", setup.model).cpu()
+        promised = self.pack_result().promised_bytes
+        result = verify(path, quantized, setup.model, setup.evaluation, setup.task, promised)
+        result.save(self.path / "verify.json")
+        return result
 
     def report(self) -> Path:
         """Write the report from what is there, figures beside it."""

@@ -1,0 +1,245 @@
+"""ONNX export: a fake-quantized model as integers that a runtime really computes with (docs/onnx.md).
+
+torch.export traces the model, with one opaque operator for every activation quantizer; `onnx_graph` then puts codes of
+k bits in place of the weights and folds BatchNorm into their scales.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from tracequant import __version__
+from tracequant.artifact import replace_file
+from tracequant.convert import to_float
+from tracequant.errors import ModelError, ResourceError
+from tracequant.export.packed import quantized_weights
+from tracequant.layers import replace_inputs
+from tracequant.model_state import frozen_evaluation
+from tracequant.packed_layout import state_name
+from tracequant.quantizer import ActivationQuantizer, Grid, activation_quantizers
+
+Profile = Literal["qdq", "weights-only"]
+OPSET = 21
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """What `export_onnx` wrote: bytes on disk, those of the weights' codes, and those of graph, scales and floats."""
+
+    path: str
+    file_bytes: int
+    code_bytes: int
+
+    @property
+    def other_bytes(self) -> int:
+        """Bytes that do not depend on the choice of bits: the graph, scales, biases, float tensors."""
+        return self.file_bytes - self.code_bytes
+
+
+def export_onnx(
+    quantized: nn.Module,
+    path: str | Path,
+    example_inputs: Any,
+    profile: Profile = "qdq",
+    dynamic_batch: bool = True,
+) -> OnnxFile:
+    """Write a fake-quantized model to `path` as ONNX (opset 21), whole or not at all; the model is untouched.
+
+    `example_inputs` is what the model is called with: a tensor, a tuple of arguments, or a dictionary of keyword
+    arguments; values do not matter, shapes do, all but the first dimension of every tensor if `dynamic_batch`. With
+    profile "qdq" weights and activations are quantized as in the model; "weights-only" leaves activations in float,
+    for runtimes that multiply float activations with packed weights.
+
+    Raises `ModelError` if the model is not quantized, has other weights than float32, or cannot be traced;
+    `ResourceError` without the extra "onnx".
+    """
+    try:
+        import onnx_ir
+
+        from tracequant.export import onnx_graph
+    except ImportError as error:
+        raise ResourceError(f"ONNX export needs more packages ({error}): pip install 'tracequant[onnx]'") from None
+    weights = []
+    for weight, grid, codes in quantized_weights(quantized):
+        scale, zero_point = grid.scale.flatten().cpu().numpy(), grid.zero_point.flatten().cpu().numpy()
+        weights.append(onnx_graph.StoredWeight(weight, codes.to(torch.uint8).cpu().numpy(), scale, zero_point))
+    args, kwargs = _arguments(example_inputs, dynamic_batch)
+    model = _traceable(quantized, profile)
+    program = _trace(model, args, kwargs, dynamic_batch)
+    graph_model = program.model
+    names = {state_name(site): weight for weight in weights for site in weight.entry.sites}
+    with _quiet("onnx_ir", "onnxscript"):
+        code_bytes = onnx_graph.rewrite(graph_model, names, weights_only=profile == "weights-only")
+    graph_model.producer_name, graph_model.producer_version = "tracequant", __version__
+    graph_model.metadata_props.clear()
+    graph_model.metadata_props.update(_metadata(quantized, weights, profile))
+    with replace_file(path) as temporary:
+        onnx_ir.save(graph_model, temporary)
+        size = temporary.stat().st_size
+    return OnnxFile(str(path), size, code_bytes)
+
+
+def trace_float(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: Path) -> None:
+    """Write a float model to `path` as ONNX, for comparison, its batch size fixed to that of the arguments."""
+    import onnx_ir
+
+    program = _trace(copy.deepcopy(model).cpu().eval(), args, kwargs, dynamic_batch=False, optimize=True)
+    onnx_ir.save(program.model, path)
+
+
+@torch.library.custom_op("tracequant::quantize_activation", mutates_args=())
+def _quantize_activation(values: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int) -> Tensor:
+    return Grid(scale, zero_point.float(), num_bits).round(values)
+
+
+@_quantize_activation.register_fake
+def _(values: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int) -> Tensor:
+    return torch.empty_like(values)
+
+
+class _TracedQuantizer(nn.Module):
+    """An activation quantizer as one operator that the exporter knows."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, quantizer: ActivationQuantizer) -> None:
+        super().__init__()
+        self.num_bits = quantizer.num_bits
+        self.register_buffer("scale", quantizer.scale.detach().reshape(()).clone())
+        self.register_buffer("zero_point", quantizer.zero_point.reshape(()).to(torch.uint8))
+
+    def forward(self, values: Tensor) -> Tensor:
+        rounded: Tensor = torch.ops.tracequant.quantize_activation(values, self.scale, self.zero_point, self.num_bits)
+        return rounded
+
+    def before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return replace_inputs(module, args, kwargs, self)
+
+
+def _translate(values: Any, scale: Any, zero_point: Any, num_bits: int) -> Any:
+    """The ONNX form of an activation quantizer: 8-bit integers, clipped as integers where there are fewer bits.
+
+    Clipping the float before it would keep ONNX Runtime from fusing the convolution that follows.
+    """
+    import numpy as np
+    import onnx_ir
+    from onnxscript import opset21 as op
+
+    codes = op.QuantizeLinear(values, scale, zero_point)
+    if num_bits < 8:
+        ends: list[Any] = [onnx_ir.tensor(np.uint8(end)) for end in (0, 2**num_bits - 1)]
+        low, high = (op.Constant(value=end) for end in ends)
+        codes = op.Clip(codes, low, high)
+    return op.DequantizeLinear(codes, scale, zero_point)
+
+
+def _traceable(quantized: nn.Module, profile: Profile) -> nn.Module:
+    """A copy on the CPU with ordinary weights, and quantizers that the exporter can translate."""
+    readers: dict[ActivationQuantizer, list[str]] = {}
+    for name, module in quantized.named_modules():
+        quantizer = getattr(module, "input_quantizer", None)
+        if isinstance(quantizer, ActivationQuantizer):
+            readers.setdefault(quantizer, []).append(name)
+    model = to_float(quantized).cpu().eval()
+    if profile == "qdq":
+        for quantizer, names in readers.items():
+            traced = _TracedQuantizer(copy.deepcopy(quantizer).cpu())
+            for name in names:
+                module = model.get_submodule(name)
+                module.add_module("input_quantizer", traced)
+                module.register_forward_pre_hook(traced.before_forward, with_kwargs=True)
+    return model
+
+
+def _arguments(example: Any, dynamic_batch: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments on the CPU; a batch of one is doubled, else tracing would take 1 for fixed."""
+
+    def prepare(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        leaf = leaf.detach().cpu()
+        return torch.cat([leaf, leaf]) if dynamic_batch and leaf.ndim and len(leaf) == 1 else leaf
+
+    example = pytree.tree_map(prepare, example)
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return (tuple(example) if isinstance(example, (tuple, list)) else (example,)), {}
+
+
+def _trace(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_batch: bool, optimize: bool = False
+) -> Any:
+    shapes = None
+    if dynamic_batch:
+        batch = torch.export.Dim("batch")
+        shapes = pytree.tree_map(
+            lambda leaf: {0: batch} if isinstance(leaf, Tensor) and leaf.ndim else None, (*args, *kwargs.values())
+        )
+        shapes = dict(zip(kwargs, shapes, strict=True)) if kwargs else shapes
+    try:
+        with _quiet("torch.onnx", "onnxscript"), frozen_evaluation(model), torch.no_grad():
+            return torch.onnx.export(
+                model,
+                args,
+                kwargs=kwargs,
+                dynamo=True,
+                opset_version=OPSET,
+                optimize=optimize,
+                verbose=False,
+                dynamic_shapes=shapes,
+                custom_translation_table={torch.ops.tracequant.quantize_activation.default: _translate},
+            )
+    except torch.onnx.OnnxExporterError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        hint = "; if its batch size cannot vary, try dynamic_batch=False" if dynamic_batch else ""
+        raise ModelError(f"{type(model).__name__} cannot be traced for ONNX: {_first_line(cause)}{hint}") from error
+
+
+@contextmanager
+def _quiet(*loggers: str) -> Iterator[None]:
+    """No warnings inside the block: those of the libraries used here are about themselves."""
+    levels = {name: logging.getLogger(name).level for name in loggers}
+    try:
+        for name in loggers:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _metadata(quantized: nn.Module, weights: Sequence[Any], profile: Profile) -> dict[str, str]:
+    """The plan and the versions, for the model's metadata."""
+    inputs = activation_quantizers(quantized) if profile == "qdq" else {}
+    plan = {
+        "weight_bits": {weight.entry.name: weight.entry.num_bits for weight in weights},
+        "activation_bits": {name: quantizer.num_bits for name, quantizer in inputs.items()},
+    }
+    return {
+        "tracequant.version": __version__,
+        "tracequant.profile": profile,
+        "tracequant.plan": json.dumps(plan, separators=(",", ":"), ensure_ascii=False),
+        "torch.version": str(torch.__version__),
+    }

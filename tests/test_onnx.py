@@ -1,0 +1,392 @@
+"""ONNX export: ONNX Runtime computes what the fake-quantized model does, from files as small as the codes allow."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tracequant as tq
+from models import ConvNet, EnergyTask, ResidualNet, SharedHeadNet, TiedNet, build, snapshot
+from tracequant.errors import ModelError
+from tracequant.packed_layout import symmetric_zero_point
+
+ort = pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")
+onnx = pytest.importorskip("onnx", reason="needs the extra 'onnx'")
+pytest.importorskip("onnxscript", reason="needs the extra 'onnx'")
+
+TASK = EnergyTask()
+SYMMETRIC = tq.WeightGrid(range="minmax")
+ASYMMETRIC = tq.WeightGrid(symmetric=False, range="minmax")
+PER_TENSOR = tq.WeightGrid(per_channel=False, range="minmax")
+
+
+class Widths(nn.Module):
+    """Eight layers of a kind, each reading a tensor of its own; the layer at index k gets k + 1 bits."""
+
+    def __init__(self, layer: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layer() for _ in range(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Word numbers must not be scaled; everything else is, so that no two layers share a quantizer.
+        inputs = [x * (1 + i / 8) if x.is_floating_point() else x for i in range(8)]
+        return torch.stack([layer(given) for layer, given in zip(self.layers, inputs, strict=True)])
+
+
+class SelfAttention(nn.Module):
+    """Attention of a sequence to itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        nn.init.normal_(self.attention.in_proj_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.attention(x, x, x, need_weights=False)[0])
+
+
+class CrossAttention(nn.Module):
+    """Attention to a memory of other widths, whose projections are three weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, kdim=3, vdim=5, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        memory = torch.cat([x, x], 2)
+        return torch.as_tensor(self.attention(x, memory[:, :, :3], memory[:, :, 1:6], need_weights=False)[0])
+
+
+def normed(layer: nn.Module, norm: nn.Module) -> nn.Module:
+    """A layer and its BatchNorm, with statistics and parameters drawn at random, negative and zero factors too."""
+    for tensor in (norm.running_mean, norm.bias.data, norm.weight.data):
+        tensor.normal_(0, 0.5)
+    norm.running_var.uniform_(0.5, 1.5)
+    norm.weight.data[0] = 0
+    return nn.Sequential(layer, norm)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of layer and the shape of its input."""
+
+    layer: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    tokens: bool = False
+
+
+KINDS = {
+    "Conv1d": Kind(lambda: nn.Conv1d(3, 5, 3, padding=1), (3, 7)),
+    "Conv2d": Kind(lambda: nn.Conv2d(3, 5, 3, stride=2, padding=1), (3, 7, 7)),
+    "Conv2d without bias": Kind(lambda: nn.Conv2d(3, 5, 3, bias=False), (3, 7, 7)),
+    "Conv2d in groups, dilated": Kind(lambda: nn.Conv2d(4, 6, 3, groups=2, dilation=2), (4, 7, 7)),
+    "Conv3d": Kind(lambda: nn.Conv3d(2, 3, 2), (2, 4, 4, 4)),
+    "ConvTranspose1d": Kind(lambda: nn.ConvTranspose1d(3, 5, 3, stride=2), (3, 5)),
+    "ConvTranspose2d": Kind(lambda: nn.ConvTranspose2d(3, 5, 2, stride=2), (3, 5, 5)),
+    "ConvTranspose2d in groups": Kind(lambda: nn.ConvTranspose2d(4, 6, 2, groups=2), (4, 5, 5)),
+    "ConvTranspose3d": Kind(lambda: nn.ConvTranspose3d(2, 3, 2), (2, 3, 3, 3)),
+    "Linear": Kind(lambda: nn.Linear(5, 3), (5,)),
+    "Linear in 3 dimensions": Kind(lambda: nn.Linear(5, 3), (4, 5)),
+    "Linear in 4 dimensions": Kind(lambda: nn.Linear(5, 3, bias=False), (2, 4, 5)),
+    "Embedding": Kind(lambda: nn.Embedding(7, 5), (4,), tokens=True),
+    "self-attention": Kind(SelfAttention, (5, 4)),
+    "cross-attention": Kind(CrossAttention, (5, 4)),
+    "Conv2d and BatchNorm": Kind(lambda: normed(nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5)), (3, 6, 6)),
+    "Conv2d with bias and BatchNorm": Kind(lambda: normed(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)), (3, 6, 6)),
+    "ConvTranspose2d and BatchNorm": Kind(lambda: normed(nn.ConvTranspose2d(3, 5, 2), nn.BatchNorm2d(5)), (3, 6, 6)),
+    "ConvTranspose2d in groups and BatchNorm": Kind(
+        lambda: normed(nn.ConvTranspose2d(4, 6, 2, groups=2), nn.BatchNorm2d(6)), (4, 5, 5)
+    ),
+    "Linear and BatchNorm": Kind(lambda: normed(nn.Linear(5, 3), nn.BatchNorm1d(3)), (5,)),
+}  # fmt: skip
+
+
+def by_hand(weight_bits: dict[str, int], activation_bits: dict[str, int], grid: tq.WeightGrid) -> tq.BitPlan:
+    """A plan whose costs do not matter."""
+    return tq.BitPlan(weight_bits, activation_bits, 0, 0, 1, 0.0, 0.0, grid, "", "by hand", "none")
+
+
+def quantized_with(
+    model: nn.Module, inputs: Tensor, bits: Callable[[int], int], grid: tq.WeightGrid = SYMMETRIC
+) -> nn.Module:
+    """`model` with `bits(i)` for the weight and for the input of its i-th layer."""
+    points = tq.discover(model, [(inputs,)], TASK)
+    weight_bits = {layer.name: bits(i) for i, layer in enumerate(points.layers)}
+    activation_bits = {point.name: bits(i) for i, point in enumerate(points.activations)}
+    plan = by_hand(weight_bits, activation_bits, grid)
+    return tq.quantize(model, plan, [(inputs,)], TASK).eval()
+
+
+def example(kind: Kind, batch: int = 3) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    if kind.tokens:
+        return torch.randint(0, 7, (batch, *kind.shape), generator=generator)
+    return torch.randn(batch, *kind.shape, generator=generator)
+
+
+def run(path: Path, inputs: Tensor, exact: bool = True) -> np.ndarray[Any, Any]:
+    """What ONNX Runtime makes of the inputs; `exact` with the graph's own arithmetic, no kernels fused."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if exact:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return session.run(None, {session.get_inputs()[0].name: inputs.numpy()})[0]
+
+
+def difference(got: np.ndarray[Any, Any], want: Tensor) -> float:
+    """Largest difference relative to the largest value."""
+    expected = want.detach().numpy()
+    return float(np.abs(got - expected).max() / np.abs(expected).max())
+
+
+GRIDS = {"symmetric": SYMMETRIC, "asymmetric": ASYMMETRIC, "per tensor": PER_TENSOR}
+OTHER_GRIDS = ("Conv2d", "Linear in 3 dimensions", "Embedding", "Conv2d and BatchNorm", "ConvTranspose2d and BatchNorm")
+
+
+@pytest.mark.parametrize(
+    ("kind", "grid"),
+    [
+        *((kind, "symmetric") for kind in KINDS),
+        *(pytest.param(k, g, marks=pytest.mark.slow) for k in OTHER_GRIDS for g in ("asymmetric", "per tensor")),
+    ],
+)
+def test_onnx_runtime_computes_the_same(kind: str, grid: str, tmp_path: Path) -> None:
+    """Every kind of layer with 1 to 8 bits in weights and inputs; ordinary and saturating inputs, other batch sizes."""
+    torch.manual_seed(0)
+    model, inputs = Widths(KINDS[kind].layer).eval(), example(KINDS[kind])
+    per_layer = len(tq.discover(model, [(inputs,)], TASK).layers) // 8
+    quantized = quantized_with(model, inputs, lambda i: i // per_layer % 8 + 1, GRIDS[grid])
+
+    tq.export_onnx(quantized, tmp_path / "model.onnx", inputs)
+
+    onnx.checker.check_model(onnx.load(tmp_path / "model.onnx"), full_check=True)
+    saturating = inputs if KINDS[kind].tokens else 20 * inputs
+    for given in (inputs, saturating, inputs[:1]):
+        with torch.no_grad():
+            want = quantized(given)
+        got = run(tmp_path / "model.onnx", given)
+        for k in range(8):
+            assert difference(got[k], want[k]) <= 1e-5, f"{k + 1} bits"
+
+
+NETS: dict[str, tuple[type[nn.Module], tuple[int, ...]]] = {
+    "convolutions": (ConvNet, (3, 8, 8)),
+    "residual": (ResidualNet, (3, 8, 8)),
+    "shared head": (SharedHeadNet, (3, 8, 8)),
+}
+
+
+@cache
+def net(name: str) -> tuple[nn.Module, Tensor]:
+    kind, shape = NETS[name]
+    return build(kind, dtype=torch.float32).eval(), torch.randn(4, *shape, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("name", list(NETS))
+def test_whole_networks(name: str, tmp_path: Path) -> None:
+    model, inputs = net(name)
+    quantized = quantized_with(model, inputs, lambda i: (3, 4, 8, 2)[i % 4])
+    tq.export_onnx(quantized, tmp_path / "model.onnx", inputs)
+    for given in (inputs, 20 * inputs):
+        assert difference(run(tmp_path / "model.onnx", given), quantized(given)) <= 1e-5
+
+
+def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
+    model, tokens = build(TiedNet, dtype=torch.float32).eval(), torch.randint(0, 7, (3, 5))
+    quantized = quantized_with(model, tokens, lambda i: 3)
+    tq.export_onnx(quantized, tmp_path / "model.onnx", tokens)
+    assert difference(run(tmp_path / "model.onnx", tokens), quantized(tokens)) <= 1e-5
+    sizes = [
+        tensor.dims[0] for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer if tensor.data_type == 21
+    ]
+    # 28 shared and 16 other codes of 3 bits: planes of two and of four codes to an element.
+    assert sorted(sizes) == [4, 7, 8, 14]
+
+
+def test_fused_kernels_agree_up_to_single_codes(tmp_path: Path) -> None:
+    """With all optimisations a rounding tie may fall the other way: one step of one activation at most here."""
+    model, inputs = net("convolutions")
+    quantized = quantized_with(model, inputs, lambda i: 8)
+    tq.export_onnx(quantized, tmp_path / "model.onnx", inputs)
+    assert difference(run(tmp_path / "model.onnx", inputs, exact=False), quantized(inputs)) <= 0.02
+
+
+def operators(path: Path, optimised: Path) -> list[str]:
+    """Operators of the graph as ONNX Runtime runs it."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(optimised)
+    ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return [node.op_type for node in onnx.load(optimised).graph.node]
+
+
+@pytest.mark.parametrize("weight_bits", range(1, 9))
+def test_convolutions_run_on_int8_kernels(weight_bits: int, tmp_path: Path) -> None:
+    """Codes are unpacked when the file is loaded: at run time nothing is left of the tables, at any width."""
+    torch.manual_seed(0)
+    first = normed(nn.Conv2d(8, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16))
+    model = nn.Sequential(
+        first, nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 4)
+    )
+    inputs = torch.randn(2, 8, 8, 8)
+    points = tq.discover(model.eval(), [(inputs,)], TASK)
+    plan = by_hand({x.name: weight_bits for x in points.layers}, {x.name: 4 for x in points.activations}, SYMMETRIC)
+    quantized = tq.quantize(model, plan, [(inputs,)], TASK).eval()
+    tq.export_onnx(quantized, tmp_path / "model.onnx", inputs)
+    found = operators(tmp_path / "model.onnx", tmp_path / "optimised.onnx")
+    assert found.count("QLinearConv") == 2
+    assert not {"Conv", "FusedConv", "Gather", "Cast", "BatchNormalization"} & set(found)
+
+
+@pytest.mark.parametrize("grid", ["symmetric", "asymmetric"])
+def test_weights_only_runs_on_packed_weights(grid: str, tmp_path: Path) -> None:
+    """Activations stay in float; 4-bit weights are multiplied as they are stored."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 16)).eval()
+    inputs = torch.randn(2, 5, 64)
+    quantized = quantized_with(model, inputs, lambda i: 4, GRIDS[grid])
+    tq.export_onnx(quantized, tmp_path / "model.onnx", inputs, profile="weights-only")
+    assert difference(run(tmp_path / "model.onnx", inputs), tq.to_float(quantized)(inputs)) <= 1e-5
+    found = operators(tmp_path / "model.onnx", tmp_path / "optimised.onnx")
+    assert found.count("MatMulNBits") == 2
+    assert "QuantizeLinear" not in found
+
+
+@pytest.mark.parametrize("num_bits", range(1, 9))
+def test_codes_take_their_bits_on_disk(num_bits: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, inputs = nn.Linear(64, 64).eval(), torch.randn(2, 64)
+    plan = by_hand({"weight": num_bits}, {}, SYMMETRIC)
+    file = tq.export_onnx(tq.quantize(model, plan, [(inputs,)], TASK), tmp_path / "model.onnx", inputs)
+    assert file.code_bytes == 64 * 64 * num_bits // 8
+    assert file.file_bytes == (tmp_path / "model.onnx").stat().st_size
+    # 64 scales and biases, the graph, tables of 16 rows.
+    assert file.other_bytes < 2 * 64 * 4 + 1200
+
+
+def test_codes_of_4_bits_are_the_weights(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, inputs = nn.Linear(6, 5).eval(), torch.randn(2, 6)
+    quantized = tq.quantize(model, by_hand({"weight": 4}, {}, SYMMETRIC), [(inputs,)], TASK)
+    tq.export_onnx(quantized, tmp_path / "model.onnx", inputs)
+    tensors = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / "model.onnx").graph.initializer}
+    weight = tensors["weight"].astype(np.float32) * tensors["weight.scale"][:, None]
+    assert np.array_equal(weight, quantized.weight.detach().numpy())
+    assert tensors["weight"].min() >= -symmetric_zero_point(4)
+
+
+def test_names_metadata_and_versions(tmp_path: Path) -> None:
+    model, inputs = net("convolutions")
+    quantized = quantized_with(model, inputs, lambda i: 4)
+    tq.export_onnx(quantized, tmp_path / "model.onnx", inputs)
+    written = onnx.load(tmp_path / "model.onnx")
+    metadata = {entry.key: entry.value for entry in written.metadata_props}
+
+    assert metadata["tracequant.version"] == tq.__version__
+    assert json.loads(metadata["tracequant.plan"]) == {
+        "weight_bits": {"conv1": 4, "conv2": 4, "fc": 4}, "activation_bits": {"conv1": 4, "conv2": 4, "fc": 4}
+    }  # fmt: skip
+    assert [(o.domain, o.version) for o in written.opset_import] == [("", 21)]
+    assert written.ir_version == 10
+    initializers = {tensor.name for tensor in written.graph.initializer}
+    assert {"conv1.weight", "conv2.weight", "conv2.bias", "fc.weight", "fc.bias"} <= initializers
+    assert {node.name for node in written.graph.node} - {""} == {"conv1", "conv2", "fc"}
+    assert not any(node.op_type == "BatchNormalization" for node in written.graph.node)
+    assert written.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+
+
+def test_one_example_is_enough_for_any_batch(tmp_path: Path) -> None:
+    model, inputs = net("convolutions")
+    quantized = quantized_with(model, inputs, lambda i: 8)
+    tq.export_onnx(quantized, tmp_path / "model.onnx", (inputs[:1],))
+    assert difference(run(tmp_path / "model.onnx", inputs), quantized(inputs)) <= 1e-5
+
+
+def test_a_fixed_batch_is_fixed(tmp_path: Path) -> None:
+    model, inputs = net("convolutions")
+    quantized = quantized_with(model, inputs, lambda i: 8)
+    tq.export_onnx(quantized, tmp_path / "model.onnx", {"images": inputs[:1]}, dynamic_batch=False)
+    dims = onnx.load(tmp_path / "model.onnx").graph.input[0].type.tensor_type.shape.dim
+    assert [dim.dim_value for dim in dims] == [1, 3, 8, 8]
+
+
+def test_the_model_stays_as_it_was(tmp_path: Path) -> None:
+    model, inputs = net("convolutions")
+    quantized = quantized_with(model, inputs, lambda i: 3).train()
+    before = snapshot(quantized)
+    tq.export_onnx(quantized, tmp_path / "model.onnx", inputs)
+    assert snapshot(quantized) == before
+    assert torch.equal(copy.deepcopy(quantized).eval()(inputs), quantized.eval()(inputs))
+
+
+def test_verification_finds_what_is_there(tmp_path: Path) -> None:
+    """A faithful file differs by rounding alone; one of another plan does not pass for it."""
+    from tracequant.verification import verify
+
+    model, inputs = net("residual")
+    task = tq.ClassificationTask()
+    batches = [(inputs, torch.tensor([0, 1, 2, 3]))]
+    quantized = quantized_with(model, inputs, lambda i: 8)
+    tq.export_onnx(quantized, tmp_path / "model.onnx", inputs)
+
+    found = verify(tmp_path / "model.onnx", quantized, model, batches, task, 1000, repeats=2)
+    other = verify(
+        tmp_path / "model.onnx", quantized_with(model, inputs, lambda i: 2), model, batches, task, 1, repeats=2
+    )
+
+    assert found.difference <= 1e-5
+    assert found.samples_within == 1
+    assert other.difference > 0.01
+    assert found.samples == 4
+    assert found.metric == task.evaluate(quantized, batches).metric == found.runtimes[0].metric
+    assert found.runtimes[0].equal_predictions == 1
+    assert min(found.runtimes[0].milliseconds, found.runtimes[0].float_milliseconds) > 0
+    assert (found.file_bytes, found.promised_bytes) == ((tmp_path / "model.onnx").stat().st_size, 1000)
+    kernels = {kernel.layer: kernel for kernel in found.kernels}
+    assert kernels["block1.conv1"].kernel == "QLinearConv"
+    assert kernels["block1.conv1"].reason == ""
+    assert "Add" in kernels["block1.conv2"].reason
+    assert "output of the model" in kernels["fc"].reason
+
+
+def test_a_file_that_is_not_onnx_is_refused(tmp_path: Path) -> None:
+    from tracequant.verification import verify
+
+    model, inputs = net("convolutions")
+    (tmp_path / "model.onnx").write_bytes(b"no such thing")
+    with pytest.raises(tq.ArtifactError, match="cannot be loaded by ONNX Runtime"):
+        verify(tmp_path / "model.onnx", model, model, [(inputs, torch.zeros(4))], tq.ClassificationTask(), 1)
+
+
+def test_a_float_model_is_refused(tmp_path: Path) -> None:
+    model, inputs = net("convolutions")
+    with pytest.raises(ModelError, match="not quantized"):
+        tq.export_onnx(model, tmp_path / "model.onnx", inputs)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_cannot_be_traced_is_named(tmp_path: Path) -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) if float(x.sum()) > 0 else -self.fc(x)
+
+    inputs = torch.randn(4, 3)
+    quantized = quantized_with(Branches().eval(), inputs, lambda i: 8)
+    with pytest.raises(ModelError, match="Branches cannot be traced for ONNX"):
+        tq.export_onnx(quantized, tmp_path / "model.onnx", inputs)
+    assert list(tmp_path.iterdir()) == []
