@@ -259,7 +259,7 @@ def requests(draw: st.DrawFn) -> tuple[Sensitivity, PlanSettings]:
 
 
 def solve(sensitivity: Sensitivity, request: PlanSettings) -> tq.BitPlan:
-    return tq.solve(sensitivity, **{name: getattr(request, name) for name in request.__dataclass_fields__})
+    return tq.solve(sensitivity, **request.keywords())
 
 
 @settings(max_examples=400, deadline=None)

@@ -545,7 +545,6 @@ class Run:
         from tracequant.accuracy import solve_by_accuracy
 
         setup = self.setup()
-        own = ("metric", "max_accuracy_drop", "max_loss_increase")
         search = solve_by_accuracy(
             setup.model,
             sensitivity,
@@ -556,7 +555,7 @@ class Run:
             settings.max_loss_increase,
             self.path / "evaluations.json",
             self._progress,
-            **{key: value for key, value in asdict(settings).items() if key not in own},
+            **settings.keywords(),
         )
         self._say(f"plan: {search}")
         return search.plan
