@@ -98,6 +98,9 @@ def main() -> None:
     for axes, (title, group) in zip(figure.subplots(1, 3), curves.items(), strict=True):
         for label, (counts, errors) in group.items():
             axes.loglog(counts, errors, "o-", markersize=4, label=label)
+        ticks = next(iter(group.values()))[0]
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
         axes.set_xlabel(title)
         axes.set_ylabel("relative error, median layer")
         axes.grid(alpha=0.3)
