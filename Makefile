@@ -25,6 +25,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/allocation.py
 	$(BIN)/python benchmarks/hutchinson_probes.py
 	$(BIN)/python benchmarks/curvature.py
+	$(BIN)/python benchmarks/convergence.py
 	$(BIN)/python benchmarks/metrics.py
 	$(BIN)/python benchmarks/end_to_end.py
 

@@ -1,6 +1,6 @@
 """How fast the traces converge with the number of images and of draws (the paper's Figures 5 and 8, right).
 
-    python benchmarks/convergence.py [--pool 2048] [--images 256] [--draws 32] [--out FOLDER]
+    python benchmarks/convergence.py [--pool 512] [--images 64] [--draws 8] [--out FOLDER]
 
 ResNet20 on CIFAR-10 where TRACEQUANT_DATA holds it, else the digits network. Errors are relative, of the median layer.
 
@@ -60,9 +60,9 @@ def by_draws(values: Values | None, truth: dict[str, tq.TraceEstimate]) -> Curve
 def main() -> None:
     """Measure, print the tables, draw the figure."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--pool", type=int, default=2048)
-    parser.add_argument("--images", type=int, default=256)
-    parser.add_argument("--draws", type=int, default=32)
+    parser.add_argument("--pool", type=int, default=512)
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--draws", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
     curves: dict[str, dict[str, Curve]] = {}

@@ -101,10 +101,20 @@ def test_evaluations_are_kept_and_not_repeated(case, tmp_path, monkeypatch) -> N
     assert len(calls) == len(first.steps) == len(saved.plans)
     assert saved.float_metric == first.float_metric
     calls.clear()
+    evaluated: list[tuple[object, int]] = []
+    evaluate = type(setup.task).evaluate
     with monkeypatch.context() as patch:
-        patch.setattr(type(setup.task), "evaluate", None)  # neither a plan nor the float model
+        patch.setattr(
+            type(setup.task),
+            "evaluate",
+            lambda self, model, batches, *rest: (
+                evaluated.append((model, len(batches))),
+                evaluate(self, model, batches, *rest),
+            )[1],
+        )
         assert search(case, max_drop=2.0, cache=cache) == first
     assert not calls
+    assert evaluated == [(setup.model, 1)]  # one batch, to see that metric and loss are still the same
     search(case, max_drop=1.0, cache=cache)
     assert len(tq.Evaluations.load(cache).plans) == len(saved.plans) + len(calls)
     # Other data: nothing of it is believed.
@@ -113,6 +123,13 @@ def test_evaluations_are_kept_and_not_repeated(case, tmp_path, monkeypatch) -> N
     tq.solve_by_accuracy(setup.model, table, setup.task, setup.calibration, [(x[:100], y[:100])], 2.0, cache=cache)
     assert calls
     assert tq.Evaluations.load(cache).samples == 100
+    # Nor is anything of the same data under another metric of the same name.
+    calls.clear()
+    with monkeypatch.context() as patch:
+        metric = type(setup.task).metric
+        patch.setattr(type(setup.task), "metric", lambda self, *given: metric(self, *given) / 2)
+        tq.solve_by_accuracy(setup.model, table, setup.task, setup.calibration, [(x[:100], y[:100])], 2.0, cache=cache)
+    assert calls
 
 
 def test_an_interrupted_search_goes_on(case, tmp_path, monkeypatch) -> None:

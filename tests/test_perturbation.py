@@ -206,6 +206,18 @@ def test_draws_and_division_into_batches_and_pieces(monkeypatch: pytest.MonkeyPa
     assert cut.first_order == pytest.approx(exact.first_order, rel=1e-9)
 
 
+@pytest.mark.parametrize("draws", [None, 4])
+def test_draws_that_processes_share_out_count_once(draws: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One batch for three processes: each has some of the draws, or takes all of the few columns for its share."""
+    model, batches = conv_net(), images((6,))
+    points = discover(model, batches, TASK)
+    alone = measure_perturbation(model, batches, TASK, points, BITS, draws=draws)
+    monkeypatch.setattr(collect, "_shares", lambda *given: 3)
+    shared = measure_perturbation(model, batches, TASK, points, BITS, draws=draws)
+    torch.testing.assert_close(square(shared), square(alone), rtol=1e-9, atol=1e-12)
+    assert shared.first_order == pytest.approx(alone.first_order, rel=1e-9)
+
+
 def test_it_is_what_the_loss_does_for_small_steps() -> None:
     """At 8 bits the rounding is small: the expansion must predict the loss itself, sign included."""
     batches = images((6,))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -45,10 +46,13 @@ class Evaluator:
         self._calibration, self._evaluation = reusable(calibration), reusable(evaluation)
         self._path = None if cache is None else Path(cache)
         self._progress = progress
-        parts = [fingerprint(model), type(task).__qualname__]
+        # The first batches stand for all: a loader that shuffles gives others, and nothing is taken from the file. The
+        # task's loss and metric cannot be compared, but their values on such a batch can.
+        first = [list(itertools.islice(batches, 1)) for batches in (self._calibration, self._evaluation)]
+        value = task.evaluate(model, first[1])
+        parts = [fingerprint(model), value.metric_name, f"{value.metric:.5g}", f"{value.loss:.5g}"]
+        parts += [digest(batch) for batches in first for batch in batches]
         for batches in (self._calibration, self._evaluation):
-            # The first batch stands for all: a loader that shuffles gives another, and nothing is taken from the file.
-            parts += [digest(batch) for batch, _ in zip(batches, range(1), strict=False)]
             with contextlib.suppress(TypeError):
                 parts.append(str(len(batches)))  # type: ignore[arg-type]
         context = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]

@@ -321,7 +321,8 @@ def spectrum(
     from tracequant.report.figures import spectrum_figure
     from tracequant.report.html import save_figure
 
-    save_figure(spectrum_figure(found, run.curvature()), run.path / "figures" / "spectrum")
+    curvature = run.curvature()
+    save_figure(spectrum_figure(found, curvature), run.path / "figures" / "spectrum")
     if as_json:
         _print_json(found.to_json())
     elif not quiet:
@@ -329,7 +330,7 @@ def spectrum(
         for column in ("layer", "λ₁", "λ₁/n", "Tr(H)/n", "λ₂, λ₃, ..."):
             table.add_column(column, justify="left" if column == "layer" else "right", overflow="fold")
         for name, values in found.eigenvalues.items():
-            trace = run.curvature().weights[name]
+            trace = curvature.weights[name]
             rest = ", ".join(f"{value:.3g}" for value in values[1:6])
             first = (f"{values[0]:.4g}", f"{values[0] / trace.numel:.3g}", f"{trace.average_trace:.3g}")
             table.add_row(name, *first, rest + (", ..." if len(values) > 6 else ""))

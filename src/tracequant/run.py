@@ -407,14 +407,13 @@ class Run:
             settings.options.seed,
             progress=self._progress,
         )
-        for earlier in ("perturbation.json", "check.json"):
+        for earlier in ("perturbation.json", "check.json", "spectrum.json"):
             (self.path / earlier).unlink(missing_ok=True)
         if perturbation is not None:
             perturbation.save(self.path / "perturbation.json")
         curvature.save(self.path / "curvature.json")
         sensitivity.save(self.path / "sensitivity.json")
         shutil.rmtree(self.path / "batches", ignore_errors=True)
-        (self.path / "spectrum.json").unlink(missing_ok=True)  # of an earlier analysis
         self._finish("analyze", time.perf_counter() - start)
 
     def _perturbation(self, points: QuantizationPoints) -> Perturbation:

@@ -20,6 +20,9 @@ from tracequant.settings import PlanSettings, WeightGrid
 
 # The rule is applied after every batch, which leaves less time than a report has.
 STOP_RESAMPLES = 40
+_ABOUT_WEIGHTS = (
+    "max_size_mb", "compression", "average_bits", "fixed_bits", "min_bits", "allowed_bits", "space", "method",
+)  # fmt: skip
 
 
 def is_stable(
@@ -33,20 +36,8 @@ def is_stable(
 
     Only limits on weights count here; without any the plan is the one half way between the least and the most bits.
     """
-    weights_only = PlanSettings()
-    if settings is not None:
-        weights_only = replace(
-            settings,
-            average_activation_bits=None,
-            activation_compression=None,
-            max_activation_mb=None,
-            max_bops_g=None,
-            max_latency_ms=None,
-            latency=None,
-            allowed_activation_bits=None,
-            max_accuracy_drop=None,
-            max_loss_increase=None,
-        )
+    asked = settings or PlanSettings()
+    weights_only = PlanSettings(**{name: getattr(asked, name) for name in _ABOUT_WEIGHTS})
     if not (weights_only.max_size_mb or weights_only.compression or weights_only.average_bits):
         widths = [b for options in weight_errors.values() for b in options]
         weights_only = replace(weights_only, average_bits=(min(widths) + max(widths)) / 2)

@@ -13,7 +13,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -54,6 +54,17 @@ class Part:
     values: dict[str, Tensor]
     elements: dict[str, int]
     notes: tuple[str, ...] = ()
+
+
+def together(parts: Sequence[Part], values: dict[str, Tensor]) -> Part:
+    """Parts of different samples as one, with these `values`."""
+    elements = {name: sum(part.elements[name] for part in parts) for name in parts[0].elements}
+    return Part(sum(part.samples for part in parts), values, elements, all_notes(parts))
+
+
+def all_notes(parts: Sequence[Part]) -> tuple[str, ...]:
+    """The parts' notes, each once."""
+    return tuple(dict.fromkeys(note for part in parts for note in part.notes))
 
 
 class Estimator(Protocol[ResultOut]):
@@ -206,7 +217,7 @@ class _Collector:
             raise ResourceError(f"a batch of {whole.size} samples does not fit into memory, and {error}") from error
         part = self._estimator.add(parts)
         note = f"batches cut to {-(-whole.size // count)} samples for lack of memory"
-        return Part(part.samples, part.values, part.elements, (*part.notes, note))
+        return replace(part, notes=(*part.notes, note))
 
     def _expected_count(self, whole: Piece) -> int:
         """Pieces that the first batch should take in main memory; a GPU says by an error that it is full.
@@ -295,8 +306,7 @@ def _merged(done: dict[tuple[int, int], Part]) -> list[Part]:
     merged = []
     for own in by_batch.values():
         values = {name: torch.cat([part.values[name] for part in own]) for name in own[0].values}
-        notes = tuple(dict.fromkeys(note for part in own for note in part.notes))
-        merged.append(Part(own[0].samples, values, own[0].elements, notes))
+        merged.append(replace(own[0], values=values, notes=all_notes(own)))
     return merged
 
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from tracequant.curvature import gradient_norms
-from tracequant.curvature.collect import Part, Stop, collect, exceeded, generator, warn_of_error
+from tracequant.curvature.collect import Part, Stop, collect, exceeded, generator, together, warn_of_error
 from tracequant.curvature.hutchinson import reading_variables, require_grad
 from tracequant.curvature.output_hessian import GROUP, Cotangents, OutputHessian, differentiable, factor
 from tracequant.curvature.pieces import Piece, Precision
@@ -146,6 +146,11 @@ class Passes:
             random = generator(self._seed, index, 1 + draw // GROUP, device=model_device(self._model))
             yield from ((row, vector) for vector in hessian.draw(random, draw))
 
+    def notes(self, sweep: Sweep, hessian: OutputHessian) -> tuple[str, ...]:
+        """What the result should say of a batch: the shape of H_L, and layers that took a pass for each sample."""
+        slow = ", ".join(layer.name for layer in sweep.slow)
+        return (f"{hessian.kind} output Hessian", *([f"a backward pass for each sample for {slow}"] if slow else []))
+
     def _sweep(self, samples: int, offset: int, size: int) -> Sweep:
         points = self._points if self._activations else replace(self._points, activations=())
         return Sweep(self._model, points, self._parameters, samples, offset, size)
@@ -205,24 +210,18 @@ class _GaussNewton(Passes):
             raise idle_layers(missing)
         nothing = torch.zeros_like(next(iter(rows.values())))
         names = (*(f"weights:{n}" for n in self._parameters if self._weights), *(f"activations:{n}" for n in variables))
-        slow = ", ".join(layer.name for layer in sweep.slow)
         return Part(
             piece.samples,
             # ‖J_nᵀ L v‖² carries the batch mean's 1/size; a sample's own value is size times that. A tensor that this
             # batch never reached counts as zero.
             {name: rows.get(name, nothing) * piece.size for name in names},
             {name: sum(tensor.numel() for tensor in tensors) for name, tensors in variables.items()},
-            (f"{hessian.kind} output Hessian", *([f"a backward pass for each sample for {slow}"] if slow else [])),
+            self.notes(sweep, hessian),
         )
 
     def add(self, parts: Sequence[Part]) -> Part:
         """Pieces are further samples."""
-        return Part(
-            sum(part.samples for part in parts),
-            {name: torch.cat([part.values[name] for part in parts], 1) for name in parts[0].values},
-            {name: sum(part.elements[name] for part in parts) for name in parts[0].elements},
-            tuple(dict.fromkeys(note for part in parts for note in part.notes)),
-        )
+        return together(parts, {name: torch.cat([part.values[name] for part in parts], 1) for name in parts[0].values})
 
     def summarize(self, parts: Sequence[Part]) -> Curvature:
         whole = self.add(parts)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from tracequant.curvature.collect import Part, Stop, collect, generator, warn_of_error
+from tracequant.curvature.collect import Part, Stop, all_notes, collect, generator, together, warn_of_error
 from tracequant.curvature.pieces import Piece, Precision
 from tracequant.curvature.result import Curvature, TraceEstimate, summarize
 from tracequant.errors import ModelError, SecondDerivativeError
@@ -189,12 +189,8 @@ class _Hutchinson:
 
     def add(self, parts: Sequence[Part]) -> Part:
         """Pieces share their draws and add up to the batch's loss."""
-        return Part(
-            sum(part.samples for part in parts),
-            {name: torch.stack([part.values[name] for part in parts]).sum(0) for name in parts[0].values},
-            {name: sum(part.elements[name] for part in parts) for name in parts[0].elements},
-            tuple(dict.fromkeys(note for part in parts for note in part.notes)),
-        )
+        values = {name: torch.stack([part.values[name] for part in parts]).sum(0) for name in parts[0].values}
+        return together(parts, values)
 
     def summarize(self, parts: Sequence[Part]) -> Curvature:
         sizes = [part.samples for part in parts]
@@ -214,7 +210,6 @@ class _Hutchinson:
         weights = estimates("weights", {layer.name: float(layer.numel) for layer in self._points.layers})
         activations = estimates("activations", elements)
         limit = "" if self._target is None else "at most "
-        notes = dict.fromkeys(note for part in parts for note in part.notes)
         return Curvature(
             points=self._points,
             weights=weights,
@@ -224,7 +219,7 @@ class _Hutchinson:
                 (
                     f"{limit}{self.draws} {self._distribution} draws for each of {len(sizes)} batches",
                     f"probes {self._probes.replace('_', ' ')}",
-                    *notes,
+                    *all_notes(parts),
                 )
             ),
             seed=self._seed,

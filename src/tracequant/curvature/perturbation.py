@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from tracequant.curvature import gradient_norms
-from tracequant.curvature.collect import Part, collect
+from tracequant.curvature.collect import Part, collect, together
 from tracequant.curvature.gauss_newton import Passes, Sweep
 from tracequant.curvature.output_hessian import OutputHessian
 from tracequant.curvature.pieces import Piece, Precision
@@ -129,9 +129,9 @@ class _Perturbations(Passes):
             if slope is not None
             for move in self._moves[name]
         ]
-        exact, share = self._exact or (self._choose and _few_columns(hessian)), 1.0
-        if not exact:
-            share = 1 / self.draws
+        exact = self._exact or (self._choose and _few_columns(hessian))
+        # A process that is given some of the draws, and takes all columns instead, has the others' share as well.
+        share = len(draws) / self.draws if exact else 1 / self.draws
         passes = (
             ((0, column) for column in hessian.columns()) if exact else self.cotangents(hessian, piece.index, draws)
         )
@@ -142,7 +142,6 @@ class _Perturbations(Passes):
             product = sign * share * inner.T @ inner
             products = product if products is None else products + product
         assert products is not None
-        slow = ", ".join(layer.name for layer in sweep.slow)
         text = "exact sum over outputs" if exact else f"{self.draws} draws for each sample"
         return Part(
             piece.samples,
@@ -151,21 +150,13 @@ class _Perturbations(Passes):
                 "products": products.cpu() * piece.size,
             },
             {},
-            (
-                text,
-                f"{hessian.kind} output Hessian",
-                *([f"a backward pass for each sample for {slow}"] if slow else []),
-            ),
+            (text, *self.notes(sweep, hessian)),
         )
 
     def add(self, parts: Sequence[Part]) -> Part:
         """Pieces are further samples, and all values sums over them."""
-        return Part(
-            sum(part.samples for part in parts),
-            {name: torch.stack([part.values[name] for part in parts]).sum(0) for name in parts[0].values},
-            {},
-            tuple(dict.fromkeys(note for part in parts for note in part.notes)),
-        )
+        values = {name: torch.stack([part.values[name] for part in parts]).sum(0) for name in parts[0].values}
+        return together(parts, values)
 
     def summarize(self, parts: Sequence[Part]) -> Perturbation:
         size = len(self._parameters) * len(self._widths)
