@@ -51,16 +51,33 @@ _err = Console(stderr=True, highlight=False)
 INTERRUPTED = 130  # the shells' exit code for SIGINT
 
 # Options that several commands share.
-TaskName = Annotated[str, typer.Option("--task", help="digits, cifar10, or path/to/file.py:function", metavar="TASK")]
+TaskName = Annotated[
+    str, typer.Option("--task", help="digits, cifar10, imagenet, or path/to/file.py:function", metavar="TASK")
+]
 Out = Annotated[Path, typer.Option("--out", help="run directory to make or go on with", metavar="RUN")]
 RunPath = Annotated[Path, typer.Argument(help="run directory", metavar="RUN")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print nothing but errors")]
 AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON on standard output")]
 DataDir = Annotated[str | None, typer.Option(help="the task's data set", metavar="DIR")]
-Weights = Annotated[str | None, typer.Option(help="trained weights of the task's model (safetensors)", metavar="FILE")]
-ModelName = Annotated[str | None, typer.Option("--model", help="which of the task's models, e.g. resnet20")]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        help="trained weights of the task's model (safetensors, .pth), or a published set's name", metavar="FILE"
+    ),
+]
+ModelName = Annotated[
+    str | None, typer.Option("--model", help="which of the task's models, e.g. resnet20, torchvision:resnet50")
+]
 Samples = Annotated[int | None, typer.Option(min=1, help="calibration inputs for curvature and ranges [512]")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="inputs in a batch, for analysis and fine-tuning")]
+Workers = Annotated[int | None, typer.Option(min=0, help="processes that load images, where the task has some [4]")]
+ImageSize = Annotated[
+    int | None, typer.Option(min=1, help="pixels of a side, where the task scales images [that of the weights]")
+]
+CropShare = Annotated[
+    float | None,
+    typer.Option(min=0.01, max=1, help="share of a side that the crop from the centre keeps [that of the weights]"),
+]
 Seed = Annotated[int, typer.Option(help="seed of probes and fine-tuning; the same seed gives the same plan")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Method = Annotated[
@@ -197,6 +214,9 @@ def analyze(
     samples: Samples = None,
     batch_size: BatchSize = None,
     seed: Seed = 0,
+    workers: Workers = None,
+    image_size: ImageSize = None,
+    crop_share: CropShare = None,
     device: Device = "auto",
     method: Method = "auto",
     draws: Draws = None,
@@ -579,6 +599,9 @@ def run_all(
     samples: Samples = None,
     batch_size: BatchSize = None,
     seed: Seed = 0,
+    workers: Workers = None,
+    image_size: ImageSize = None,
+    crop_share: CropShare = None,
     device: Device = "auto",
     method: Method = "auto",
     draws: Draws = None,
@@ -744,6 +767,9 @@ def _analyze_settings(given: dict[str, Any]) -> AnalyzeSettings:
             given["samples"],
             given["batch_size"],
             given["seed"],
+            given["workers"],
+            given["image_size"],
+            given["crop_share"],
         ),
         device=given["device"],
         method=given["method"],

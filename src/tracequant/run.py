@@ -192,7 +192,7 @@ class Run:
 
     def _key(self, stage: Stage, settings: RunSettings) -> str:
         own: dict[Stage, object] = {
-            "analyze": asdict(settings.analyze),
+            "analyze": asdict(settings.analyze) | {"options": asdict(settings.analyze.options) | {"workers": None}},
             "plan": settings.plan and asdict(settings.plan),
             "finetune": settings.finetune and asdict(settings.finetune),
         }
