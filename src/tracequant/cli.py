@@ -20,6 +20,7 @@ from tracequant.errors import TracequantError
 from tracequant.evaluated import Check
 from tracequant.explain import exchange_rates, explain
 from tracequant.plan import MEGABYTE, BitPlan
+from tracequant.presets import PRESETS
 from tracequant.run import Measured, Run
 from tracequant.sensitivity_result import Sensitivity
 from tracequant.settings import (
@@ -50,7 +51,34 @@ app = typer.Typer(
 _err = Console(stderr=True, highlight=False)
 INTERRUPTED = 130  # the shells' exit code for SIGINT
 
+# Budgets, of weights and of activations: one that is given takes the place of a preset's.
+WEIGHT_BUDGETS = (
+    "max_size_mb", "compression", "average_bits", "max_bops_g", "max_latency_ms", "max_accuracy_drop",
+    "max_loss_increase",
+)  # fmt: skip
+ACTIVATION_BUDGETS = ("average_activation_bits", "activation_compression", "max_activation_mb", "activation_bits")
+
+
+def _use_preset(context: typer.Context, name: str | None) -> str | None:
+    """Make a preset's values the defaults of the command's options."""
+    if name is not None:
+        if name not in PRESETS:
+            _bad_parameter(f"unknown preset {name!r}; choose {', '.join(PRESETS)}")
+        context.default_map = PRESETS[name].defaults(str(context.info_name))
+    return name
+
+
 # Options that several commands share.
+PresetName = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        help=f"defaults for the other options: {', '.join(PRESETS)} (see tracequant presets)",
+        metavar="NAME",
+        is_eager=True,
+        callback=_use_preset,
+    ),
+]
 TaskName = Annotated[
     str, typer.Option("--task", help="digits, cifar10, imagenet, or path/to/file.py:function", metavar="TASK")
 ]
@@ -208,6 +236,7 @@ def _main(
 def analyze(
     task: TaskName,
     out: Out,
+    preset: PresetName = None,
     data_dir: DataDir = None,
     weights: Weights = None,
     model: ModelName = None,
@@ -249,7 +278,9 @@ def analyze(
 
 @app.command()
 def plan(
+    context: typer.Context,
     run_path: Annotated[Path | None, typer.Argument(help="run directory", metavar="RUN")] = None,
+    preset: PresetName = None,
     max_size_mb: MaxSize = None,
     compression: Compression = None,
     average_bits: AverageBits = None,
@@ -294,7 +325,7 @@ def plan(
     """
     if (run_path is None) == (sensitivity is None):
         _bad_parameter("give a run directory or --sensitivity FILE, one of the two")
-    settings = _plan_settings(locals())
+    settings = _plan_settings(_budgets(context, locals()))
     run: Run | None = None
     if run_path is not None:
         run = _open(run_path, quiet)
@@ -430,6 +461,7 @@ def quantize(run_path: RunPath, quiet: Quiet = False, as_json: AsJson = False) -
 @app.command()
 def finetune(
     run_path: RunPath,
+    preset: PresetName = None,
     steps: Annotated[int, typer.Option(min=1, help="fine-tuning steps")] = 400,
     learning_rate: LearningRate = 0.01,
     optimizer: Optimizer = "sgd",
@@ -574,8 +606,10 @@ def report(run_path: RunPath, quiet: Quiet = False, as_json: AsJson = False) -> 
 
 @app.command(name="run")
 def run_all(
+    context: typer.Context,
     task: TaskName,
     out: Out,
+    preset: PresetName = None,
     max_size_mb: MaxSize = None,
     compression: Compression = None,
     average_bits: AverageBits = None,
@@ -634,11 +668,27 @@ def run_all(
         _open(out, quiet),
         _analyze_settings(locals()),
         # Bits and metric are those of the analysis.
-        _plan_settings(locals() | {"bits": None, "activation_bits": None, "metric": None}),
+        _plan_settings(_budgets(context, locals()) | {"bits": None, "activation_bits": None, "metric": None}),
         _recipe(locals()),
         quiet,
         as_json,
     )
+
+
+@app.command()
+def presets(as_json: AsJson = False) -> None:
+    """List the presets, and the options of `run` that each stands for."""
+    if as_json:
+        _print_json({name: asdict(preset) for name, preset in PRESETS.items()})
+        return
+    for name, preset in PRESETS.items():
+        options = (f"{_option(parameter)} {value}" for parameter, value in preset.defaults("run").items())
+        print(f"{name}: {preset.about}\n  {' '.join(options)}\n")
+
+
+def _option(parameter: str) -> str:
+    """The option of a parameter of `run`."""
+    return {"steps": "--finetune-steps"}.get(parameter, f"--{parameter.replace('_', '-')}")
 
 
 @app.command()
@@ -787,6 +837,18 @@ def _analyze_settings(given: dict[str, Any]) -> AnalyzeSettings:
         weight_grid=WeightGrid(not given["per_tensor"], not given["asymmetric"], given["range_method"]),
         eigenvalues=given["eigenvalues"],
     )
+
+
+def _budgets(context: typer.Context, given: dict[str, Any]) -> dict[str, Any]:
+    """The options without those budgets of a preset whose place others have taken."""
+    source = {
+        name: getattr(context.get_parameter_source(name), "name", "") for name in (*WEIGHT_BUDGETS, *ACTIVATION_BUDGETS)
+    }
+    dropped: dict[str, None] = {}
+    for group in (WEIGHT_BUDGETS, ACTIVATION_BUDGETS):
+        if any(source[name] == "COMMANDLINE" for name in group):
+            dropped |= {name: None for name in group if source[name] == "DEFAULT_MAP" and name != "activation_bits"}
+    return given | dropped
 
 
 def _plan_settings(given: dict[str, Any]) -> PlanSettings:

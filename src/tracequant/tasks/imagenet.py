@@ -206,6 +206,8 @@ def _torchvision(name: str, options: TaskOptions, classes: int) -> tuple[nn.Modu
                 f" {', '.join(published.__members__)}, or give a file"
             )
         weights = published[options.weights] if options.weights is not None else published.DEFAULT
+        if weights.meta["categories"] is None:
+            raise TaskError(f"weights {weights.name} of torchvision's {name} have no classes; choose others")
         _check_classes(len(weights.meta["categories"]), options, classes)
         model = _downloaded(lambda: torchvision.models.get_model(name, weights=weights), options)
         for head in _AUXILIARY.get(name, ()):
