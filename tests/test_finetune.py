@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import tracequant as tq
 from tracequant.errors import ArtifactError, DataError, ModelError
 from tracequant.points import QuantizationPoints
-from tracequant.quantizer import Quantizer, activation_quantizers, choose_grid, weight_quantizers
+from tracequant.quantizer import Quantizer, WeightQuantizer, activation_quantizers, choose_grid, weight_quantizers
 
 torch.set_num_threads(1)
 
@@ -159,9 +159,9 @@ def test_the_loss_goes_down(weight_bits: int, activation_bits: int, optimizer: s
 def test_scales_can_be_held() -> None:
     model = quantized()
     before = {id(q): q.scale.detach().clone() for q in quantizers_of(model)}
-    tq.finetune(model, loader(), TASK, steps=5, learn_scales=False)
+    tq.finetune(model, loader(), TASK, steps=5, scales="fixed")
     assert all(torch.equal(q.scale, before[id(q)]) for q in quantizers_of(model))
-    tq.finetune(model, loader(), TASK, steps=5, learn_scales=True)
+    tq.finetune(model, loader(), TASK, steps=5, scales="lsq")
     assert not any(torch.equal(q.scale, before[id(q)]) for q in quantizers_of(model))
 
 
@@ -205,20 +205,29 @@ def test_one_step_moves_scales_by_the_rule_of_learned_step_sizes(kind: type[nn.M
     if kind is Net:
         model.get_submodule("drop").p = 0.0  # type: ignore[assignment]
     reference = copy.deepcopy(model).train()
+    calls: dict[Quantizer, list[tuple[Tensor, Tensor]]] = {quantizer: [] for quantizer in quantizers_of(reference)}
+
+    def note(quantizer: Quantizer, args: tuple[Tensor], rounded: Tensor) -> None:
+        rounded.register_hook(lambda grad: calls[quantizer].append((args[0].detach(), grad)))
+
+    for quantizer in calls:
+        quantizer.register_forward_hook(note)  # type: ignore[arg-type]
     inputs, targets = one_batch()[0]
     nn.functional.cross_entropy(reference(inputs), targets).backward()
-    read: dict[str, int] = {}
-    for name, quantizer in activation_quantizers(reference).items():
-        read[name] = quantizer.numel_seen
     expected = []
-    for (module, parameter), quantizer in weight_quantizers(reference).items():
-        weight = reference.get_submodule(module).parametrizations[parameter].original  # type: ignore[union-attr, index]
-        factor = math.sqrt(weight.numel() / quantizer.scale.numel() * 7)  # type: ignore[union-attr, operator]
+    for quantizer in quantizers_of(reference):
+        scale, zero = quantizer.scale.detach(), quantizer.zero_point
+        is_weight = isinstance(quantizer, WeightQuantizer)
+        top, largest = 2**quantizer.num_bits - 1, 7 if is_weight else 31
+        slope = torch.zeros_like(scale)
+        for values, grad in calls[quantizer]:
+            position = values / scale + zero
+            inside = (position >= 0) & (position <= top)
+            ends = position.clamp(0, top) - zero
+            step = grad * torch.where(inside, position.round() - position, ends)
+            slope += step.sum_to_size(scale.shape) / math.sqrt(values.numel() / scale.numel() * largest)
         # The first step of Nesterov's momentum is 1 + 0.9 times the gradient.
-        expected.append(quantizer.scale.detach() - 0.01 * 1.9 * quantizer.scale.grad / factor)  # type: ignore[operator]
-    for name, activation in activation_quantizers(reference).items():
-        factor = math.sqrt(read[name] * 31)
-        expected.append(activation.scale.detach() - 0.01 * 1.9 * activation.scale.grad / factor)  # type: ignore[operator]
+        expected.append(scale - 0.01 * 1.9 * slope)
     before = [quantizer.scale.detach().clone() for quantizer in quantizers_of(model)]
 
     tq.finetune(model, one_batch(), TASK, steps=1, learning_rate=0.01)
@@ -265,7 +274,7 @@ def test_frozen_batchnorm_keeps_its_statistics() -> None:
     norm: Any = model.get_submodule("norm")
     before = copy.deepcopy(norm.state_dict())
 
-    tq.finetune(model, loader(), TASK, steps=4, freeze_batchnorm=True)
+    tq.finetune(model, loader(), TASK, steps=4, batchnorm="freeze")
 
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         assert torch.equal(norm.state_dict()[name], before[name])
@@ -483,7 +492,7 @@ RESUMES = [
     pytest.param({}, 12, id="at a checkpoint"),
     pytest.param({}, 19, id="fourth epoch"),
     pytest.param({"optimizer": "adamw"}, 10, id="adamw"),
-    pytest.param({"freeze_batchnorm": True, "learn_scales": False}, 10, id="frozen"),
+    pytest.param({"batchnorm": "freeze", "scales": "fixed"}, 10, id="frozen"),
     pytest.param({"distillation": 0.3, "teacher": True}, 10, id="teacher"),
     pytest.param({"order": "sensitive_first", "omega": OMEGA, "stages": 3}, 10, id="stages"),
     pytest.param({"order": "sensitive_last", "omega": OMEGA, "stages": 4}, 17, id="stages, late"),
@@ -561,8 +570,8 @@ CHANGES = {
     "learning_rate": 0.02,
     "optimizer": "adamw",
     "weight_decay": 0.0,
-    "learn_scales": False,
-    "freeze_batchnorm": True,
+    "scales": "fixed",
+    "batchnorm": "freeze",
     "seed": 1,
 }
 
