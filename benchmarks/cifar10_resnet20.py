@@ -159,9 +159,8 @@ def print_table(results: dict[str, Any], steps: int) -> None:
     """All finished rows of this length as Markdown."""
     float_accuracy = results["float_accuracy"]
     print(f"{steps:,} steps of 128 images\n")
-    head = "plan|weight bits|W-Comp|file, KiB|file, smaller by|activation bits|before|after|drop|seeds|minutes".split(
-        "|"
-    )
+    head = ["plan", "weight bits", "W-Comp", "file, KiB", "file, smaller by", "activation bits", "before", "after"]
+    head += ["drop", "seeds", "minutes"]
     print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
     print(f"| float32 | 32 | 1.00x | {results['float_bytes'] / 1024:.1f} | 1.00x | 32 | | {float_accuracy:.2f} | | | |")
     for row in ROWS:

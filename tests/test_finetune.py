@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import tracequant as tq
-from tracequant.errors import ArtifactError, DataError, ModelError
+from tracequant import finetuning
+from tracequant.errors import ArtifactError, DataError, ModelError, TaskError
 from tracequant.points import QuantizationPoints
 from tracequant.quantizer import Quantizer, WeightQuantizer, activation_quantizers, choose_grid, weight_quantizers
 
@@ -282,6 +283,139 @@ def test_frozen_batchnorm_keeps_its_statistics() -> None:
     assert norm.training
 
 
+def test_reestimated_batchnorm_holds_the_mean_over_batches() -> None:
+    """One batch again and again: its statistics exactly, whatever training left; all else as without."""
+    plain, model = quantized().eval(), quantized().eval()
+    tq.finetune(plain, one_batch(), TASK, steps=3)
+    tq.finetune(model, one_batch(), TASK, steps=3, batchnorm="reestimate")
+
+    hidden = model.get_submodule("one")(one_batch()[0][0]).detach()
+    norm: Any = model.get_submodule("norm")
+    torch.testing.assert_close(norm.running_mean, hidden.mean(0))
+    torch.testing.assert_close(norm.running_var, hidden.var(0))
+    assert norm.momentum == 0.1
+    assert not norm.training
+    plain_norm: Any = plain.get_submodule("norm")
+    assert not torch.allclose(norm.running_mean, plain_norm.running_mean)
+    assert torch.equal(norm.weight, plain_norm.weight)
+
+
+def test_the_moving_average_is_what_remains() -> None:
+    """Weights and scales after four steps, averaged by hand."""
+    start = quantized()
+    names = [name for name, _ in start.named_parameters()]
+    seen: list[list[Tensor]] = []
+
+    class Noting(tq.ClassificationTask):
+        """Notes the parameters that a step begins with."""
+
+        def outputs(self, model: nn.Module, batch: Any) -> Any:
+            seen.append([p.detach().clone() for p in model.parameters()])
+            return super().outputs(model, batch)
+
+    model = copy.deepcopy(start)
+    tq.finetune(model, loader(), Noting(), steps=4, learning_rate=0.05)
+    path = [*seen, [p.detach() for p in model.parameters()]]
+    expected = [value.clone() for value in path[0]]
+    for values in path[1:]:
+        expected = [0.7 * old + 0.3 * new for old, new in zip(expected, values, strict=True)]
+
+    averaged = copy.deepcopy(start)
+    tq.finetune(averaged, loader(), TASK, steps=4, learning_rate=0.05, ema=0.7)
+
+    for name, value, parameter in zip(names, expected, averaged.parameters(), strict=True):
+        torch.testing.assert_close(parameter.detach(), value, msg=name)
+
+
+def test_clipping_alone_moves_scales_otherwise() -> None:
+    start = quantized(3, 3)
+    scales = {}
+    for kind in ("lsq", "pact", "fixed"):
+        model = copy.deepcopy(start)
+        tq.finetune(model, loader(), TASK, steps=3, scales=kind)  # type: ignore[arg-type]
+        scales[kind] = torch.cat([q.scale.detach().flatten() for q in quantizers_of(model)])
+    before = torch.cat([q.scale.detach().flatten() for q in quantizers_of(start)])
+    assert torch.equal(scales["fixed"], before)
+    assert not torch.allclose(scales["lsq"], before, rtol=1e-4)
+    assert not torch.allclose(scales["pact"], scales["lsq"], rtol=1e-4)
+
+
+class Images(nn.Module):
+    """A convolutional net, for what concerns the layout of images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.two = nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.one(x)).relu()
+        x = (x + self.two(x)).relu()
+        return torch.as_tensor(self.head(x.mean((2, 3))))
+
+
+def image_batches() -> list[Any]:
+    generator = torch.Generator().manual_seed(5)
+    return [
+        (torch.randn(8, 3, 6, 6, generator=generator), torch.randint(0, 3, (8,), generator=generator)) for _ in range(3)
+    ]
+
+
+def quantized_images() -> nn.Module:
+    model = build(Images)
+    return tq.quantize(model, by_hand(tq.discover(model, image_batches(), TASK), 3, 4), image_batches(), TASK)
+
+
+def test_channels_last_changes_the_speed_and_not_the_training() -> None:
+    start = quantized_images()
+    plain, last = copy.deepcopy(start), copy.deepcopy(start)
+    layouts = []
+
+    class Layouts(tq.ClassificationTask):
+        def outputs(self, model: nn.Module, batch: Any) -> Any:
+            weight: Any = model.get_submodule("two").parametrizations["weight"].original  # type: ignore[index]
+            layouts.append([t.is_contiguous(memory_format=torch.channels_last) for t in (batch[0], weight)])
+            return super().outputs(model, batch)
+
+    expected = tq.finetune(plain, image_batches(), TASK, steps=2).losses
+    found = tq.finetune(last, image_batches(), Layouts(), steps=2, channels_last=True).losses
+
+    assert layouts == [[True, True]] * 2
+    assert found == pytest.approx(expected, rel=1e-3)
+    for name, tensor in last.state_dict().items():
+        assert tensor.is_contiguous(), name
+        torch.testing.assert_close(tensor, plain.state_dict()[name], rtol=1e-2, atol=1e-3, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_run_is_the_same_training() -> None:
+    """torch.compile changes the order of sums; hooks, parametrizations and stages go through it."""
+    start, teacher = quantized_images(), build(Images)
+    options: dict[str, Any] = {"steps": 4, "teacher": teacher, "order": "sensitive_first", "stages": 2}
+    options["omega"] = {"one": 1.0, "two": 3.0, "head": 2.0}
+    plain, compiled = copy.deepcopy(start), copy.deepcopy(start)
+    expected = tq.finetune(plain, image_batches(), TASK, **options).losses
+    found = tq.finetune(compiled, image_batches(), TASK, compile=True, **options).losses
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert compiled._compiled_call_impl is None
+    assert teacher._compiled_call_impl is None
+    for name, tensor in compiled.state_dict().items():
+        torch.testing.assert_close(tensor, plain.state_dict()[name], rtol=1e-2, atol=1e-3, msg=name)
+
+
+def test_losses_of_a_device_are_read_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU would do: nothing is lost, checkpoints hold all losses, and a bad one is found at the next reading."""
+    monkeypatch.setattr(finetuning._Losses, "_wait", lambda self, device: 5)
+    start = quantized()
+    model = copy.deepcopy(start)
+    found = tq.finetune(model, loader(), TASK, steps=13).losses
+    monkeypatch.undo()
+    assert found == tq.finetune(start, loader(), TASK, steps=13).losses
+
+
 def test_the_same_seed_gives_the_same_run_and_another_one_another() -> None:
     start = quantized()
     runs = []
@@ -366,6 +500,62 @@ def test_the_loss_is_the_stated_mixture() -> None:
     own, taught = outputs.softmax(1), teacher(inputs).softmax(1)
     divergence = (taught * (taught.log() - own.log())).sum(1).mean()
     assert pure == pytest.approx(divergence.item(), rel=1e-4)
+
+
+def test_features_are_the_inputs_of_quantized_layers() -> None:
+    """The extra term is the mean over layers of the relative squared distance of their inputs, before rounding."""
+    teacher = build().eval()
+    start = quantized(2, 3)
+    start.get_submodule("drop").p = 0.0  # type: ignore[assignment]
+    options: dict[str, Any] = {"steps": 1, "teacher": teacher, "distillation": 0.0}
+    plain = tq.finetune(copy.deepcopy(start), one_batch(), TASK, **options).losses[0]
+    extra = tq.finetune(copy.deepcopy(start), one_batch(), TASK, feature_distillation=0.5, **options).losses[0] - plain
+
+    def inputs_of(model: nn.Module) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        handles = [
+            # Before any hook of a quantizer.
+            model.get_submodule(name).register_forward_pre_hook(
+                lambda module, args, name=name: found.update({name: args[0].detach()}), prepend=True
+            )
+            for name in OMEGA
+        ]
+        model(one_batch()[0][0])
+        for handle in handles:
+            handle.remove()
+        return found
+
+    own, taught = inputs_of(start.train()), inputs_of(teacher)
+    terms = [float(((own[n] - taught[n]) ** 2).sum() / (taught[n] ** 2).sum()) for n in OMEGA]
+    assert terms[0] == 0
+    assert min(terms[1:]) > 0
+    assert extra == pytest.approx(0.5 * sum(terms) / 4, rel=1e-4)
+
+
+def test_hooks_on_features_are_gone_afterwards() -> None:
+    model, teacher = quantized(), build()
+    before = [len(module._forward_pre_hooks) for net in (model, teacher) for module in net.modules()]
+    tq.finetune(model, loader(), TASK, steps=2, teacher=teacher, feature_distillation=1.0)
+    with pytest.raises(Interrupted):
+        tq.finetune(model, Failing(loader(), 1), TASK, steps=3, teacher=teacher, feature_distillation=1.0)
+    assert [len(module._forward_pre_hooks) for net in (model, teacher) for module in net.modules()] == before
+
+
+def test_label_smoothing_is_torchs() -> None:
+    start = quantized()
+    start.get_submodule("drop").p = 0.0  # type: ignore[assignment]
+    inputs, targets = one_batch()[0]
+    expected = nn.functional.cross_entropy(start.train()(inputs), targets, label_smoothing=0.2).item()
+    found = tq.finetune(copy.deepcopy(start), one_batch(), TASK, steps=1, label_smoothing=0.2).losses[0]
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_task_without_a_smoothing_loss_says_so() -> None:
+    class Plain(tq.ClassificationTask):
+        smoothing_loss = tq.Task.smoothing_loss
+
+    with pytest.raises(TaskError, match=r"Plain has no smoothing_loss\(outputs\)"):
+        tq.finetune(quantized(), loader(), Plain(), steps=1, label_smoothing=0.1)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -494,6 +684,10 @@ RESUMES = [
     pytest.param({"optimizer": "adamw"}, 10, id="adamw"),
     pytest.param({"batchnorm": "freeze", "scales": "fixed"}, 10, id="frozen"),
     pytest.param({"distillation": 0.3, "teacher": True}, 10, id="teacher"),
+    pytest.param({"feature_distillation": 0.3, "teacher": True, "label_smoothing": 0.1}, 10, id="features"),
+    pytest.param({"scales": "pact", "ema": 0.9}, 10, id="pact, averaged"),
+    pytest.param({"ema": 0.9, "batchnorm": "reestimate"}, 13, id="averaged, reestimated"),
+    pytest.param({"channels_last": True}, 10, id="channels last"),
     pytest.param({"order": "sensitive_first", "omega": OMEGA, "stages": 3}, 10, id="stages"),
     pytest.param({"order": "sensitive_last", "omega": OMEGA, "stages": 4}, 17, id="stages, late"),
     # 20 steps in 2 stages: the second begins at step 10, which with checkpoints every 5 steps is where one was saved.
@@ -572,6 +766,10 @@ CHANGES = {
     "weight_decay": 0.0,
     "scales": "fixed",
     "batchnorm": "freeze",
+    "feature_distillation": 0.5,
+    "label_smoothing": 0.1,
+    "ema": 0.9,
+    "channels_last": True,
     "seed": 1,
 }
 
@@ -682,6 +880,18 @@ def test_inputs_that_are_not_finite_are_named() -> None:
 def test_targets_out_of_range_are_named() -> None:
     with pytest.raises(DataError, match="target 5 is out of range"):
         tq.finetune(quantized(), [(torch.ones(4, 6), torch.full((4,), 5))], TASK, steps=2)
+
+
+@pytest.mark.parametrize("options", [{"feature_distillation": -1.0}, {"label_smoothing": 1.0}, {"ema": 1.0}])
+def test_weights_of_terms_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="expected feature_distillation >= 0"):
+        tq.finetune(quantized(), loader(), TASK, **options)
+
+
+@pytest.mark.parametrize(("name", "choices"), [("scales", "lsq, pact or fixed"), ("batchnorm", "train, freeze or")])
+def test_unknown_choices_are_refused(name: str, choices: str) -> None:
+    with pytest.raises(ModelError, match=rf"unknown {name} 'other'; choose {choices}"):
+        tq.finetune(quantized(), loader(), TASK, steps=1, **{name: "other"})
 
 
 @pytest.mark.parametrize("options", [{"steps": -1}, {"stages": 0}, {"distillation": 1.5}, {"distillation": -0.1}])

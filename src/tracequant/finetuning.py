@@ -270,7 +270,10 @@ class _Losses:
     def __init__(self, device: torch.device) -> None:
         self._read: list[float] = []
         self._pending: list[Tensor] = []
-        self._at_a_time = 1 if device.type == "cpu" else LOSSES_AT_A_TIME
+        self._at_a_time = self._wait(device)
+
+    def _wait(self, device: torch.device) -> int:
+        return 1 if device.type == "cpu" else LOSSES_AT_A_TIME
 
     def append(self, loss: Tensor) -> None:
         self._pending.append(loss.detach())
