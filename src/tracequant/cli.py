@@ -547,7 +547,7 @@ def inspect(
     if as_json:
         _print_json({
             "file": str(file), "file_bytes": contents.file_bytes, "header_bytes": layout.header_bytes(),
-            "layers": layers, "input_bits": inputs, "float_bytes": rest,
+            "layers": layers, "input_bits": inputs, "rounded_outputs": layout.outputs, "float_bytes": rest,
             "tensors": [{"name": n, "dtype": d, "shape": list(shape)} for n, d, shape in layout.tensors],
         })  # fmt: skip
         return
@@ -559,6 +559,8 @@ def inspect(
         read = str(inputs.get(weight.sites[0][0], "float"))
         table.add_row(weight.name, shape, str(weight.num_bits), read, f"{weight.code_bytes:,}", f"{weight.rows:,}")
     Console().print(table)
+    if layout.outputs:
+        print(f"Rounded to 8 bits where they arise: the outputs of {', '.join(layout.outputs)}.")
     print(
         f"{file}: {contents.file_bytes:,} bytes, checksum right; codes {sum(w.code_bytes for w in layout.weights):,},"
         f" {len(layout.tensors)} tensors that are not quantized {rest:,}, header {layout.header_bytes():,}."

@@ -325,6 +325,26 @@ class ActivationQuantizer(Quantizer):
         return replace_inputs(module, args, kwargs, self)
 
 
+class OutputQuantizer(ActivationQuantizer):
+    """Quantizes what a module returns, in every call; a child of the module."""
+
+    def attach(self, module: nn.Module) -> None:
+        """Make `module` return its output through this quantizer."""
+        module.add_module("output_quantizer", self)
+        module.register_forward_hook(self._after_forward)
+
+    def detach(self, module: nn.Module) -> None:
+        """Undo `attach`."""
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__self__", None) is self:
+                del module._forward_hooks[key]
+        del module.output_quantizer
+
+    def _after_forward(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        rounded: Tensor = self(output)
+        return rounded
+
+
 def weight_quantizers(model: nn.Module) -> dict[tuple[str, str], WeightQuantizer]:
     """(module name, parameter name) → quantizer of every quantized weight, in the order of registration."""
     found = {}
@@ -339,5 +359,17 @@ def weight_quantizers(model: nn.Module) -> dict[tuple[str, str], WeightQuantizer
 
 
 def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
-    """Point name → quantizer, in the order of the first consumer."""
+    """Point name → quantizer of everything that is rounded between layers, in the order of the modules that do it."""
     return {module.point: module for module in model.modules() if isinstance(module, ActivationQuantizer)}
+
+
+def input_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
+    """Activation point → quantizer, in the order of the first consumer."""
+    found = activation_quantizers(model)
+    return {name: quantizer for name, quantizer in found.items() if not isinstance(quantizer, OutputQuantizer)}
+
+
+def output_quantizers(model: nn.Module) -> dict[str, OutputQuantizer]:
+    """Module name → quantizer of its output."""
+    found = ((name, getattr(module, "output_quantizer", None)) for name, module in model.named_modules())
+    return {name: quantizer for name, quantizer in found if isinstance(quantizer, OutputQuantizer)}
