@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -406,14 +410,24 @@ def test_a_compiled_run_is_the_same_training() -> None:
         torch.testing.assert_close(tensor, plain.state_dict()[name], rtol=1e-2, atol=1e-3, msg=name)
 
 
-def test_losses_of_a_device_are_read_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU would do: nothing is lost, checkpoints hold all losses, and a bad one is found at the next reading."""
-    monkeypatch.setattr(finetuning._Losses, "_wait", lambda self, device: 5)
-    start = quantized()
-    model = copy.deepcopy(start)
-    found = tq.finetune(model, loader(), TASK, steps=13).losses
-    monkeypatch.undo()
-    assert found == tq.finetune(start, loader(), TASK, steps=13).losses
+def test_losses_of_a_device_are_read_some_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As on a GPU: nothing is lost, checkpoints hold all losses, and a bad one is found at the next reading."""
+    expected = tq.finetune(quantized(), loader(), TASK, steps=13).losses
+    monkeypatch.setattr(finetuning, "_losses_at_a_time", lambda device: 5)
+    path = tmp_path / "run.pt"
+    found = tq.finetune(quantized(), loader(), TASK, steps=13, checkpoint=path, checkpoint_every=4).losses
+    assert found == expected
+    assert torch.load(path, weights_only=True)["losses"] == expected
+
+    calls = []
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        calls.append(1)
+        return nn.functional.cross_entropy(outputs, targets) * (math.nan if len(calls) == 3 else 1.0)
+
+    with pytest.raises(DataError, match="the loss became nan in fine-tuning, at step 2;"):
+        tq.finetune(quantized(), loader(), tq.ClassificationTask(loss), steps=9)
+    assert len(calls) == 5
 
 
 def test_the_same_seed_gives_the_same_run_and_another_one_another() -> None:
@@ -757,6 +771,43 @@ def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
     assert again.losses == done.losses
     assert again.steps_run == 0
     assert_same_state(state_of(first), state_of(second))
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+import torch, tracequant as tq
+from safetensors.torch import save_file
+from test_finetune import TASK, loader, quantized
+
+class Killing:
+    def __iter__(self):
+        for batch in loader():
+            if {after} == self.count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.count += 1
+            yield batch
+    count = 0
+
+model = quantized()
+tq.finetune(model, Killing(), TASK, steps=20, seed=3, checkpoint={path!r}, checkpoint_every=4)
+save_file(dict(model.state_dict()), {path!r} + ".state")
+"""
+
+
+def test_a_killed_process_is_gone_on_with_to_the_same_bits(tmp_path: Path) -> None:
+    """SIGKILL in the middle of an epoch, and a fresh process that knows only the checkpoint."""
+
+    def run(name: str, after: int) -> int:
+        script = KILLED.format(tests=str(Path(__file__).parent), after=after, path=str(tmp_path / name))
+        return subprocess.run([sys.executable, "-c", script], check=False).returncode
+
+    assert run("whole", -1) == 0
+    assert run("run", 11) == -signal.SIGKILL
+    assert not (tmp_path / "run.state").exists()
+    assert len(torch.load(tmp_path / "run", weights_only=True)["losses"]) == 8
+    assert run("run", -1) == 0
+    assert_same_state(load_file(tmp_path / "run.state"), load_file(tmp_path / "whole.state"))
 
 
 CHANGES = {

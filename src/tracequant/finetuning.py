@@ -30,8 +30,6 @@ from tracequant.quantizer import (
 from tracequant.task import Batch, Batches, Task, check_finite, model_device, reusable, total_loss
 
 Order = Literal["all", "sensitive_first", "sensitive_last"]
-# How long a loss on a GPU may wait until it is read: reading it makes the host wait for the device.
-LOSSES_AT_A_TIME = 50
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ def finetune(
         torch.manual_seed(seed)
         stream = _BatchStream(reusable(batches), seed)
         settings = _settings(locals()) | {"bits": [quantizer.num_bits for quantizer in quantizers]}
-        losses = _Losses(device)
+        losses = _Losses(_losses_at_a_time(device))
         start = _resume(checkpoint, model, trainer, average, stream, losses, settings)
         # What was switched on before the checkpoint is on; what is due at this very step is switched on by the loop.
         for first, group in schedule:
@@ -265,15 +263,12 @@ def _noting_inputs(model: nn.Module, names: Iterable[str], noted: list[Tensor]) 
 
 
 class _Losses:
-    """Losses of all steps; those of a GPU are read a number at a time."""
+    """Losses of all steps, read from the device a number at a time."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, at_a_time: int) -> None:
         self._read: list[float] = []
         self._pending: list[Tensor] = []
-        self._at_a_time = self._wait(device)
-
-    def _wait(self, device: torch.device) -> int:
-        return 1 if device.type == "cpu" else LOSSES_AT_A_TIME
+        self._at_a_time = at_a_time
 
     def append(self, loss: Tensor) -> None:
         self._pending.append(loss.detach())
@@ -296,6 +291,11 @@ class _Losses:
 
     def restore(self, losses: Sequence[float]) -> None:
         self._read = list(losses)
+
+
+def _losses_at_a_time(device: torch.device) -> int:
+    """Reading a loss from a GPU makes the host wait for the device."""
+    return 1 if device.type == "cpu" else 50
 
 
 class _Average:
