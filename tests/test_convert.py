@@ -17,7 +17,13 @@ from tracequant import cost
 from tracequant.convert import dequantized_state, quantize_activation
 from tracequant.errors import ModelError
 from tracequant.points import QuantizationPoints
-from tracequant.quantizer import activation_quantizers, choose_grid, choose_weight_grid, weight_quantizers
+from tracequant.quantizer import (
+    activation_quantizers,
+    choose_grid,
+    choose_weight_grid,
+    input_quantizers,
+    weight_quantizers,
+)
 
 torch.set_num_threads(1)
 
@@ -304,7 +310,7 @@ def test_consumers_of_one_tensor_share_one_quantizer() -> None:
     left, right, head = (quantized.get_submodule(n).input_quantizer for n in ("left", "right", "head"))  # type: ignore[union-attr]
     assert left is right
     assert left is not head
-    assert list(activation_quantizers(quantized)) == ["stem", "left", "head"]
+    assert list(input_quantizers(quantized)) == ["stem", "left", "head"]
     assert sum(1 for name, _ in quantized.named_parameters() if "input_quantizer" in name) == 3
 
     # Its gradient is the total over the consumers.

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import copy
 import math
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import tracequant as tq
-from tracequant.errors import ArtifactError, DataError, ModelError
+from tracequant import finetuning
+from tracequant.errors import ArtifactError, DataError, ModelError, TaskError
 from tracequant.points import QuantizationPoints
-from tracequant.quantizer import Quantizer, activation_quantizers, choose_grid, weight_quantizers
+from tracequant.quantizer import Quantizer, WeightQuantizer, activation_quantizers, choose_grid, weight_quantizers
 
 torch.set_num_threads(1)
 
@@ -159,9 +164,9 @@ def test_the_loss_goes_down(weight_bits: int, activation_bits: int, optimizer: s
 def test_scales_can_be_held() -> None:
     model = quantized()
     before = {id(q): q.scale.detach().clone() for q in quantizers_of(model)}
-    tq.finetune(model, loader(), TASK, steps=5, learn_scales=False)
+    tq.finetune(model, loader(), TASK, steps=5, scales="fixed")
     assert all(torch.equal(q.scale, before[id(q)]) for q in quantizers_of(model))
-    tq.finetune(model, loader(), TASK, steps=5, learn_scales=True)
+    tq.finetune(model, loader(), TASK, steps=5, scales="lsq")
     assert not any(torch.equal(q.scale, before[id(q)]) for q in quantizers_of(model))
 
 
@@ -205,20 +210,29 @@ def test_one_step_moves_scales_by_the_rule_of_learned_step_sizes(kind: type[nn.M
     if kind is Net:
         model.get_submodule("drop").p = 0.0  # type: ignore[assignment]
     reference = copy.deepcopy(model).train()
+    calls: dict[Quantizer, list[tuple[Tensor, Tensor]]] = {quantizer: [] for quantizer in quantizers_of(reference)}
+
+    def note(quantizer: Quantizer, args: tuple[Tensor], rounded: Tensor) -> None:
+        rounded.register_hook(lambda grad: calls[quantizer].append((args[0].detach(), grad)))
+
+    for quantizer in calls:
+        quantizer.register_forward_hook(note)  # type: ignore[arg-type]
     inputs, targets = one_batch()[0]
     nn.functional.cross_entropy(reference(inputs), targets).backward()
-    read: dict[str, int] = {}
-    for name, quantizer in activation_quantizers(reference).items():
-        read[name] = quantizer.numel_seen
     expected = []
-    for (module, parameter), quantizer in weight_quantizers(reference).items():
-        weight = reference.get_submodule(module).parametrizations[parameter].original  # type: ignore[union-attr, index]
-        factor = math.sqrt(weight.numel() / quantizer.scale.numel() * 7)  # type: ignore[union-attr, operator]
+    for quantizer in quantizers_of(reference):
+        scale, zero = quantizer.scale.detach(), quantizer.zero_point
+        is_weight = isinstance(quantizer, WeightQuantizer)
+        top, largest = 2**quantizer.num_bits - 1, 7 if is_weight else 31
+        slope = torch.zeros_like(scale)
+        for values, grad in calls[quantizer]:
+            position = values / scale + zero
+            inside = (position >= 0) & (position <= top)
+            ends = position.clamp(0, top) - zero
+            step = grad * torch.where(inside, position.round() - position, ends)
+            slope += step.sum_to_size(scale.shape) / math.sqrt(values.numel() / scale.numel() * largest)
         # The first step of Nesterov's momentum is 1 + 0.9 times the gradient.
-        expected.append(quantizer.scale.detach() - 0.01 * 1.9 * quantizer.scale.grad / factor)  # type: ignore[operator]
-    for name, activation in activation_quantizers(reference).items():
-        factor = math.sqrt(read[name] * 31)
-        expected.append(activation.scale.detach() - 0.01 * 1.9 * activation.scale.grad / factor)  # type: ignore[operator]
+        expected.append(scale - 0.01 * 1.9 * slope)
     before = [quantizer.scale.detach().clone() for quantizer in quantizers_of(model)]
 
     tq.finetune(model, one_batch(), TASK, steps=1, learning_rate=0.01)
@@ -265,12 +279,155 @@ def test_frozen_batchnorm_keeps_its_statistics() -> None:
     norm: Any = model.get_submodule("norm")
     before = copy.deepcopy(norm.state_dict())
 
-    tq.finetune(model, loader(), TASK, steps=4, freeze_batchnorm=True)
+    tq.finetune(model, loader(), TASK, steps=4, batchnorm="freeze")
 
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         assert torch.equal(norm.state_dict()[name], before[name])
     assert not torch.equal(norm.weight, before["weight"])
     assert norm.training
+
+
+def test_reestimated_batchnorm_holds_the_mean_over_batches() -> None:
+    """One batch again and again: its statistics exactly, whatever training left; all else as without."""
+    plain, model = quantized().eval(), quantized().eval()
+    tq.finetune(plain, one_batch(), TASK, steps=3)
+    tq.finetune(model, one_batch(), TASK, steps=3, batchnorm="reestimate")
+
+    hidden = model.get_submodule("one")(one_batch()[0][0]).detach()
+    norm: Any = model.get_submodule("norm")
+    torch.testing.assert_close(norm.running_mean, hidden.mean(0))
+    torch.testing.assert_close(norm.running_var, hidden.var(0))
+    assert norm.momentum == 0.1
+    assert not norm.training
+    plain_norm: Any = plain.get_submodule("norm")
+    assert not torch.allclose(norm.running_mean, plain_norm.running_mean)
+    assert torch.equal(norm.weight, plain_norm.weight)
+
+
+def test_the_moving_average_is_what_remains() -> None:
+    """Weights and scales after four steps, averaged by hand."""
+    start = quantized()
+    names = [name for name, _ in start.named_parameters()]
+    seen: list[list[Tensor]] = []
+
+    class Noting(tq.ClassificationTask):
+        """Notes the parameters that a step begins with."""
+
+        def outputs(self, model: nn.Module, batch: Any) -> Any:
+            seen.append([p.detach().clone() for p in model.parameters()])
+            return super().outputs(model, batch)
+
+    model = copy.deepcopy(start)
+    tq.finetune(model, loader(), Noting(), steps=4, learning_rate=0.05)
+    path = [*seen, [p.detach() for p in model.parameters()]]
+    expected = [value.clone() for value in path[0]]
+    for values in path[1:]:
+        expected = [0.7 * old + 0.3 * new for old, new in zip(expected, values, strict=True)]
+
+    averaged = copy.deepcopy(start)
+    tq.finetune(averaged, loader(), TASK, steps=4, learning_rate=0.05, ema=0.7)
+
+    for name, value, parameter in zip(names, expected, averaged.parameters(), strict=True):
+        torch.testing.assert_close(parameter.detach(), value, msg=name)
+
+
+def test_clipping_alone_moves_scales_otherwise() -> None:
+    start = quantized(3, 3)
+    scales = {}
+    for kind in ("lsq", "pact", "fixed"):
+        model = copy.deepcopy(start)
+        tq.finetune(model, loader(), TASK, steps=3, scales=kind)  # type: ignore[arg-type]
+        scales[kind] = torch.cat([q.scale.detach().flatten() for q in quantizers_of(model)])
+    before = torch.cat([q.scale.detach().flatten() for q in quantizers_of(start)])
+    assert torch.equal(scales["fixed"], before)
+    assert not torch.allclose(scales["lsq"], before, rtol=1e-4)
+    assert not torch.allclose(scales["pact"], scales["lsq"], rtol=1e-4)
+
+
+class Images(nn.Module):
+    """A convolutional net, for what concerns the layout of images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.two = nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.one(x)).relu()
+        x = (x + self.two(x)).relu()
+        return torch.as_tensor(self.head(x.mean((2, 3))))
+
+
+def image_batches() -> list[Any]:
+    generator = torch.Generator().manual_seed(5)
+    return [
+        (torch.randn(8, 3, 6, 6, generator=generator), torch.randint(0, 3, (8,), generator=generator)) for _ in range(3)
+    ]
+
+
+def quantized_images() -> nn.Module:
+    model = build(Images)
+    return tq.quantize(model, by_hand(tq.discover(model, image_batches(), TASK), 3, 4), image_batches(), TASK)
+
+
+def test_channels_last_changes_the_speed_and_not_the_training() -> None:
+    start = quantized_images()
+    plain, last = copy.deepcopy(start), copy.deepcopy(start)
+    layouts = []
+
+    class Layouts(tq.ClassificationTask):
+        def outputs(self, model: nn.Module, batch: Any) -> Any:
+            weight: Any = model.get_submodule("two").parametrizations["weight"].original  # type: ignore[index]
+            layouts.append([t.is_contiguous(memory_format=torch.channels_last) for t in (batch[0], weight)])
+            return super().outputs(model, batch)
+
+    expected = tq.finetune(plain, image_batches(), TASK, steps=2).losses
+    found = tq.finetune(last, image_batches(), Layouts(), steps=2, channels_last=True).losses
+
+    assert layouts == [[True, True]] * 2
+    assert found == pytest.approx(expected, rel=1e-3)
+    for name, tensor in last.state_dict().items():
+        assert tensor.is_contiguous(), name
+        torch.testing.assert_close(tensor, plain.state_dict()[name], rtol=1e-2, atol=1e-3, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_run_is_the_same_training() -> None:
+    """torch.compile changes the order of sums; hooks, parametrizations and stages go through it."""
+    start, teacher = quantized_images(), build(Images)
+    options: dict[str, Any] = {"steps": 4, "teacher": teacher, "order": "sensitive_first", "stages": 2}
+    options["omega"] = {"one": 1.0, "two": 3.0, "head": 2.0}
+    plain, compiled = copy.deepcopy(start), copy.deepcopy(start)
+    expected = tq.finetune(plain, image_batches(), TASK, **options).losses
+    found = tq.finetune(compiled, image_batches(), TASK, compile=True, **options).losses
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert compiled._compiled_call_impl is None
+    assert teacher._compiled_call_impl is None
+    for name, tensor in compiled.state_dict().items():
+        torch.testing.assert_close(tensor, plain.state_dict()[name], rtol=1e-2, atol=1e-3, msg=name)
+
+
+def test_losses_of_a_device_are_read_some_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As on a GPU: nothing is lost, checkpoints hold all losses, and a bad one is found at the next reading."""
+    expected = tq.finetune(quantized(), loader(), TASK, steps=13).losses
+    monkeypatch.setattr(finetuning, "_losses_at_a_time", lambda device: 5)
+    path = tmp_path / "run.pt"
+    found = tq.finetune(quantized(), loader(), TASK, steps=13, checkpoint=path, checkpoint_every=4).losses
+    assert found == expected
+    assert torch.load(path, weights_only=True)["losses"] == expected
+
+    calls = []
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        calls.append(1)
+        return nn.functional.cross_entropy(outputs, targets) * (math.nan if len(calls) == 3 else 1.0)
+
+    with pytest.raises(DataError, match="the loss became nan in fine-tuning, at step 2;"):
+        tq.finetune(quantized(), loader(), tq.ClassificationTask(loss), steps=9)
+    assert len(calls) == 5
 
 
 def test_the_same_seed_gives_the_same_run_and_another_one_another() -> None:
@@ -357,6 +514,62 @@ def test_the_loss_is_the_stated_mixture() -> None:
     own, taught = outputs.softmax(1), teacher(inputs).softmax(1)
     divergence = (taught * (taught.log() - own.log())).sum(1).mean()
     assert pure == pytest.approx(divergence.item(), rel=1e-4)
+
+
+def test_features_are_the_inputs_of_quantized_layers() -> None:
+    """The extra term is the mean over layers of the relative squared distance of their inputs, before rounding."""
+    teacher = build().eval()
+    start = quantized(2, 3)
+    start.get_submodule("drop").p = 0.0  # type: ignore[assignment]
+    options: dict[str, Any] = {"steps": 1, "teacher": teacher, "distillation": 0.0}
+    plain = tq.finetune(copy.deepcopy(start), one_batch(), TASK, **options).losses[0]
+    extra = tq.finetune(copy.deepcopy(start), one_batch(), TASK, feature_distillation=0.5, **options).losses[0] - plain
+
+    def inputs_of(model: nn.Module) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        handles = [
+            # Before any hook of a quantizer.
+            model.get_submodule(name).register_forward_pre_hook(
+                lambda module, args, name=name: found.update({name: args[0].detach()}), prepend=True
+            )
+            for name in OMEGA
+        ]
+        model(one_batch()[0][0])
+        for handle in handles:
+            handle.remove()
+        return found
+
+    own, taught = inputs_of(start.train()), inputs_of(teacher)
+    terms = [float(((own[n] - taught[n]) ** 2).sum() / (taught[n] ** 2).sum()) for n in OMEGA]
+    assert terms[0] == 0
+    assert min(terms[1:]) > 0
+    assert extra == pytest.approx(0.5 * sum(terms) / 4, rel=1e-4)
+
+
+def test_hooks_on_features_are_gone_afterwards() -> None:
+    model, teacher = quantized(), build()
+    before = [len(module._forward_pre_hooks) for net in (model, teacher) for module in net.modules()]
+    tq.finetune(model, loader(), TASK, steps=2, teacher=teacher, feature_distillation=1.0)
+    with pytest.raises(Interrupted):
+        tq.finetune(model, Failing(loader(), 1), TASK, steps=3, teacher=teacher, feature_distillation=1.0)
+    assert [len(module._forward_pre_hooks) for net in (model, teacher) for module in net.modules()] == before
+
+
+def test_label_smoothing_is_torchs() -> None:
+    start = quantized()
+    start.get_submodule("drop").p = 0.0  # type: ignore[assignment]
+    inputs, targets = one_batch()[0]
+    expected = nn.functional.cross_entropy(start.train()(inputs), targets, label_smoothing=0.2).item()
+    found = tq.finetune(copy.deepcopy(start), one_batch(), TASK, steps=1, label_smoothing=0.2).losses[0]
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_task_without_a_smoothing_loss_says_so() -> None:
+    class Plain(tq.ClassificationTask):
+        smoothing_loss = tq.Task.smoothing_loss
+
+    with pytest.raises(TaskError, match=r"Plain has no smoothing_loss\(outputs\)"):
+        tq.finetune(quantized(), loader(), Plain(), steps=1, label_smoothing=0.1)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -483,8 +696,12 @@ RESUMES = [
     pytest.param({}, 12, id="at a checkpoint"),
     pytest.param({}, 19, id="fourth epoch"),
     pytest.param({"optimizer": "adamw"}, 10, id="adamw"),
-    pytest.param({"freeze_batchnorm": True, "learn_scales": False}, 10, id="frozen"),
+    pytest.param({"batchnorm": "freeze", "scales": "fixed"}, 10, id="frozen"),
     pytest.param({"distillation": 0.3, "teacher": True}, 10, id="teacher"),
+    pytest.param({"feature_distillation": 0.3, "teacher": True, "label_smoothing": 0.1}, 10, id="features"),
+    pytest.param({"scales": "pact", "ema": 0.9}, 10, id="pact, averaged"),
+    pytest.param({"ema": 0.9, "batchnorm": "reestimate"}, 13, id="averaged, reestimated"),
+    pytest.param({"channels_last": True}, 10, id="channels last"),
     pytest.param({"order": "sensitive_first", "omega": OMEGA, "stages": 3}, 10, id="stages"),
     pytest.param({"order": "sensitive_last", "omega": OMEGA, "stages": 4}, 17, id="stages, late"),
     # 20 steps in 2 stages: the second begins at step 10, which with checkpoints every 5 steps is where one was saved.
@@ -556,13 +773,54 @@ def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
     assert_same_state(state_of(first), state_of(second))
 
 
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+import torch, tracequant as tq
+from safetensors.torch import save_file
+from test_finetune import TASK, loader, quantized
+
+class Killing:
+    def __iter__(self):
+        for batch in loader():
+            if {after} == self.count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.count += 1
+            yield batch
+    count = 0
+
+model = quantized()
+tq.finetune(model, Killing(), TASK, steps=20, seed=3, checkpoint={path!r}, checkpoint_every=4)
+save_file(dict(model.state_dict()), {path!r} + ".state")
+"""
+
+
+def test_a_killed_process_is_gone_on_with_to_the_same_bits(tmp_path: Path) -> None:
+    """SIGKILL in the middle of an epoch, and a fresh process that knows only the checkpoint."""
+
+    def run(name: str, after: int) -> int:
+        script = KILLED.format(tests=str(Path(__file__).parent), after=after, path=str(tmp_path / name))
+        return subprocess.run([sys.executable, "-c", script], check=False).returncode
+
+    assert run("whole", -1) == 0
+    assert run("run", 11) == -signal.SIGKILL
+    assert not (tmp_path / "run.state").exists()
+    assert len(torch.load(tmp_path / "run", weights_only=True)["losses"]) == 8
+    assert run("run", -1) == 0
+    assert_same_state(load_file(tmp_path / "run.state"), load_file(tmp_path / "whole.state"))
+
+
 CHANGES = {
     "steps": 9,
     "learning_rate": 0.02,
     "optimizer": "adamw",
     "weight_decay": 0.0,
-    "learn_scales": False,
-    "freeze_batchnorm": True,
+    "scales": "fixed",
+    "batchnorm": "freeze",
+    "feature_distillation": 0.5,
+    "label_smoothing": 0.1,
+    "ema": 0.9,
+    "channels_last": True,
     "seed": 1,
 }
 
@@ -673,6 +931,18 @@ def test_inputs_that_are_not_finite_are_named() -> None:
 def test_targets_out_of_range_are_named() -> None:
     with pytest.raises(DataError, match="target 5 is out of range"):
         tq.finetune(quantized(), [(torch.ones(4, 6), torch.full((4,), 5))], TASK, steps=2)
+
+
+@pytest.mark.parametrize("options", [{"feature_distillation": -1.0}, {"label_smoothing": 1.0}, {"ema": 1.0}])
+def test_weights_of_terms_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="expected feature_distillation >= 0"):
+        tq.finetune(quantized(), loader(), TASK, **options)
+
+
+@pytest.mark.parametrize(("name", "choices"), [("scales", "lsq, pact or fixed"), ("batchnorm", "train, freeze or")])
+def test_unknown_choices_are_refused(name: str, choices: str) -> None:
+    with pytest.raises(ModelError, match=rf"unknown {name} 'other'; choose {choices}"):
+        tq.finetune(quantized(), loader(), TASK, steps=1, **{name: "other"})
 
 
 @pytest.mark.parametrize("options", [{"steps": -1}, {"stages": 0}, {"distillation": 1.5}, {"distillation": -0.1}])

@@ -19,6 +19,8 @@ import tracequant as tq
 from models import ConvNet, EnergyTask, ResidualNet, SharedHeadNet, TiedNet, build, snapshot
 from tracequant.errors import ModelError
 from tracequant.packed_layout import symmetric_zero_point
+from tracequant.quantizer import activation_quantizers
+from tracequant.tasks.residual import SmallResNet
 
 ort = pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")
 onnx = pytest.importorskip("onnx", reason="needs the extra 'onnx'")
@@ -249,6 +251,92 @@ def test_convolutions_run_on_int8_kernels(weight_bits: int, tmp_path: Path) -> N
     assert not {"Conv", "FusedConv", "Gather", "Cast", "BatchNormalization"} & set(found)
 
 
+def branches(width: int = 8) -> nn.Module:
+    """Inception's module: four branches are concatenated and read by convolutions and an average pooling."""
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = normed(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width))
+            self.narrow = normed(nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width))
+            self.wide = normed(nn.Conv2d(width, width, 5, padding=2, bias=False), nn.BatchNorm2d(width))
+            self.pooled = normed(nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width))
+            self.last = nn.Conv2d(3 * width, 4, 1)
+            self.fc = nn.Linear(4 + 3 * width, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.stem(x))
+            parts = [self.narrow(x), self.wide(x), self.pooled(nn.functional.avg_pool2d(x, 3, 1, 1))]
+            x = torch.cat([torch.relu(part) for part in parts], 1)
+            return self.fc(torch.cat([self.last(x).relu().mean((2, 3)), x.mean((2, 3))], 1))
+
+    torch.manual_seed(0)
+    return Branches().eval()
+
+
+def shuffled() -> nn.Module:
+    """ShuffleNet's: convolutions whose channels are joined, rearranged, and read by the next one."""
+
+    class Shuffled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right, self.next = (nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(8, 4, 1))
+            self.fc = nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.cat([self.left(x).relu(), nn.functional.relu6(self.right(x))], 1)
+            x = x.view(-1, 2, 4, 8, 8).transpose(1, 2).reshape(-1, 8, 8, 8)
+            return self.fc(nn.functional.hardtanh(self.next(x), 0, 1).mean((2, 3)))
+
+    torch.manual_seed(0)
+    return Shuffled().eval()
+
+
+def resnet18() -> nn.Module:
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    return torchvision.models.resnet18(weights=None, num_classes=5).eval()
+
+
+FUSING: dict[str, Callable[[], nn.Module]] = {
+    "ResNet20": lambda: build(lambda: SmallResNet(3), dtype=torch.float32).eval(),
+    "ResNet18": resnet18,
+    "blocks": lambda: build(ResidualNet, dtype=torch.float32).eval(),
+    "Inception": branches,
+    "ShuffleNet": shuffled,
+}
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", list(FUSING))
+def test_every_convolution_runs_on_an_int8_kernel(name: str, bits: int, tmp_path: Path) -> None:
+    """Those before additions, concatenations and averages too: their outputs are rounded."""
+    model, inputs = FUSING[name](), torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    if name == "ResNet18":
+        inputs = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+    quantized = quantized_with(model, inputs, lambda i: bits)
+    tq.export_onnx(quantized, tmp_path / "model.onnx", inputs)
+    found = operators(tmp_path / "model.onnx", tmp_path / "optimised.onnx")
+    convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    assert found.count("QLinearConv") == convolutions
+    assert not {"Conv", "FusedConv", "BatchNormalization"} & set(found)
+
+
+@pytest.mark.parametrize("name", ["blocks", "Inception", "ShuffleNet"])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_rounded_outputs_are_the_same_in_the_runtime(name: str, bits: int, tmp_path: Path) -> None:
+    """Ordinary and saturating inputs, behind trained scales, where clamps no longer end on a code."""
+    model, inputs = FUSING[name](), torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    quantized = quantized_with(model, inputs, lambda i: bits)
+    with torch.no_grad():
+        for quantizer in activation_quantizers(quantized).values():
+            # With few bits sums lie on a lattice: this keeps them away from the middle between two codes.
+            quantizer.scale.mul_(1.0713)
+    tq.export_onnx(quantized, tmp_path / "model.onnx", inputs)
+    for given in (inputs, 20 * inputs, inputs[:1]):
+        assert difference(run(tmp_path / "model.onnx", given), quantized(given)) <= 1e-5
+
+
 @pytest.mark.parametrize("grid", ["symmetric", "asymmetric"])
 def test_weights_only_runs_on_packed_weights(grid: str, tmp_path: Path) -> None:
     """Activations stay in float; 4-bit weights are multiplied as they are stored."""
@@ -295,7 +383,8 @@ def test_names_metadata_and_versions(tmp_path: Path) -> None:
 
     assert metadata["tracequant.version"] == tq.__version__
     assert json.loads(metadata["tracequant.plan"]) == {
-        "weight_bits": {"conv1": 4, "conv2": 4, "fc": 4}, "activation_bits": {"conv1": 4, "conv2": 4, "fc": 4}
+        "weight_bits": {"conv1": 4, "conv2": 4, "fc": 4}, "activation_bits": {"conv1": 4, "conv2": 4, "fc": 4},
+        "rounded_outputs": ["bn2"],
     }  # fmt: skip
     assert [(o.domain, o.version) for o in written.opset_import] == [("", 21)]
     assert written.ir_version == 10
@@ -354,9 +443,9 @@ def test_verification_finds_what_is_there(tmp_path: Path) -> None:
     assert min(found.runtimes[0].milliseconds, found.runtimes[0].float_milliseconds) > 0
     assert (found.file_bytes, found.promised_bytes) == ((tmp_path / "model.onnx").stat().st_size, 1000)
     kernels = {kernel.layer: kernel for kernel in found.kernels}
-    assert kernels["block1.conv1"].kernel == "QLinearConv"
-    assert kernels["block1.conv1"].reason == ""
-    assert "Add" in kernels["block1.conv2"].reason
+    convolutions = [name for name in kernels if name != "fc"]
+    assert len(convolutions) == 6
+    assert {(kernels[name].kernel, kernels[name].reason) for name in convolutions} == {("QLinearConv", "")}
     assert "output of the model" in kernels["fc"].reason
 
 

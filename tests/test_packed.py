@@ -34,7 +34,7 @@ from tracequant.errors import ArtifactError, ModelError, TracequantError
 from tracequant.packed import pack_codes, read_packed, unpack_codes
 from tracequant.packed_layout import PackedWeight
 from tracequant.points import QuantizationPoints
-from tracequant.quantizer import activation_quantizers, weight_quantizers
+from tracequant.quantizer import activation_quantizers, input_quantizers, output_quantizers, weight_quantizers
 
 torch.set_num_threads(1)
 
@@ -339,7 +339,8 @@ def test_loaded_outputs_are_equal_bit_for_bit(name: str, grid: str, tmp_path: Pa
         assert not torch.equal(outputs(loaded, name), outputs(model, name))
         bits = {site: quantizer.num_bits for site, quantizer in weight_quantizers(loaded).items()}
         assert bits == {site: quantizer.num_bits for site, quantizer in weight_quantizers(quantized).items()}
-        assert [q.num_bits for q in activation_quantizers(loaded).values()] == list(plan.activation_bits.values())
+        assert [q.num_bits for q in input_quantizers(loaded).values()] == list(plan.activation_bits.values())
+        assert list(output_quantizers(loaded)) == list(output_quantizers(quantized))
         # Packed once more it is the same file: nothing was lost on the way, and nothing in it is random.
         tq.pack(loaded, tmp_path / "again.safetensors")
         assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
@@ -580,6 +581,8 @@ def test_packing_leaves_the_model_alone(tmp_path: Path) -> None:
 
 # Damage
 
+OUTPUTS = ("deep", "skip")  # what `packed_bytes` rounds where it arises
+
 
 @cache
 def packed_bytes() -> bytes:
@@ -710,7 +713,7 @@ MANIFESTS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a list": lambda m: [1, 2],
     "a number": lambda m: 7,
     "empty": lambda m: {},
-    **{f"without {key}": without(key) for key in ("format", "version", "weights", "activations", "tensors")},
+    **{f"without {key}": without(key) for key in ("format", "version", "weights", "activations", "outputs", "tensors")},
     "without checksum": lambda m: {key: value for key, value in m.items() if key != "sha256"},
     "checksum a number": changed("sha256", to=7),
     "checksum short": changed("sha256", to="0" * 63),
@@ -718,6 +721,7 @@ MANIFESTS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "another format": changed("format", to="somebody-else"),
     "a later version": changed("version", to=99),
     "the version before checksums": changed("version", to=1),
+    "the version before rounded outputs": changed("version", to=2),
     "weights a number": changed("weights", to=3),
     "weights null": changed("weights", to=None),
     "weights an object": changed("weights", to={"stem": 4}),
@@ -758,6 +762,12 @@ MANIFESTS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "activation empty": changed("activations", 0, to=[]),
     "activation with 0 bits": changed("activations", 0, -1, to=0),
     "activation with text bits": changed("activations", 0, -1, to="4"),
+    "outputs a number": changed("outputs", to=3),
+    "outputs an object": changed("outputs", to={"deep": 8}),
+    "an output a number": changed("outputs", 0, to=3),
+    "an output twice": changed("outputs", 1, to="deep"),
+    "an output more": changed("outputs", to=["deep", "skip", "stem"]),
+    "an output less": changed("outputs", to=["deep"]),
     "tensors a list": changed("tensors", to=[]),
     "tensors null": changed("tensors", to=None),
     "tensors of an unknown type": changed("tensors", to={"F12": [["norm.weight", 5]]}),
@@ -799,6 +809,7 @@ def test_editing_nothing_is_accepted(scratch: Path) -> None:
     loaded = tq.load(scratch, prepared("convolutions")[0])
     quantized, _ = quantized_case("convolutions", 2, GRIDS["asymmetric"])
     assert torch.equal(outputs(loaded, "convolutions"), outputs(quantized, "convolutions"))
+    assert read_packed(scratch).layout.outputs == OUTPUTS
 
 
 def test_a_plain_safetensors_file_is_refused(scratch: Path) -> None:
@@ -848,8 +859,8 @@ def test_sections_that_do_not_fit_the_manifest_are_refused(scratch: Path) -> Non
 )  # fmt: skip
 def test_values_that_no_packer_writes_are_refused(scratch: Path, section: str, value: float, message: str) -> None:
     sections = safetensors.torch.load(packed_bytes())
-    # The last row's last byte is padding; activations of fewer than 8 bits have the last zero points.
-    sections[section][-1] = value
+    # The last row's last byte is padding; activations of fewer than 8 bits have the last zero points before outputs.
+    sections[section][-1 - (len(OUTPUTS) if section == "zero_points" else 0)] = value
     scratch.write_bytes(rebuilt(sections))
     with pytest.raises(ArtifactError, match=message):
         read_packed(scratch)
@@ -874,8 +885,8 @@ def test_the_checksum_is_what_the_specification_says() -> None:
 
 
 def test_the_version_before_is_named(scratch: Path) -> None:
-    scratch.write_bytes(with_manifest(changed("version", to=1)))
-    with pytest.raises(ArtifactError, match=r"version 1, this tracequant reads .* version 2; pack the model again"):
+    scratch.write_bytes(with_manifest(changed("version", to=2)))
+    with pytest.raises(ArtifactError, match=r"version 2, this tracequant reads .* version 3; pack the model again"):
         read_packed(scratch)
 
 
@@ -937,9 +948,12 @@ def test_the_reader_without_torch_gives_the_same_values(name: str, grid: str, tm
         assert weight.codes.max() < 2**weight.entry.num_bits
         for site in weight.entry.sites:
             assert np.array_equal(weight.dequantize(), state[".".join(filter(None, site))].numpy())
-    for activation, quantizer in zip(file.activations(), activation_quantizers(quantized).values(), strict=True):
+    for activation, quantizer in zip(file.activations(), input_quantizers(quantized).values(), strict=True):
         expected = (quantizer.num_bits, quantizer.scale.item(), quantizer.zero_point.item())
         assert (activation.entry.num_bits, activation.scale, activation.zero_point) == expected
+    for output, (module, quantizer) in zip(file.outputs(), output_quantizers(quantized).items(), strict=True):
+        expected = (quantizer.scale.item(), quantizer.zero_point.item())
+        assert (output.module, output.scale, output.zero_point) == (module, *expected)
     for key, tensor in file.tensors().items():
         assert np.array_equal(tensor, state[key].numpy())
 

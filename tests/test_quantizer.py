@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tracequant.convert import quantize_activation, quantize_weight
 from tracequant.errors import ModelError
 from tracequant.quantizer import (
+    ActivationQuantizer,
     FakeQuantize,
     Grid,
     Quantizer,
@@ -554,3 +555,127 @@ def test_quantized_model_output_is_the_float_model_on_rounded_tensors() -> None:
 
     torch.testing.assert_close(model(inputs), expected, rtol=1e-6, atol=1e-6)
     assert not math.isclose(float((read - inputs).abs().max()), 0.0)
+
+
+# Sharing
+
+
+class Branches(nn.Module):
+    """Two convolutions read one tensor, and one of them is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 3, 1)
+        self.left = nn.Conv2d(3, 4, 3, padding=1)
+        self.right = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        return torch.as_tensor(self.left(x) + self.right(x))
+
+
+def shared_branches(num_bits: int = 3) -> tuple[Branches, ActivationQuantizer]:
+    torch.manual_seed(0)
+    model = Branches()
+    grid = choose_grid(random(100).abs(), num_bits, symmetric=False)
+    return model, quantize_activation([model.left, model.right], "left", grid)
+
+
+def count_roundings(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    calls: list[None] = []
+    plain = Quantizer.forward
+
+    def counting(self: Quantizer, values: Tensor) -> Tensor:
+        calls.append(None)
+        return plain(self, values)
+
+    monkeypatch.setattr(Quantizer, "forward", counting)
+    return calls
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_consumers_of_one_tensor_share_its_rounding(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, quantizer = shared_branches()
+    calls = count_roundings(monkeypatch)
+    inputs = random(2, 2, 5, 5)
+    with torch.set_grad_enabled(training):
+        for done in range(1, 4):
+            outputs = model(inputs)
+            assert len(calls) == done
+            assert quantizer._shared is None
+            hidden = quantizer.grid.round(model.stem(inputs).relu())
+            conv = nn.functional.conv2d
+            expected = conv(hidden, model.left.weight, model.left.bias, padding=1)
+            torch.testing.assert_close(outputs, expected + conv(hidden, model.right.weight, model.right.bias))
+
+
+def test_a_shared_rounding_has_the_gradients_of_two() -> None:
+    inputs = random(2, 2, 5, 5)
+    gradients = []
+    for readers in (2, 1):
+        model, quantizer = shared_branches()
+        quantizer.readers = readers  # 1: nothing is shared
+        model(inputs).square().sum().backward()
+        gradients.append([parameter.grad for parameter in (model.stem.weight, quantizer.scale, model.left.weight)])
+    # The scale's gradient is scaled by calls: two calls of n elements each, or one whose upstream gradient is the sum.
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("change", ["values", "scale", "switch", "gradient mode"])
+def test_a_shared_rounding_is_not_used_for_anything_else(change: str) -> None:
+    """The second reader comes after something has changed: it gets a rounding of its own."""
+    _, quantizer = shared_branches()
+    values = random(4, 3).abs()
+    first = quantizer(values)
+    with torch.no_grad():
+        if change == "values":
+            values += 0.5
+        elif change == "scale":
+            quantizer.scale.mul_(1.5)
+    if change == "switch":
+        quantizer.enabled = False
+    with torch.set_grad_enabled(change != "gradient mode"):
+        second = quantizer(values)
+    assert second is not first
+    assert torch.equal(second, quantizer.grid.round(values) if quantizer.enabled else values)
+
+
+def test_copies_and_files_of_a_quantizer_in_the_middle_of_sharing() -> None:
+    _, quantizer = shared_branches()
+    values = random(4, 3).abs().requires_grad_() * 1.0
+    rounded = quantizer(values)
+    twin = copy.deepcopy(quantizer)
+    assert twin._shared is None
+    assert quantizer(values) is rounded
+    assert torch.equal(twin(values), rounded)
+
+
+def test_channels_last_has_the_gradients_of_contiguous_images() -> None:
+    """The same numbers in another order in memory, and mixed orders of value and gradient."""
+    images, upstream = random(2, 3, 4, 5), random(2, 3, 4, 5, seed=1)
+    grid = choose_grid(images, 3, symmetric=False)
+    last = torch.channels_last
+    found = []
+    for value_format in (torch.contiguous_format, last):
+        for gradient_format in (torch.contiguous_format, last):
+            leaf = images.contiguous(memory_format=value_format).requires_grad_()
+            scale = grid.scale.clone().requires_grad_()
+            rounded = FakeQuantize.apply(leaf, scale, grid.zero_point, 3)
+            found.append(
+                torch.autograd.grad(rounded, (leaf, scale), upstream.contiguous(memory_format=gradient_format))
+            )
+    for values, scale in found[1:]:
+        assert torch.equal(values, found[0][0])
+        torch.testing.assert_close(scale, found[0][1], rtol=1e-5, atol=1e-6)
+
+
+def test_pact_learns_from_clipped_values_alone() -> None:
+    """Choi et al. 2018, Eq. 4: the output's derivative with respect to the threshold is 1 above it and 0 below."""
+    values = torch.tensor([0.3, 1.1, 2.9, 3.0, 3.5, 8.0], dtype=torch.float64)
+    weights = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], dtype=torch.float64)
+    scale = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
+    rounded = FakeQuantize.apply(values, scale, torch.zeros(1, dtype=torch.float64), 2, "pact", 0.5)
+    (rounded * weights).sum().backward()
+    # The threshold is 3 scales: 3 * (5 + 6), times the gradient scale.
+    assert float(scale.grad) == pytest.approx(0.5 * 33)  # type: ignore[arg-type]

@@ -211,9 +211,25 @@ Optimizer = Annotated[Literal["sgd", "adamw"], typer.Option(help="sgd has Nester
 Distillation = Annotated[float, typer.Option(min=0, max=1, help="weight of the float teacher's loss; 0 for none")]
 Order = Annotated[
     Literal["all", "sensitive_first", "sensitive_last"],
-    typer.Option(help="quantize all layers at once, or in four groups by Ω"),
+    typer.Option(help="quantize all layers at once, or in groups by Ω"),
 ]
-FreezeBatchnorm = Annotated[bool, typer.Option(help="keep BatchNorm statistics as they are in fine-tuning")]
+WeightDecay = Annotated[float, typer.Option(min=0, help="of weights; scales, biases and norms have none")]
+Scales = Annotated[
+    Literal["lsq", "pact", "fixed"],
+    typer.Option(help="learn step sizes (lsq) or clipping alone (pact), or keep the calibrated ranges (fixed)"),
+]
+FeatureDistillation = Annotated[
+    float, typer.Option(min=0, help="weight of the distance to the teacher at every layer's input")
+]
+LabelSmoothing = Annotated[float, typer.Option(min=0, max=1, help="share of the target that all classes have alike")]
+BatchNorm = Annotated[
+    Literal["train", "freeze", "reestimate"],
+    typer.Option(help="BatchNorm's statistics: as in training, kept, or measured anew at the end"),
+]
+Ema = Annotated[float, typer.Option(min=0, max=1, help="decay of a moving average of the weights; 0 for none")]
+Stages = Annotated[int, typer.Option(min=1, help="groups of layers that are quantized one after the other (--order)")]
+Compile = Annotated[bool, typer.Option("--compile", help="train through torch.compile")]
+ChannelsLast = Annotated[bool, typer.Option("--channels-last", help="train with images laid out channels last")]
 UniformToo = Annotated[bool, typer.Option(help="fine-tune the uniform plan of the nearest size as well")]
 
 
@@ -465,9 +481,17 @@ def finetune(
     steps: Annotated[int, typer.Option(min=1, help="fine-tuning steps")] = 400,
     learning_rate: LearningRate = 0.01,
     optimizer: Optimizer = "sgd",
+    weight_decay: WeightDecay = 1e-4,
+    scales: Scales = "lsq",
     distillation: Distillation = 0.5,
+    feature_distillation: FeatureDistillation = 0.0,
+    label_smoothing: LabelSmoothing = 0.0,
+    batchnorm: BatchNorm = "train",
+    ema: Ema = 0.0,
     order: Order = "all",
-    freeze_batchnorm: FreezeBatchnorm = False,
+    stages: Stages = 4,
+    compile: Compile = False,
+    channels_last: ChannelsLast = False,
     uniform_too: UniformToo = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -575,7 +599,7 @@ def inspect(
     if as_json:
         _print_json({
             "file": str(file), "file_bytes": contents.file_bytes, "header_bytes": layout.header_bytes(),
-            "layers": layers, "input_bits": inputs, "float_bytes": rest,
+            "layers": layers, "input_bits": inputs, "rounded_outputs": layout.outputs, "float_bytes": rest,
             "tensors": [{"name": n, "dtype": d, "shape": list(shape)} for n, d, shape in layout.tensors],
         })  # fmt: skip
         return
@@ -587,6 +611,8 @@ def inspect(
         read = str(inputs.get(weight.sites[0][0], "float"))
         table.add_row(weight.name, shape, str(weight.num_bits), read, f"{weight.code_bytes:,}", f"{weight.rows:,}")
     Console().print(table)
+    if layout.outputs:
+        print(f"Rounded to 8 bits where they arise: the outputs of {', '.join(layout.outputs)}.")
     print(
         f"{file}: {contents.file_bytes:,} bytes, checksum right; codes {sum(w.code_bytes for w in layout.weights):,},"
         f" {len(layout.tensors)} tensors that are not quantized {rest:,}, header {layout.header_bytes():,}."
@@ -656,9 +682,17 @@ def run_all(
     steps: Steps = 400,
     learning_rate: LearningRate = 0.01,
     optimizer: Optimizer = "sgd",
+    weight_decay: WeightDecay = 1e-4,
+    scales: Scales = "lsq",
     distillation: Distillation = 0.5,
+    feature_distillation: FeatureDistillation = 0.0,
+    label_smoothing: LabelSmoothing = 0.0,
+    batchnorm: BatchNorm = "train",
+    ema: Ema = 0.0,
     order: Order = "all",
-    freeze_batchnorm: FreezeBatchnorm = False,
+    stages: Stages = 4,
+    compile: Compile = False,
+    channels_last: ChannelsLast = False,
     uniform_too: UniformToo = False,
     quiet: Quiet = False,
     as_json: AsJson = False,

@@ -14,17 +14,22 @@ from torch.nn.utils import parametrize
 from tracequant.errors import ModelError
 from tracequant.layers import discover, quantizable_names, weight_parameter
 from tracequant.plan import BitPlan
-from tracequant.quantizer import ActivationQuantizer, Grid, WeightQuantizer, choose_weight_grid
+from tracequant.points import OUTPUT_BITS, OutputPoint
+from tracequant.quantizer import ActivationQuantizer, Grid, OutputQuantizer, WeightQuantizer, choose_weight_grid
 from tracequant.sensitivity import calibrate
 from tracequant.task import Batches, Task, reusable
+
+# The children by which a module of a quantized model rounds what it reads and what it returns.
+QUANTIZER_NAMES = ("input_quantizer", "output_quantizer")
 
 
 def quantize(model: nn.Module, plan: BitPlan, batches: Batches, task: Task, progress: bool = False) -> nn.Module:
     """A copy of `model` whose weights and activations are rounded as `plan` says; `model` itself is untouched.
 
     Module classes stay what they are: a weight is quantized by a parametrization, an activation by a forward pre-hook
-    of its consumers. Activation ranges are chosen on `batches` with the weights already quantized. Layers and
-    activations that the plan does not name stay in float.
+    of its consumers, and the output of a convolution that others read as well (`OutputPoint`) by a forward hook, with 8
+    bits, where the plan quantizes the convolution's input. Ranges are chosen on `batches` with the weights already
+    quantized. Layers and activations that the plan does not name stay in float.
 
     Raises `ModelError` if the plan names something that the model does not have.
     """
@@ -40,11 +45,14 @@ def quantize(model: nn.Module, plan: BitPlan, batches: Batches, task: Task, prog
         quantize_weight(quantized, layer.sites, grid, axis, plan.weight_grid.symmetric)
     if plan.activation_bits:
         options = {name: [num_bits] for name, num_bits in plan.activation_bits.items()}
-        grids = calibrate(quantized, batches, task, points, options, progress)
+        outputs = points.rounded_outputs(plan.activation_bits)
+        grids = calibrate(quantized, batches, task, points, options, outputs, progress)
         for name, num_bits in plan.activation_bits.items():
             consumers = points.activation_by_name[name].consumers
             modules = [quantized.get_submodule(consumer) for consumer in consumers]
             quantize_activation(modules, name, grids[name][num_bits])
+        for point in outputs:
+            quantize_output(quantized, point.module, grids[point.name][OUTPUT_BITS])
     return quantized
 
 
@@ -66,6 +74,13 @@ def quantize_activation(consumers: Sequence[nn.Module], name: str, grid: Grid) -
     return quantizer
 
 
+def quantize_output(model: nn.Module, module_name: str, grid: Grid) -> OutputQuantizer:
+    """Let a module return its output rounded."""
+    quantizer = OutputQuantizer(OutputPoint(module_name, module_name).name, grid)
+    quantizer.attach(model.get_submodule(module_name))
+    return quantizer
+
+
 def to_float(quantized: nn.Module) -> nn.Module:
     """A copy of a fake-quantized model as an ordinary one, whose weights hold the values of their codes.
 
@@ -77,9 +92,10 @@ def to_float(quantized: nn.Module) -> nn.Module:
         if parametrize.is_parametrized(module):
             _make_plain(module)
     for module in list(model.modules()):
-        quantizer = getattr(module, "input_quantizer", None)
-        if isinstance(quantizer, ActivationQuantizer):
-            quantizer.detach(module)
+        for child in QUANTIZER_NAMES:
+            quantizer = getattr(module, child, None)
+            if isinstance(quantizer, ActivationQuantizer):
+                quantizer.detach(module)
     return model
 
 
@@ -115,7 +131,7 @@ def dequantized_state(model: nn.Module) -> dict[str, torch.Tensor]:
                 continue
             owner, parameter = ".".join(parts[:index]), parts[index + 1]
             state[".".join(filter(None, (owner, parameter)))] = getattr(model.get_submodule(owner), parameter).detach()
-        elif "input_quantizer" not in parts:
+        elif not any(child in parts for child in QUANTIZER_NAMES):
             state[name] = tensor
     return state
 

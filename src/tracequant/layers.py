@@ -7,6 +7,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from tracequant.errors import ModelError
+from tracequant.flow import Flow
 from tracequant.model_state import fingerprint, frozen_evaluation
 from tracequant.packed_layout import DTYPE_BYTES
-from tracequant.points import ActivationPoint, Layer, QuantizationPoints, StoredTensor
+from tracequant.points import ActivationPoint, Layer, OutputPoint, QuantizationPoints, StoredTensor
 from tracequant.task import Batches, Task, checked
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -87,6 +89,7 @@ def discover(
         ties=_tie_groups(ties, list(candidates)),
         float_tensors=tuple(_float_tensors(model, layers)),
         fingerprint=fingerprint(model),
+        outputs=tuple(_output_points(modules, layers, calls.flow)),
     )
 
 
@@ -219,12 +222,21 @@ def _candidate_weights(model: nn.Module) -> dict[str, tuple[tuple[str, str], ...
     return {name: tuple(sites[key]) for key, name in first.items()}
 
 
+@dataclass(frozen=True)
+class _ReadTensor:
+    """A tensor that a layer's module read: the number of its value, its elements, whether the caller made it."""
+
+    number: int
+    numel: int
+    is_model_input: bool
+
+
 class _Calls:
     """What an example forward pass showed: which module read which tensors, MACs of each layer for one sample."""
 
     def __init__(self, modules: Iterable[str]) -> None:
-        self.reads: dict[str, list[Tensor]] = {name: [] for name in modules}
-        self.batch: Any = None
+        self.reads: dict[str, list[_ReadTensor]] = {name: [] for name in modules}
+        self.flow = Flow()
         self.macs: dict[str, float] = defaultdict(float)
         self.samples = 1
 
@@ -238,37 +250,88 @@ def _record_calls(
         for module_name, parameter in sites:
             layers_of[module_name].append((name, parameter))
     calls = _Calls(name for name in modules if name in layers_of)
-    handles = []
+    flow, handles = calls.flow, []
+    inputs: set[int] = set()
 
-    def on_call(module_name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            read: list[Tensor] = []
-            replace_inputs(module, args, kwargs, lambda tensor: read.append(tensor))
-            calls.reads[module_name].extend(read)
-            for name, parameter in layers_of[module_name]:
+    def watch(module_name: str) -> None:
+        read: list[Tensor] = []
+        numbers: list[int] = []
+
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            read.clear()
+            replace_inputs(module, args, kwargs, read.append)
+            numbers[:] = [flow.number(tensor) for tensor in read]
+            flow.enter()
+
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            flow.leave(module_name, numbers, output, rounds=module_name in layers_of)
+            if module_name in layers_of:
+                calls.reads[module_name].extend(
+                    # By storage: a flattened or permuted view of the input is still the input.
+                    _ReadTensor(number, tensor.numel(), _storage(tensor) in inputs)
+                    for number, tensor in zip(numbers, read, strict=True)
+                )
+            for name, parameter in layers_of.get(module_name, ()):
                 calls.macs[name] += _macs(module, parameter, read, output) / calls.samples
+            read.clear()
 
-        return hook
+        handles.append(modules[module_name].register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(modules[module_name].register_forward_hook(after, with_kwargs=True))
 
     try:
-        for module_name in layers_of:
-            handles.append(modules[module_name].register_forward_hook(on_call(module_name), with_kwargs=True))
         for module_name, module in modules.items():
+            if module_name in layers_of or is_norm(module):
+                watch(module_name)
             if isinstance(module, nn.MultiheadAttention):
                 out = f"{module_name}.out_proj" if module_name else "out_proj"
                 if out in candidates:
                     # The attention function reads out_proj's weight itself and never calls the module.
                     handles.append(module.register_forward_hook(_count_out_proj(calls, out), with_kwargs=True))
+        handles.append(model.register_forward_hook(lambda module, args, output: flow.finish(output)))
         with frozen_evaluation(model), torch.no_grad():
             for batch in checked(batches, task, model):
-                calls.batch = batch
+                inputs.update(_storage(leaf) for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor))
                 calls.samples = task.batch_size(batch)
-                task.check(task.outputs(model, batch), batch)
+                with flow:
+                    outputs = task.outputs(model, batch)
+                    flow.finish(outputs)
+                task.check(outputs, batch)
                 break
     finally:
         for handle in handles:
             handle.remove()
     return calls
+
+
+def _output_points(modules: dict[str, nn.Module], layers: Sequence[Layer], flow: Flow) -> Iterator[OutputPoint]:
+    """The outputs of quantized convolutions that must be rounded where they arise, each once."""
+    seen: set[str] = set()
+    for layer in layers:
+        for name, _ in layer.sites:
+            if not isinstance(modules[name], CONVOLUTIONS):
+                continue
+            rounded = _normalized_by(modules, flow, name) or name
+            values = flow.outputs[rounded]
+            if rounded in seen or not any(flow.needs_rounding(value) for value in values):
+                continue
+            seen.add(rounded)
+            # One quantizer serves all calls of the module, so that only limits that all of them have are kept.
+            limits = [flow.bounds(value) for value in values]
+            low, high = min(low for low, _ in limits), max(high for _, high in limits)
+            yield OutputPoint(rounded, layer.name, low, high)
+
+
+def _normalized_by(modules: dict[str, nn.Module], flow: Flow, convolution: str) -> str | None:
+    """The BatchNorm that alone reads every output of a convolution: folded into it, the two are one."""
+    readers = {read.reader for value in flow.outputs[convolution] for read in flow.reads[value] if read.is_module}
+    alone = all(len(flow.reads[value]) == 1 for value in flow.outputs[convolution])
+    (reader,) = readers if len(readers) == 1 and alone else (None,)
+    return reader if reader is not None and is_norm(modules[reader]) else None
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a BatchNorm, which a runtime folds into the convolution before it."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
 def _count_out_proj(calls: _Calls, name: str) -> Callable[..., None]:
@@ -307,7 +370,7 @@ def _group_activations(calls: _Calls) -> list[ActivationPoint]:
     reader: dict[int, str] = {}
     for name in names:
         for tensor in calls.reads[name]:
-            first = reader.setdefault(id(tensor), name)
+            first = reader.setdefault(tensor.number, name)
             a, b = sorted((root(first), root(name)), key=names.index)
             parent[b] = a
     groups: dict[str, list[str]] = defaultdict(list)
@@ -315,16 +378,14 @@ def _group_activations(calls: _Calls) -> list[ActivationPoint]:
         if calls.reads[name]:
             groups[root(name)].append(name)
     points = []
-    # By storage: a flattened or permuted view of the input is still the input.
-    inputs = {_storage(leaf) for leaf in pytree.tree_leaves(calls.batch) if isinstance(leaf, Tensor)}
     for name, consumers in groups.items():
-        tensors = {id(tensor): tensor for consumer in consumers for tensor in calls.reads[consumer]}
+        tensors = {tensor.number: tensor for consumer in consumers for tensor in calls.reads[consumer]}
         points.append(
             ActivationPoint(
                 name=name,
                 consumers=tuple(consumers),
-                numel=sum(tensor.numel() for tensor in tensors.values()) / calls.samples,
-                is_model_input=any(_storage(tensor) in inputs for tensor in tensors.values()),
+                numel=sum(tensor.numel for tensor in tensors.values()) / calls.samples,
+                is_model_input=any(tensor.is_model_input for tensor in tensors.values()),
             )
         )
     return points

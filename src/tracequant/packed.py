@@ -36,6 +36,7 @@ from tracequant.packed_layout import (
     state_name,
     symmetric_zero_point,
 )
+from tracequant.points import OUTPUT_BITS
 
 # Little-endian, whatever the machine; bfloat16, which numpy does not have, is widened to float32.
 _NUMPY = {
@@ -71,6 +72,15 @@ class ActivationValues:
 
 
 @dataclass(frozen=True)
+class OutputValues:
+    """A rounded output: the module that returns it, its scale, and the code that stands for zero."""
+
+    module: str
+    scale: float
+    zero_point: int
+
+
+@dataclass(frozen=True)
 class PackedFile:
     """A packed file's layout and its sections as raw bytes, checked against each other."""
 
@@ -99,10 +109,17 @@ class PackedFile:
 
     def activations(self) -> Iterator[ActivationValues]:
         """Each quantized activation, in the order of the file."""
-        count = len(self.layout.activations)
+        count = len(self.layout.activations) + len(self.layout.outputs)
         scales, zero_points = self._section("scales").view("<f4"), self._section("zero_points")
         for i, activation in enumerate(self.layout.activations):
             yield ActivationValues(activation, float(scales[i - count]), int(zero_points[i - count]))
+
+    def outputs(self) -> Iterator[OutputValues]:
+        """Each rounded output, in the order of the file."""
+        count = len(self.layout.outputs)
+        scales, zero_points = self._section("scales").view("<f4"), self._section("zero_points")
+        for i, module in enumerate(self.layout.outputs):
+            yield OutputValues(module, float(scales[i - count]), int(zero_points[i - count]))
 
     def raw_tensors(self) -> Iterator[tuple[str, str, tuple[int, ...], NDArray[np.uint8]]]:
         """Name, dtype (safetensors' name), shape and little-endian bytes of every tensor that is not quantized."""
@@ -218,6 +235,8 @@ def _parse_manifest(manifest: Any) -> PackedLayout:
         _require(bool(consumers) and all(isinstance(name, str) for name in consumers), f"activation {consumers}")
         _require(_is_width(num_bits), f"activation {consumers}, bits {num_bits!r}")
         activations.append(PackedActivation(tuple(consumers), num_bits))
+    outputs = manifest["outputs"]
+    _require(isinstance(outputs, list) and all(isinstance(name, str) for name in outputs), f"outputs {outputs!r}")
     tensors = []
     for dtype, entries in manifest["tensors"].items():
         for name, *shape in entries:
@@ -228,7 +247,8 @@ def _parse_manifest(manifest: Any) -> PackedLayout:
     stored = [state_name(site) for weight in weights for site in weight.sites]
     _require_distinct(stored + [name for name, _, _ in tensors], "tensor")
     _require_distinct([name for activation in activations for name in activation.consumers], "reader of an activation")
-    return PackedLayout(tuple(weights), tuple(activations), tuple(tensors))
+    _require_distinct(outputs, "output")
+    return PackedLayout(tuple(weights), tuple(activations), tuple(outputs), tuple(tensors))
 
 
 def _check_values(layout: PackedLayout, sections: dict[str, NDArray[np.uint8]]) -> None:
@@ -236,7 +256,7 @@ def _check_values(layout: PackedLayout, sections: dict[str, NDArray[np.uint8]]) 
     scales = sections["scales"].view("<f4")
     _require(bool(np.all(np.isfinite(scales) & (scales > 0))), "a scale that is not a positive number")
     widths = [w.num_bits for w in layout.weights for _ in range(w.rows) if not w.symmetric]
-    widths += [activation.num_bits for activation in layout.activations]
+    widths += [activation.num_bits for activation in layout.activations] + [OUTPUT_BITS] * len(layout.outputs)
     if widths:
         largest = 2 ** np.array(widths) - 1
         _require(bool(np.all(sections["zero_points"] <= largest)), "a zero point that is not on its grid")

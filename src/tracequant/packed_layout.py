@@ -5,7 +5,8 @@ agree to the byte. The format is a safetensors file of at most one tensor per ki
 
     codes          uint8, all layers one after the other; each row (one output channel) holds its codes of k bits,
                    least significant bit first, padded to 32 bits
-    scales         float32, one per channel (or one per tensor) of every layer, then one per quantized activation
+    scales         float32, one per channel (or one per tensor) of every layer, then one per quantized activation, then
+                   one per rounded output
     zero_points    uint8, likewise, only of what is asymmetric
     float32, ...   every tensor that is not quantized, concatenated by dtype
 
@@ -23,8 +24,8 @@ from dataclasses import dataclass, replace
 from tracequant.points import QuantizationPoints
 
 FORMAT_NAME = "tracequant-packed"
-# Version 1 had no checksum.
-FORMAT_VERSION = 2
+# Version 1 had no checksum, version 2 no rounded outputs.
+FORMAT_VERSION = 3
 # Holds the place of the checksum while the file is made, and while the checksum is computed.
 BLANK_DIGEST = "0" * 64
 
@@ -76,16 +77,18 @@ class PackedActivation:
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """Everything that is in a packed file, in order."""
+    """Everything that is in a packed file, in order; `outputs` are the modules whose output is rounded to 8 bits."""
 
     weights: tuple[PackedWeight, ...]
     activations: tuple[PackedActivation, ...]
+    outputs: tuple[str, ...]
     tensors: tuple[tuple[str, str, tuple[int, ...]], ...]
 
     def sections(self) -> dict[str, tuple[str, int]]:
         """Name of each tensor in the file → (dtype, number of elements); empty ones are left out."""
-        scales = sum(weight.rows for weight in self.weights) + len(self.activations)
-        zero_points = sum(w.rows for w in self.weights if not w.symmetric) + len(self.activations)
+        others = len(self.activations) + len(self.outputs)
+        scales = sum(weight.rows for weight in self.weights) + others
+        zero_points = sum(w.rows for w in self.weights if not w.symmetric) + others
         sections = {
             "codes": ("U8", sum(weight.code_bytes for weight in self.weights)),
             "scales": ("F32", scales),
@@ -109,7 +112,7 @@ class PackedLayout:
             tensors.setdefault(dtype, []).append([name, *shape])
         return _compact({
             "format": FORMAT_NAME, "version": FORMAT_VERSION, "sha256": BLANK_DIGEST,
-            "weights": weights, "activations": activations, "tensors": tensors,
+            "weights": weights, "activations": activations, "outputs": self.outputs, "tensors": tensors,
         })  # fmt: skip
 
     def header_bytes(self) -> int:
@@ -119,9 +122,7 @@ class PackedLayout:
         that 8 bits everywhere could need, and the packer fills the difference with spaces
         after the manifest.
         """
-        widest = PackedLayout(
-            tuple(replace(weight, num_bits=8) for weight in self.weights), self.activations, self.tensors
-        )
+        widest = replace(self, weights=tuple(replace(weight, num_bits=8) for weight in self.weights))
         end = widest.payload_bytes()
         entries: dict[str, object] = {"__metadata__": {"tracequant": self.manifest()}}
         for name, (dtype, count) in widest.sections().items():
@@ -180,7 +181,8 @@ def layout_of_plan(
         if point.name in activation_bits
     )
     tensors = tuple((tensor.name, tensor.dtype, tensor.shape) for tensor in points.float_tensors)
-    return PackedLayout(weights, activations, tensors)
+    outputs = tuple(point.module for point in points.rounded_outputs(activation_bits))
+    return PackedLayout(weights, activations, outputs, tensors)
 
 
 def _compact(value: object) -> str:

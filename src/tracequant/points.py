@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Container
 from dataclasses import dataclass
 
 from tracequant.artifact import Saveable
+
+# Rounded outputs have as many as integer kernels compute with: nothing is stored of them, so fewer would gain nothing.
+OUTPUT_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,28 @@ class ActivationPoint:
 
 
 @dataclass(frozen=True)
+class OutputPoint:
+    """A tensor that is rounded to 8 bits where it arises, because others than one shared input quantizer read it.
+
+    It is the output of a convolution that a residual addition, a concatenation, an average or an activation function
+    in float reads. Rounded, it lets a runtime compute the convolution and what follows in integers. `module` is the
+    module whose output is rounded: the BatchNorm that alone reads the convolution, or else the convolution itself;
+    `layer` is the convolution. `low` and `high` are the limits of the ReLU, ReLU6 or clamp that alone reads the tensor:
+    rounding to a range within them does its work, and spends no code on what it would cut off.
+    """
+
+    module: str
+    layer: str
+    low: float = -math.inf
+    high: float = math.inf
+
+    @property
+    def name(self) -> str:
+        """The name of the tensor, unlike that of any activation point."""
+        return f"{self.module}:output"
+
+
+@dataclass(frozen=True)
 class StoredTensor:
     """A tensor of the model's state that stays as it is: bias, BatchNorm statistics, an excluded weight."""
 
@@ -74,7 +100,8 @@ class QuantizationPoints(Saveable):
     """All layers and activation points of a model, in the order in which the model registers them.
 
     `ties` are groups of layer names that share one bit width; `float_tensors` is the rest of the state, which counts in
-    every size; `fingerprint` identifies the weights that were looked at.
+    every size; `fingerprint` identifies the weights that were looked at. `outputs` are no decision of a plan's:
+    `rounded_outputs` says which of them it has.
     """
 
     layers: tuple[Layer, ...]
@@ -82,6 +109,7 @@ class QuantizationPoints(Saveable):
     ties: tuple[tuple[str, ...], ...]
     float_tensors: tuple[StoredTensor, ...]
     fingerprint: str
+    outputs: tuple[OutputPoint, ...] = ()
 
     @functools.cached_property
     def by_name(self) -> dict[str, Layer]:
@@ -92,6 +120,10 @@ class QuantizationPoints(Saveable):
     def activation_by_name(self) -> dict[str, ActivationPoint]:
         """Activation points by name."""
         return {point.name: point for point in self.activations}
+
+    def rounded_outputs(self, activation_bits: Container[str]) -> tuple[OutputPoint, ...]:
+        """The outputs that are rounded under a plan: those of convolutions whose input it quantizes."""
+        return tuple(point for point in self.outputs if self.by_name[point.layer].activation in activation_bits)
 
     @property
     def has_layout(self) -> bool:

@@ -29,6 +29,7 @@ MAX_BITS = 8
 # The scale of a tensor of zeros, and the least that training may reach.
 SMALLEST_SCALE = 1e-8
 RangeMethod = Literal["minmax", "percentile", "mse"]
+LearnedScales = Literal["lsq", "pact"]
 
 
 @dataclass(frozen=True)
@@ -137,39 +138,78 @@ def _rows(values: Tensor, axis: int) -> Tensor:
 class FakeQuantize(torch.autograd.Function):
     """Rounding to a grid with a straight-through gradient inside the range and none outside (Appendix A).
 
-    The gradient of the scale is that of learned step size quantization (Esser et al. 2020, Eq. 3): code minus
-    position inside the range, the end code outside, in units relative to the zero point.
+    The gradient of the scale is multiplied by `gradient_scale`. With `scales` "lsq" it is that of learned step size
+    quantization (Esser et al. 2020, Eq. 3): code minus position inside the range, the end code outside, both counted
+    from the zero point. With "pact" only the values outside count, as for a learned clipping threshold (Choi et al.
+    2018, Eq. 4).
     """
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int) -> Tensor:
-        """`Grid.round`, operation by operation the same, so that training and packing see the same bits."""
-        position = values / scale + zero_point
-        codes = torch.round(position).clamp_(0, 2**num_bits - 1)
-        inside = (position >= 0) & (position <= 2**num_bits - 1)
-        ctx.scale_shape = scale.shape
-        if ctx.needs_input_grad[1]:
-            # Position and code both count from the zero point, which cancels inside the range.
-            slope = torch.where(inside, codes - position, codes - zero_point)
-            ctx.save_for_backward(inside, slope)
-        else:
-            ctx.save_for_backward(inside)
-        return (codes - zero_point) * scale
+    def forward(
+        ctx: Any,
+        values: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        num_bits: int,
+        scales: LearnedScales = "lsq",
+        gradient_scale: float = 1.0,
+    ) -> Tensor:
+        """`Grid.round`, the same operations, so that training and packing see the same bits."""
+        rounded = Grid(scale, zero_point, num_bits).round(values)
+        ctx.num_bits, ctx.scales, ctx.gradient_scale = num_bits, scales, gradient_scale
+        # The next layer keeps the rounded values for its own gradient, so that keeping them here too costs nothing.
+        ctx.save_for_backward(values, scale, zero_point, *([rounded] if ctx.needs_input_grad[1] else []))
+        return rounded
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         """Gradients of values and scale."""
         (grad,) = grad_outputs
-        inside = ctx.saved_tensors[0]
-        grad_values = grad * inside if ctx.needs_input_grad[0] else None
+        values, scale, zero_point, *kept = ctx.saved_tensors
+        position = (values / scale).add_(zero_point)
+        # One fused pass where comparisons and a mask take six. It leaves the ends out, hence the margins.
+        low, high = -1e-30, (2**ctx.num_bits - 1) * (1 + 1e-6)
+        inside: Tensor = torch.ops.aten.hardtanh_backward(grad, position, low, high, grad_input=position)
         grad_scale = None
-        if ctx.needs_input_grad[1]:
-            grad_scale = (grad * ctx.saved_tensors[1]).sum_to_size(ctx.scale_shape)
-        return grad_values, grad_scale, None, None
+        if kept:
+            grad_scale = _slope(grad, inside, values, kept[0], scale, ctx.scales) * (ctx.gradient_scale / scale)
+        return inside if ctx.needs_input_grad[0] else None, grad_scale, None, None, None, None
+
+
+def _slope(
+    grad: Tensor, inside: Tensor, values: Tensor, rounded: Tensor, scale: Tensor, scales: LearnedScales
+) -> Tensor:
+    """The scale's gradient times the scale, shape of `scale`; `inside` is `grad` where values are not clipped.
+
+    (code - zero point) * scale is the rounded value and (position - zero point) * scale the value itself.
+    """
+    if scales == "pact":
+        return (grad - inside).mul_(rounded).sum_to_size(scale.shape)
+    if scale.numel() > 1:
+        return (grad * rounded).addcmul_(inside, values, value=-1).sum_to_size(scale.shape)
+    return (_dot(grad, rounded) - _dot(inside, values)).reshape(scale.shape)
+
+
+def _dot(first: Tensor, second: Tensor) -> Tensor:
+    """Sum of products of two tensors of one shape.
+
+    Where both lie alike in memory, without memory for the products, whose allocation takes longer than the arithmetic.
+    """
+    last = torch.channels_last
+    if torch.compiler.is_compiling():  # products and sum become one loop
+        pass
+    elif first.is_contiguous() and second.is_contiguous():
+        return torch.dot(first.view(-1), second.view(-1))
+    elif first.ndim == 4 and first.is_contiguous(memory_format=last) and second.is_contiguous(memory_format=last):
+        return torch.dot(first.permute(0, 2, 3, 1).view(-1), second.permute(0, 2, 3, 1).view(-1))
+    return (first * second).sum()
 
 
 class Quantizer(nn.Module):
-    """Fake quantization with a learnable scale. `enabled = False` lets values through unchanged."""
+    """Fake quantization with a learnable scale. `enabled = False` lets values through unchanged.
+
+    `scales` says by which gradient the scale learns, if its `requires_grad` lets it (see `FakeQuantize`).
+    """
 
     zero_point: Tensor
 
@@ -179,11 +219,17 @@ class Quantizer(nn.Module):
         self.scale = nn.Parameter(grid.scale.detach().clone())
         self.register_buffer("zero_point", grid.zero_point.detach().clone())
         self.enabled = True
+        self.scales: LearnedScales = "lsq"
 
     @property
     def grid(self) -> Grid:
         """The grid at its present scale."""
         return Grid(self.scale.detach(), self.zero_point, self.num_bits)
+
+    @property
+    def largest_code(self) -> int:
+        """The largest code counted from the zero point, by which the scale's gradient is divided."""
+        return int(2**self.num_bits - 1)
 
     def set_grid(self, grid: Grid) -> None:
         """Move to another grid of the same bits and shape."""
@@ -197,7 +243,12 @@ class Quantizer(nn.Module):
             return values
         if not torch.is_grad_enabled():
             return self.grid.round(values)
-        return cast(Tensor, FakeQuantize.apply(values, self.scale, self.zero_point, self.num_bits))
+        # Keeps the steps of a scale in proportion to those of the weights (Esser et al. 2020, Section 2.2).
+        gradient_scale = 1 / math.sqrt(max(1, values.numel()) / self.scale.numel() * self.largest_code)
+        return cast(
+            Tensor,
+            FakeQuantize.apply(values, self.scale, self.zero_point, self.num_bits, self.scales, gradient_scale),
+        )
 
     def extra_repr(self) -> str:
         """Bits, for printing the model."""
@@ -212,6 +263,21 @@ class WeightQuantizer(Quantizer):
         self.axis = axis
         self.symmetric = symmetric
 
+    @property
+    def largest_code(self) -> int:
+        """Half of the codes are negative."""
+        return int(max(1, 2 ** (self.num_bits - 1) - 1))
+
+
+@dataclass
+class _Shared:
+    """A rounded tensor that some of its readers have still to read."""
+
+    values: Tensor
+    key: tuple[Any, ...]
+    rounded: Tensor
+    reads: int = 0
+
 
 class ActivationQuantizer(Quantizer):
     """Quantizes the tensor that its consumers read; one instance is a child of every consumer of the point."""
@@ -219,18 +285,30 @@ class ActivationQuantizer(Quantizer):
     def __init__(self, name: str, grid: Grid) -> None:
         super().__init__(grid)
         self.point = name
-        # Elements quantized since the last training step, which the gradient of the scale sums over.
-        self.numel_seen = 0
+        self.readers = 0
+        self._shared: _Shared | None = None
 
     def forward(self, values: Tensor) -> Tensor:
-        """`values` rounded to the grid."""
-        if torch.is_grad_enabled():
-            self.numel_seen += values.numel()
-        return super().forward(values)
+        """`values` rounded to the grid, once for all consumers that read the same tensor."""
+        if self.readers < 2 or torch.compiler.is_compiling() or values.is_inference():
+            return super().forward(values)
+        key = (values._version, self.scale._version, self.enabled, torch.is_grad_enabled())
+        shared = self._shared
+        if shared is None or shared.values is not values or shared.key != key:
+            shared = _Shared(values, key, super().forward(values))
+        shared.reads += 1
+        # After the last reader nothing is kept alive.
+        self._shared = shared if shared.reads < self.readers else None
+        return shared.rounded
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies begin without what this one's readers share."""
+        return self.__dict__ | {"_shared": None}
 
     def attach(self, module: nn.Module) -> None:
         """Make `module` read its input through this quantizer."""
         module.add_module("input_quantizer", self)
+        self.readers += 1
         # A bound method, not a closure: deepcopy of the model then binds the copy's own quantizer.
         module.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
@@ -241,9 +319,30 @@ class ActivationQuantizer(Quantizer):
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
         del module.input_quantizer
+        self.readers -= 1
 
     def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         return replace_inputs(module, args, kwargs, self)
+
+
+class OutputQuantizer(ActivationQuantizer):
+    """Quantizes what a module returns, in every call; a child of the module."""
+
+    def attach(self, module: nn.Module) -> None:
+        """Make `module` return its output through this quantizer."""
+        module.add_module("output_quantizer", self)
+        module.register_forward_hook(self._after_forward)
+
+    def detach(self, module: nn.Module) -> None:
+        """Undo `attach`."""
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__self__", None) is self:
+                del module._forward_hooks[key]
+        del module.output_quantizer
+
+    def _after_forward(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        rounded: Tensor = self(output)
+        return rounded
 
 
 def weight_quantizers(model: nn.Module) -> dict[tuple[str, str], WeightQuantizer]:
@@ -260,5 +359,17 @@ def weight_quantizers(model: nn.Module) -> dict[tuple[str, str], WeightQuantizer
 
 
 def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
-    """Point name → quantizer, in the order of the first consumer."""
+    """Point name → quantizer of everything that is rounded between layers, in the order of the modules that do it."""
     return {module.point: module for module in model.modules() if isinstance(module, ActivationQuantizer)}
+
+
+def input_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
+    """Activation point → quantizer, in the order of the first consumer."""
+    found = activation_quantizers(model)
+    return {name: quantizer for name, quantizer in found.items() if not isinstance(quantizer, OutputQuantizer)}
+
+
+def output_quantizers(model: nn.Module) -> dict[str, OutputQuantizer]:
+    """Module name → quantizer of its output."""
+    found = ((name, getattr(module, "output_quantizer", None)) for name, module in model.named_modules())
+    return {name: quantizer for name, quantizer in found if isinstance(quantizer, OutputQuantizer)}

@@ -333,8 +333,7 @@ class Run:
                         f"{self.path} was made with other weights of this model (fingerprint {analysed}); choose"
                         " another --out, and see that the task gives the same weights every time it is loaded"
                     )
-            setup.model.to(_device(setup.device or settings.device))
-            self._setup = setup
+            self._setup = setup.to(_device(setup.device or settings.device))
         return self._setup
 
     def analyze(self) -> None:
@@ -663,14 +662,8 @@ class Run:
             quantized,
             setup.train,
             setup.task,
-            steps=settings.steps,
-            learning_rate=settings.learning_rate,
-            optimizer=settings.optimizer,
-            teacher=setup.model if settings.distillation > 0 else None,
-            distillation=settings.distillation,
-            learn_scales=settings.learn_scales,
-            freeze_batchnorm=settings.freeze_batchnorm,
-            order=settings.order,
+            teacher=setup.model if settings.has_teacher else None,
+            **settings.keywords(),
             omega={layer: sensitivity.weight_omega[layer][b] for layer, b in plan.weight_bits.items()},
             seed=self.settings().analyze.options.seed,
             checkpoint=self.path / f"checkpoint-{key}.pt",

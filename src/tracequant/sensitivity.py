@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from tracequant.curvature.spectrum import top_eigenvalues
 from tracequant.errors import ModelError
 from tracequant.layers import reading, weight_parameter
 from tracequant.model_state import frozen_evaluation
-from tracequant.points import QuantizationPoints
+from tracequant.points import OUTPUT_BITS, OutputPoint, QuantizationPoints
 from tracequant.progress import track
 from tracequant.quantizer import Grid, check_bits, choose_grid, choose_weight_grid
 from tracequant.sensitivity_result import MODEL_INPUT_BITS, Sensitivity, combine
@@ -77,7 +78,7 @@ def measure_sensitivity(
             point.name: [MODEL_INPUT_BITS] if point.is_model_input else list(activation_bits)
             for point in points.activations
         }
-        grids = calibrate(model, batches, task, points, options, progress)
+        grids = calibrate(model, batches, task, points, options, progress=progress)
         activation_errors = _activation_errors(model, batches, task, points, grids, progress)
     if metric.startswith("eigenvalue") and curvature.top_eigenvalues is None:
         curvature = with_eigenvalues(model, curvature, batches, task, seed, progress)
@@ -124,41 +125,72 @@ def calibrate(
     task: Task,
     points: QuantizationPoints,
     bits: dict[str, list[int]],
+    outputs: Sequence[OutputPoint] = (),
     progress: bool = False,
 ) -> dict[str, dict[int, Grid]]:
-    """Grids for activation points, point name → bits → grid, from one pass over `batches`.
+    """Grids for activation points and outputs, name → bits → grid, from one pass over `batches`.
 
     Ranges are those of least squared error on a sample of the values that contains the extremes. A tensor that is never
-    negative gets the full grid above 0.
+    negative gets the full grid above 0; outputs are clipped to their point's limits first.
     """
-    samples: dict[str, list[Tensor]] = {name: [] for name in bits}
-    generator = torch.Generator(model_device(model)).manual_seed(0)
+    device = model_device(model)
+    samples = {name: _RangeSample(name) for name in bits}
+    # Of their own random numbers: the ranges of inputs do not depend on the outputs asked for.
+    results = [(point, _RangeSample(point.name)) for point in outputs]
+    generators = [torch.Generator(device).manual_seed(0) for _ in range(2)]
 
     def read(name: str, tensor: Tensor) -> None:
-        if name in samples and tensor.numel() > 0:
-            flat = tensor.detach().flatten()
-            values = flat
-            if flat.numel() > RANGE_SAMPLE:
-                # At random: a fixed stride would meet the same few channels again and again.
-                chosen = torch.randint(flat.numel(), (RANGE_SAMPLE,), generator=generator, device=flat.device)
-                values = flat[chosen]
-            samples[name].append(torch.cat([values, flat.amin()[None], flat.amax()[None]]))
+        if name in samples:
+            samples[name].add(tensor, generators[0])
 
-    with frozen_evaluation(model), torch.no_grad():
-        for batch in track(checked(batches, task, model), "Activation ranges", progress):
-            with reading(model, points, read):
-                task.outputs(model, batch)
-    grids: dict[str, dict[int, Grid]] = {}
-    for name, parts in samples.items():
-        if not parts:
+    def returned(sample: _RangeSample, point: OutputPoint) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            sample.add(output.clamp(point.low, point.high), generators[1])
+
+        return hook
+
+    handles = []
+    try:
+        for point, sample in results:
+            handles.append(model.get_submodule(point.module).register_forward_hook(returned(sample, point)))
+        with frozen_evaluation(model), torch.no_grad():
+            for batch in track(checked(batches, task, model), "Activation ranges", progress):
+                with reading(model, points, read):
+                    task.outputs(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    grids = {name: sample.grids(bits[name]) for name, sample in samples.items()}
+    return grids | {point.name: sample.grids([OUTPUT_BITS]) for point, sample in results}
+
+
+class _RangeSample:
+    """Values of a tensor, at most `RANGE_SAMPLE` of each batch and its extremes, to choose a range from."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._parts: list[Tensor] = []
+
+    def add(self, tensor: Tensor, generator: torch.Generator) -> None:
+        if tensor.numel() == 0:
+            return
+        flat = tensor.detach().flatten()
+        values = flat
+        if flat.numel() > RANGE_SAMPLE:
+            # At random: a fixed stride would meet the same few channels again and again.
+            chosen = torch.randint(flat.numel(), (RANGE_SAMPLE,), generator=generator, device=flat.device)
+            values = flat[chosen]
+        self._parts.append(torch.cat([values, flat.amin()[None], flat.amax()[None]]))
+
+    def grids(self, bits: Sequence[int]) -> dict[int, Grid]:
+        if not self._parts:
             raise ModelError(
-                f"activation of layer {name} was never seen: the layer is not called on these batches; exclude it"
+                f"activation of layer {self._name} was never seen: the layer is not called on these batches; exclude it"
             )
-        values = torch.cat(parts)
+        values = torch.cat(self._parts)
         if not torch.isfinite(values).all():
-            raise ModelError(f"the input of layer {name} is NaN or infinite on some batch")
-        grids[name] = {num_bits: choose_grid(values, num_bits, symmetric=False) for num_bits in bits[name]}
-    return grids
+            raise ModelError(f"the input of layer {self._name} is NaN or infinite on some batch")
+        return {num_bits: choose_grid(values, num_bits, symmetric=False) for num_bits in bits}
 
 
 def _activation_errors(

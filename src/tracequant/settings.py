@@ -123,19 +123,36 @@ class PlanSettings:
 
 @dataclass(frozen=True)
 class FinetuneSettings:
-    """The fine-tuning recipe; `distillation` is the weight of the float teacher's loss, 0 for no teacher.
+    """The fine-tuning recipe: the keywords of `tracequant.finetune`, which explains them.
 
-    `uniform_too` fine-tunes the uniform plan of the nearest size as well, for a fair comparison at twice the time.
+    `distillation` is the weight of the float teacher's loss, 0 for no teacher. `uniform_too` fine-tunes the uniform
+    plan of the nearest size as well, for a fair comparison at twice the time.
     """
 
     steps: int = 400
     learning_rate: float = 0.01
     optimizer: Literal["sgd", "adamw"] = "sgd"
+    weight_decay: float = 1e-4
+    scales: Literal["lsq", "pact", "fixed"] = "lsq"
     distillation: float = 0.5
+    feature_distillation: float = 0.0
+    label_smoothing: float = 0.0
+    batchnorm: Literal["train", "freeze", "reestimate"] = "train"
+    ema: float = 0.0
     order: Literal["all", "sensitive_first", "sensitive_last"] = "all"
-    learn_scales: bool = True
-    freeze_batchnorm: bool = False
+    stages: int = 4
+    compile: bool = False
+    channels_last: bool = False
     uniform_too: bool = False
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the float model takes part."""
+        return self.distillation > 0 or self.feature_distillation > 0
+
+    def keywords(self) -> dict[str, Any]:
+        """The recipe as `tracequant.finetune` takes it."""
+        return {name: value for name, value in asdict(self).items() if name != "uniform_too"}
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,12 @@ class Task(abc.ABC):
             " without a teacher (--distillation 0)"
         )
 
+    def smoothing_loss(self, outputs: Any) -> Tensor:
+        """Distance of the outputs to saying nothing, for fine-tuning with `label_smoothing=`."""
+        raise TaskError(
+            f"{type(self).__name__} has no smoothing_loss(outputs); implement it or fine-tune without label_smoothing"
+        )
+
     def evaluate(self, model: nn.Module, batches: Batches, progress: bool = False) -> Evaluation:
         """Metric and loss of `model` over `batches`, in evaluation mode, the model left as it was."""
         metric_sum = loss_sum = 0.0
@@ -189,6 +195,11 @@ class ClassificationTask(Task):
             log_target=True,
         )
 
+    def smoothing_loss(self, outputs: Any) -> Tensor:
+        """Cross-entropy to equal probabilities, averaged over the batch: the part that label smoothing adds."""
+        loss: Tensor = -outputs.log_softmax(1).mean()
+        return loss
+
     @staticmethod
     def _split(batch: Batch) -> tuple[Any, Tensor]:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
@@ -213,6 +224,15 @@ class TaskSetup:
     train: Batches
     evaluation: Batches
     device: torch.device | str | None = None
+
+    def to(self, device: torch.device | str) -> TaskSetup:
+        """This setup with its model moved, and the data that can be moved whole (those that have a method `to`)."""
+        self.model.to(device)
+        for name in ("calibration", "train", "evaluation"):
+            batches = getattr(self, name)
+            if hasattr(batches, "to"):
+                setattr(self, name, batches.to(device))
+        return self
 
 
 def total_loss(task: Task, outputs: Any, batch: Batch) -> Tensor:

@@ -28,7 +28,7 @@ from tracequant.export.packed import quantized_weights
 from tracequant.layers import replace_inputs
 from tracequant.model_state import frozen_evaluation
 from tracequant.packed_layout import state_name
-from tracequant.quantizer import ActivationQuantizer, Grid, activation_quantizers
+from tracequant.quantizer import ActivationQuantizer, Grid, input_quantizers, output_quantizers
 
 Profile = Literal["qdq", "weights-only"]
 OPSET = 21
@@ -128,6 +128,10 @@ class _TracedQuantizer(nn.Module):
     def before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         return replace_inputs(module, args, kwargs, self)
 
+    def after_forward(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        rounded: Tensor = self(output)
+        return rounded
+
 
 def _translate(values: Any, scale: Any, zero_point: Any, num_bits: int) -> Any:
     """The ONNX form of an activation quantizer: 8-bit integers, clipped as integers where there are fewer bits.
@@ -153,8 +157,14 @@ def _traceable(quantized: nn.Module, profile: Profile) -> nn.Module:
         quantizer = getattr(module, "input_quantizer", None)
         if isinstance(quantizer, ActivationQuantizer):
             readers.setdefault(quantizer, []).append(name)
+    outputs = output_quantizers(quantized)
     model = to_float(quantized).cpu().eval()
     if profile == "qdq":
+        for name, output in outputs.items():
+            traced = _TracedQuantizer(copy.deepcopy(output).cpu())
+            module = model.get_submodule(name)
+            module.add_module("output_quantizer", traced)
+            module.register_forward_hook(traced.after_forward)
         for quantizer, names in readers.items():
             traced = _TracedQuantizer(copy.deepcopy(quantizer).cpu())
             for name in names:
@@ -232,11 +242,14 @@ def _first_line(error: BaseException) -> str:
 
 def _metadata(quantized: nn.Module, weights: Sequence[Any], profile: Profile) -> dict[str, str]:
     """The plan and the versions, for the model's metadata."""
-    inputs = activation_quantizers(quantized) if profile == "qdq" else {}
-    plan = {
+    inputs = input_quantizers(quantized) if profile == "qdq" else {}
+    outputs = output_quantizers(quantized) if profile == "qdq" else {}
+    plan: dict[str, object] = {
         "weight_bits": {weight.entry.name: weight.entry.num_bits for weight in weights},
         "activation_bits": {name: quantizer.num_bits for name, quantizer in inputs.items()},
     }
+    if outputs:
+        plan["rounded_outputs"] = list(outputs)
     return {
         "tracequant.version": __version__,
         "tracequant.profile": profile,

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -24,6 +24,8 @@ from tracequant.packed_layout import PackedWeight
 # Widths of the planes of a code, low bits first.
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
 _COMPUTE = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+# What only chooses or moves values, which may as well be rounded before it.
+_MOVES = ("MaxPool", "Concat", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze")
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,12 @@ def rewrite(model: ir.Model, weights: Mapping[str, StoredWeight], weights_only: 
     for node in model.graph:
         if node.op_type == "Add" and not weights_only:
             _widen_bias(node)
-    for node in list(model.graph):
-        if node.op_type in ("MaxPool", "Concat"):
+    for node in reversed(list(model.graph)):
+        if node.op_type in _MOVES:
             _round_before(model.graph, node)
+    for node in list(model.graph):
+        if node.op_type in ("Relu", "Clip"):
+            _clip_codes(model.graph, node)
     _tidy(model)
     return sum(code_bytes(weight) for weight in written.values())
 
@@ -220,19 +225,7 @@ class _Writer:
         return self._constant(name, values.astype(kind.numpy()))
 
     def _constant(self, name: str, array: NDArray[Any]) -> ir.Value:
-        """The initializer of this name and content, under a longer name where the name has another content."""
-        tensor = ir.tensor(array)
-        wanted = name
-        while (present := self.graph.initializers.get(name)) is not None:
-            held = present.const_value
-            if held is not None and held.dtype == tensor.dtype and np.array_equal(held.numpy(), tensor.numpy()):
-                return present
-            name += "'"
-        if name != wanted:
-            self.graph.initializers.pop(name, None)
-        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-        self.graph.register_initializer(value)
-        return value
+        return _constant(self.graph, name, array)
 
     def _insert(self, before: ir.Node, kind: str, inputs: list[ir.Value], attributes: dict[str, Any]) -> ir.Value:
         node = ir.node(kind, inputs, attributes)
@@ -282,6 +275,19 @@ class _Writer:
         return self._constant(name, values)
 
 
+def _constant(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
+    """The initializer of this name and content, under a longer name where the name has another content."""
+    tensor = ir.tensor(array)
+    while (present := graph.initializers.get(name)) is not None:
+        held = present.const_value
+        if held is not None and held.dtype == tensor.dtype and np.array_equal(held.numpy(), tensor.numpy()):
+            return present
+        name += "'"
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
 def _widen_bias(node: ir.Node) -> None:
     """Give the bias of a MatMul of 3 or more dimensions as many: ONNX Runtime would make a slower Gemm of the two."""
     for index in (0, 1):
@@ -309,7 +315,7 @@ def _round_before(graph: ir.Graph, node: ir.Node) -> None:
     chain = [readers[0]]
     while chain[-1].op_type != "DequantizeLinear":
         chain.append(chain[-1].outputs[0].consumers()[0])
-    for index, value in enumerate(node.inputs):
+    for index, value in enumerate(node.inputs if node.op_type == "Concat" else node.inputs[:1]):
         # What is rounded already (or never computed by a convolution) stays.
         producer = None if value is None else value.producer()
         if value is None or producer is None or producer.op_type == "DequantizeLinear":
@@ -319,6 +325,85 @@ def _round_before(graph: ir.Graph, node: ir.Node) -> None:
             graph.insert_before(node, copied)
             value = copied.outputs[0]
         node.replace_input_with(index, value)
+
+
+def _clip_codes(graph: ir.Graph, node: ir.Node) -> None:
+    """Leave out a ReLU or clamp that rounding makes idle, or let it limit the codes: an integer kernel has no float.
+
+    Behind a grid that lies within its limits it changes nothing. Before rounding it is the same as rounding first and
+    limiting the codes to those of its limits, since rounding keeps order.
+    """
+    limits = _limits(node)
+    source, readers = node.inputs[0], node.outputs[0].consumers()
+    if limits is None or source is None or node.outputs[0].is_graph_output():
+        return
+    producer = source.producer()
+    if producer is not None and producer.op_type == "DequantizeLinear":
+        grid = _grid(producer)
+        values = None if grid is None else [(code - grid.zero) * grid.scale for code in grid.codes]
+        if values is not None and limits[0] <= values[0] and values[1] <= limits[1]:
+            ir.convenience.replace_all_uses_with(node.outputs[0], source)
+            graph.remove(node, safe=True)
+        return
+    if len(readers) != 1 or readers[0].op_type != "QuantizeLinear":
+        return
+    (rounding,) = readers
+    (following,) = rounding.outputs[0].consumers() if len(rounding.outputs[0].consumers()) == 1 else (None,)
+    if following is None:
+        return
+    last = following.outputs[0].consumers()[0] if following.op_type == "Clip" else following
+    if last.op_type != "DequantizeLinear":
+        return
+    grid = _grid(last)
+    if grid is None:
+        return
+    rounding.replace_input_with(0, source)
+    graph.remove(node, safe=True)
+    codes = [float(np.clip(np.round(np.float32(x) / np.float32(grid.scale)) + grid.zero, *grid.codes)) for x in limits]
+    if tuple(codes) != grid.codes:
+        ends = [_constant(graph, f"code.{int(code)}", np.array(code, np.uint8)) for code in codes]
+        clip = ir.node("Clip", [rounding.outputs[0], *ends])
+        graph.insert_before(last, clip)
+        last.replace_input_with(0, clip.outputs[0])
+
+
+def _limits(node: ir.Node) -> tuple[float, float] | None:
+    """What a Relu or Clip limits floats to; None where that is computed, or the node clips integers."""
+    if node.op_type == "Relu":
+        return 0.0, np.inf
+    source = node.inputs[0]
+    producer = None if source is None else source.producer()
+    if producer is not None and producer.op_type in ("QuantizeLinear", "Clip"):
+        return None
+    ends = []
+    for value, default in zip((*node.inputs[1:], None, None), (-np.inf, np.inf), strict=False):
+        if value is not None and value.const_value is None:
+            return None
+        ends.append(default if value is None or value.const_value is None else float(value.const_value.numpy()))
+    return ends[0], ends[1]
+
+
+class _Grid(NamedTuple):
+    """What an activation is rounded to: scale, the code of zero, the lowest and the highest code."""
+
+    scale: float
+    zero: float
+    codes: tuple[float, float]
+
+
+def _grid(dequantize: ir.Node) -> _Grid | None:
+    """The grid of a rounding by its last node, None where the node dequantizes something else."""
+    given = [None if value is None else value.const_value for value in dequantize.inputs[1:]]
+    if len(given) != 2 or given[0] is None or given[1] is None or given[1].dtype != ir.DataType.UINT8:
+        return None
+    codes = dequantize.inputs[0]
+    producer = None if codes is None else codes.producer()
+    low, high = 0.0, 255.0
+    if producer is not None and producer.op_type == "Clip":
+        ends = [value.const_value for value in producer.inputs[1:] if value is not None]
+        if len(ends) == 2 and ends[0] is not None and ends[1] is not None:
+            low, high = float(ends[0].numpy()), float(ends[1].numpy())
+    return _Grid(float(given[0].numpy()), float(given[1].numpy()), (low, high))
 
 
 def _tidy(model: ir.Model) -> None:

@@ -17,16 +17,25 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tracequant.artifact import replace_file
-from tracequant.convert import dequantized_state, quantize_activation, quantize_weight
+from tracequant.convert import (
+    QUANTIZER_NAMES,
+    dequantized_state,
+    quantize_activation,
+    quantize_output,
+    quantize_weight,
+)
 from tracequant.errors import ModelError
 from tracequant.layers import DTYPE_NAMES
 from tracequant.packed import PackedFile, pack_codes, read_packed, sealed
 from tracequant.packed_layout import PackedActivation, PackedLayout, PackedWeight, state_name
+from tracequant.points import OUTPUT_BITS
 from tracequant.quantizer import (
     ActivationQuantizer,
     Grid,
     WeightQuantizer,
     activation_quantizers,
+    input_quantizers,
+    output_quantizers,
     weight_quantizers,
 )
 
@@ -40,11 +49,12 @@ def pack(model: nn.Module, path: str | Path) -> int:
     """
     quantized = list(quantized_weights(model))
     weights = [weight for weight, _, _ in quantized]
-    activations = activation_quantizers(model)
+    activations, outputs = input_quantizers(model), output_quantizers(model)
     floats = dict(_float_state(model, weights))
     layout = PackedLayout(
         tuple(weights),
         tuple(PackedActivation(_consumers(model, quantizer), quantizer.num_bits) for quantizer in activations.values()),
+        tuple(outputs),
         tuple((name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in floats.items()),
     )
     codes, scales, zero_points = [], [], []
@@ -53,7 +63,7 @@ def pack(model: nn.Module, path: str | Path) -> int:
         scales.append(grid.scale.flatten())
         if not weight.symmetric:
             zero_points.append(grid.zero_point.flatten())
-    for quantizer in activations.values():
+    for quantizer in (*activations.values(), *outputs.values()):
         scales.append(quantizer.scale.detach().flatten())
         zero_points.append(quantizer.zero_point.flatten())
     sections = {
@@ -128,6 +138,11 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
         grid = Grid(scale.to(device), zero_point.to(device), activation.num_bits)
         consumers = [modules[name] for name in activation.consumers]
         quantize_activation(consumers, activation.consumers[0], grid)
+    for output in contents.outputs():
+        if output.module not in modules:
+            raise ModelError(f"{path} rounds the output of {output.module}, which the model does not have")
+        scale, zero_point = torch.tensor([output.scale]), torch.tensor([float(output.zero_point)])
+        quantize_output(loaded, output.module, Grid(scale.to(device), zero_point.to(device), OUTPUT_BITS))
     _load_floats(loaded, _float_tensors(contents), path)
     return loaded.eval()
 
@@ -143,7 +158,7 @@ def quantized_weights(model: nn.Module) -> Iterator[tuple[PackedWeight, Grid, Te
         raise ModelError("the model is not quantized: nothing to pack; call tracequant.quantize first")
     activations = activation_quantizers(model)
     if off := [name for name, quantizer in activations.items() if not quantizer.enabled]:
-        raise ModelError(f"the input of {off[0]} is not quantized yet: progressive fine-tuning has not reached it")
+        raise ModelError(f"activation {off[0]} is not quantized yet: progressive fine-tuning has not reached it")
     for owner in (*found.values(), *activations.values()):
         if not bool((owner.scale.isfinite() & (owner.scale > 0)).all()):
             raise ModelError("a scale is not a positive number: training has diverged; try a smaller learning rate")
@@ -196,7 +211,7 @@ def _load_floats(model: nn.Module, tensors: dict[str, Tensor], path: str | Path)
     own = model.state_dict(keep_vars=True)
     targets = {
         name: tensor for name, tensor in own.items()
-        if "parametrizations" not in name.split(".") and "input_quantizer" not in name.split(".")
+        if not {"parametrizations", *QUANTIZER_NAMES} & set(name.split("."))
     }  # fmt: skip
     reached = set()
     for name, tensor in tensors.items():

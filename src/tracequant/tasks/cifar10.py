@@ -97,11 +97,15 @@ class AugmentedBatches:
     """Shuffled batches of randomly cropped (4 pixels of padding) and mirrored images; a new order in every pass.
 
     A whole batch is cropped by one gather, which keeps up with a small network where an image at a time does not. All
-    randomness is from torch's global generator.
+    randomness is from torch's global generator. Batches are made where the images are.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, batch_size: int) -> None:
         self._images, self._labels, self._batch_size = images, labels, batch_size
+
+    def to(self, device: torch.device | str) -> AugmentedBatches:
+        """The same batches, images and labels being on the device as a whole."""
+        return AugmentedBatches(self._images.to(device), self._labels.to(device), self._batch_size)
 
     def __len__(self) -> int:
         return len(self._images) // self._batch_size
@@ -109,7 +113,7 @@ class AugmentedBatches:
     def __iter__(self) -> Iterator[Batch]:
         order = torch.randperm(len(self._images))
         for start in range(0, len(self) * self._batch_size, self._batch_size):
-            chosen = order[start : start + self._batch_size]
+            chosen = order[start : start + self._batch_size].to(self._images.device)
             yield normalize(random_crop(self._images[chosen])), self._labels[chosen]
 
 
@@ -124,7 +128,8 @@ def random_crop(images: Tensor, padding: int = 4) -> Tensor:
     columns = torch.where(mirrored, width - 1 - columns, columns) + left
     rows = torch.arange(height).expand(count, height) + top
     index = rows[:, :, None] * (width + 2 * padding) + columns[:, None, :]
-    flat = padded.flatten(2).gather(2, index.flatten(1)[:, None, :].expand(count, channels, -1))
+    index = index.flatten(1)[:, None, :].to(images.device)
+    flat = padded.flatten(2).gather(2, index.expand(count, channels, -1))
     return flat.view(count, channels, height, width)
 
 
