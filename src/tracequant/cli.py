@@ -497,9 +497,16 @@ def finetune(
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune the quantized model. Interrupted, the same command goes on from the last checkpoint."""
-    run = _open(run_path, quiet)
-    run.finetune(_recipe(locals()))
-    _print_results(run, quiet, as_json)
+    from tracequant import distributed
+
+    run, recipe = _open(run_path, quiet), _recipe(locals())
+    with distributed.process_group():
+        first = distributed.rank() == 0
+        if not first:
+            run.be_silent()
+        run.finetune(recipe)
+    if first:
+        _print_results(run, quiet, as_json)
 
 
 @app.command()
@@ -752,19 +759,23 @@ def _run_stages(
     quiet: bool,
     as_json: bool,
 ) -> None:
+    from tracequant import distributed
 
     allocation.check(plan)  # a bad budget should not cost an analysis
-    if not _analyze_together(run, analyze, plan, finetune if finetune.steps else None):
+    with distributed.process_group():
+        first = _analyze_together(run, analyze, plan, finetune if finetune.steps else None)
+        if first:
+            solved = run.solve(plan)  # a budget that cannot be met leaves the run as it was
+            run.ask(RunSettings(analyze, plan, finetune if finetune.steps else None))
+            if not run.done("plan"):
+                run.keep_plan(plan, solved)
+            if not (quiet or as_json):
+                _print_plan(run.sensitivity(), run.plan(), plan, run.stability())
+            run.quantize()
+        if finetune.steps:
+            run.finetune(finetune)
+    if not first:
         return
-    solved = run.solve(plan)  # a budget that cannot be met leaves the run as it was
-    run.ask(RunSettings(analyze, plan, finetune if finetune.steps else None))
-    if not run.done("plan"):
-        run.keep_plan(plan, solved)
-    if not (quiet or as_json):
-        _print_plan(run.sensitivity(), run.plan(), plan, run.stability())
-    run.quantize()
-    if finetune.steps:
-        run.finetune(finetune)
     run.pack()
     path = run.report()
     _print_results(run, quiet, as_json)
@@ -776,7 +787,7 @@ def _run_stages(
 def _analyze_together(
     run: Run, analyze: AnalyzeSettings, plan: PlanSettings | None = None, finetune: FinetuneSettings | None = None
 ) -> bool:
-    """Analyze, along with the other processes under `torchrun`. Whether this one is the first, which goes on alone."""
+    """Analyze, along with the other processes under `torchrun`. Whether this one is the first, which plans alone."""
     from tracequant import distributed
 
     with distributed.process_group():
