@@ -1,19 +1,21 @@
 """HAWQ's ResNet20 on CIFAR-10: accuracy after fine-tuning, by plan, on the full test set.
 
-    python benchmarks/cifar10_resnet20.py [--short] [--steps N] [--seeds N] [--rows NAME ...] [--work DIR]
+    python benchmarks/cifar10_resnet20.py [--short] [--steps N] [--seeds N] [--rows NAME ...] [--recipes NAME ...]
 
 One row for every plan: float32; the same bits everywhere ("direct"); 13.1x by the average Hessian trace with 4-bit and
 with mixed activations of 4 bits on average; the same size by other metrics; 16x, the size of 2 bits everywhere. First
-and last layer count and are quantized in every row; the image itself keeps 8 bits. All rows have the same recipe.
+and last layer count and are quantized in every row; the image itself keeps 8 bits. All rows have the same recipe;
+--recipes trains with others, which differ from it in one thing each.
 
 Every row and seed is kept in the results as soon as it is finished and is not run again; what was interrupted goes on
-from its checkpoint in --work. --short is 2,000 steps and one seed, for a CPU. TRACEQUANT_DATA must hold cifar10 and
+from its checkpoint in --work. --short is 600 steps and one seed, for a CPU. TRACEQUANT_DATA must hold cifar10 and
 cifar10_weights.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
@@ -36,8 +38,24 @@ from tracequant.tasks import load_task
 
 RESULTS = Path(__file__).parent / "results" / "cifar10_resnet20.json"
 WEIGHT_BITS, ACTIVATION_BITS = (1, 2, 3, 4, 8), (2, 3, 4, 6, 8)
-FULL_STEPS, SHORT_STEPS = 20000, 2000
-RECIPE: dict[str, Any] = {"learning_rate": 0.03, "distillation": 1.0, "batchnorm": "train"}
+FULL_STEPS, SHORT_STEPS = 20000, 600
+OURS: dict[str, Any] = {"optimizer": "adamw", "learning_rate": 2e-3, "distillation": 1.0}
+RECIPES: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "SGD": {"optimizer": "sgd", "learning_rate": 0.03},
+    "learning rate halved": {"learning_rate": 1e-3},
+    "learning rate doubled": {"learning_rate": 4e-3},
+    "labels and teacher": {"distillation": 0.5},
+    "no teacher": {"distillation": 0.0},
+    "features too": {"feature_distillation": 1.0},
+    "PACT": {"scales": "pact"},
+    "fixed ranges (Appendix A)": {"scales": "fixed"},
+    "BatchNorm frozen": {"batchnorm": "freeze"},
+    "BatchNorm reestimated": {"batchnorm": "reestimate"},
+    "moving average 0.99": {"ema": 0.99},
+    "sensitive first": {"order": "sensitive_first"},
+    "sensitive last": {"order": "sensitive_last"},
+}
 
 
 @dataclass(frozen=True)
@@ -116,19 +134,22 @@ class Measured:
         )
 
 
-def measure(found: Measured, row: Row, seed: int, steps: int, work: Path) -> dict[str, Any]:
+def measure(
+    found: Measured, row: Row, recipe: str, seed: int, steps: int, work: Path, compiled: bool
+) -> dict[str, Any]:
     """Quantize, fine-tune, pack and reload one row."""
     setup = found.setup
     plan = found.plan(row)
     quantized = tq.quantize(setup.model, plan, setup.calibration, setup.task)
     before = setup.task.evaluate(quantized, setup.evaluation)
-    label = f"{row.name} {steps} {seed}".replace(" ", "_").replace("/", "over")
+    label = f"{row.name} {recipe} {steps} {seed}".replace(" ", "_").replace("/", "over")
     checkpoint = work / f"{label}.pt"
     on_gpu = torch.cuda.is_available()
     start = time.perf_counter()
     result = tq.finetune(
         quantized, setup.train, setup.task, steps=steps, teacher=setup.model, seed=seed, checkpoint=checkpoint,
-        checkpoint_every=250, channels_last=True, compile=on_gpu, progress=True, **RECIPE,
+        checkpoint_every=250, channels_last=True, compile=compiled or on_gpu, progress=True, **OURS | RECIPES[recipe],
+        omega={name: found.measured.weight_omega[name][bits] for name, bits in plan.weight_bits.items()},
     )  # fmt: skip
     seconds = time.perf_counter() - start
     after = setup.task.evaluate(quantized, setup.evaluation)
@@ -138,12 +159,15 @@ def measure(found: Measured, row: Row, seed: int, steps: int, work: Path) -> dic
     assert file_bytes == plan.size_bytes, f"{file_bytes} bytes, {plan.size_bytes} promised"
     assert reloaded == after, "the packed file's accuracy is not that of the trained model"
     return {
-        "row": row.name, "seed": seed, "steps": steps, "metric": row.metric, "weight_bits": plan.weight_bits,
-        "activation_bits": plan.activation_bits, "compression": plan.compression, "file_bytes": file_bytes,
+        "row": row.name, "recipe": recipe, "seed": seed, "steps": steps, "metric": row.metric,
+        "weight_bits": plan.weight_bits, "activation_bits": plan.activation_bits,
+        "compression": plan.compression, "file_bytes": file_bytes,
         "file_compression": float_bytes(found.points) / file_bytes,
         "average_activation_bits": average_activation_bits(found.points, plan.activation_bits),
-        "before": before.metric, "after": after.metric, "loss": after.loss, "train_losses_end": result.losses[-100:],
-        "seconds": seconds if result.steps_run == steps else None, "recipe": RECIPE, "torch": torch.__version__,
+        "before": before.metric, "after": after.metric, "loss": after.loss,
+        "training_loss": statistics.mean(result.losses[-50:]),
+        "seconds": seconds if result.steps_run == steps else None, "settings": OURS | RECIPES[recipe],
+        "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads",
         "file": file.name,
     }  # fmt: skip
@@ -155,6 +179,26 @@ def fresh_evaluation(file: Path) -> float:
     return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
 
 
+def read(path: Path) -> dict[str, Any]:
+    """The results so far."""
+    return dict(json.loads(path.read_text())) if path.is_file() else {"rows": []}
+
+
+def same(item: dict[str, Any], row: str, recipe: str, steps: int) -> bool:
+    """Whether a result is one of these."""
+    return (item["row"], item["recipe"], item["steps"]) == (row, recipe, steps)
+
+
+def print_recipes(results: dict[str, Any], row: str, steps: int) -> None:
+    """The row by every recipe that was run."""
+    print(f"\n| {row}: recipe | accuracy | loss | training loss |\n|---|---|---|---|")
+    for recipe in RECIPES:
+        found = [item for item in results["rows"] if same(item, row, recipe, steps)]
+        if found:
+            means = (statistics.mean(item[name] for item in found) for name in ("after", "loss", "training_loss"))
+            print(f"| {recipe} | " + " | ".join(f"{mean:.4g}" for mean in means) + " |")
+
+
 def print_table(results: dict[str, Any], steps: int) -> None:
     """All finished rows of this length as Markdown."""
     float_accuracy = results["float_accuracy"]
@@ -164,7 +208,7 @@ def print_table(results: dict[str, Any], steps: int) -> None:
     print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
     print(f"| float32 | 32 | 1.00x | {results['float_bytes'] / 1024:.1f} | 1.00x | 32 | | {float_accuracy:.2f} | | | |")
     for row in ROWS:
-        found = [item for item in results["rows"] if item["row"] == row.name and item["steps"] == steps]
+        found = [item for item in results["rows"] if same(item, row.name, "ours", steps)]
         if not found:
             continue
         first, after = found[0], [item["after"] for item in found]
@@ -194,6 +238,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help=f"fine-tuning steps, {FULL_STEPS} by default")
     parser.add_argument("--seeds", type=int, help="runs of every row, 3 by default")
     parser.add_argument("--rows", nargs="*", default=[row.name for row in ROWS], help="names of rows, all by default")
+    parser.add_argument("--recipes", nargs="*", default=["ours"], choices=list(RECIPES))
+    parser.add_argument("--compile", action="store_true", help="torch.compile on a CPU too; needs a C++ compiler")
     parser.add_argument("--work", type=Path, default=Path("runs/cifar10_resnet20"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--evaluate", type=Path, help="print the accuracy of a packed file and do nothing else")
@@ -213,30 +259,31 @@ def main() -> None:
         parser.error(f"unknown rows {sorted(unknown)}; there are {[row.name for row in ROWS]}")
     steps = given.steps or (SHORT_STEPS if given.short else FULL_STEPS)
     seeds = given.seeds or (1 if given.short else 3)
-    results: dict[str, Any] = {"rows": []}
-    if given.results.is_file():
-        results = json.loads(given.results.read_text())
+    results = read(given.results)
     results["float_accuracy"] = setup.task.evaluate(setup.model, setup.evaluation).metric
     results["float_bytes"] = float_bytes(found.points)
-    for seed in range(seeds):
-        for row in ROWS:
-            key = (row.name, seed, steps)
-            if row.name not in given.rows or key in {(r["row"], r["seed"], r["steps"]) for r in results["rows"]}:
-                continue
-            print(f"{row.name}, seed {seed}, {steps} steps", file=sys.stderr, flush=True)
-            item = measure(found, row, seed, steps, given.work)
-            print(f"  {item['before']:.2f} before, {item['after']:.2f} after", file=sys.stderr, flush=True)
-            results["rows"].append(item)
-            temporary = given.results.with_suffix(".part")
-            temporary.write_text(json.dumps(results, indent=1) + "\n")
-            temporary.replace(given.results)
+    for seed, recipe, row in itertools.product(range(seeds), given.recipes, ROWS):
+        done = any(same(item, row.name, recipe, steps) and item["seed"] == seed for item in results["rows"])
+        if row.name not in given.rows or done:
+            continue
+        print(f"{row.name}, {recipe}, seed {seed}, {steps} steps", file=sys.stderr, flush=True)
+        item = measure(found, row, recipe, seed, steps, given.work, given.compile)
+        print(f"  {item['before']:.2f} before, {item['after']:.2f} after", file=sys.stderr, flush=True)
+        # Another process may have added rows meanwhile.
+        results["rows"] = [*read(given.results)["rows"], item]
+        temporary = given.results.with_suffix(".part")
+        temporary.write_text(json.dumps(results, indent=1) + "\n")
+        temporary.replace(given.results)
     print(f"tracequant {tq.__version__}, torch {torch.__version__}, {platform.machine()}")
     print_table(results, steps)
-    done = [item for item in results["rows"] if item["steps"] == steps and item["row"] == "HAWQ-V2, 13.1x"]
-    if done and (given.work / done[0]["file"]).is_file():
-        again = fresh_evaluation((given.work / done[0]["file"]).resolve())
-        assert again == done[0]["after"], f"{again} in a fresh process, {done[0]['after']} when it was trained"
-        print(f"\nPacked file of {done[0]['row']}, evaluated in a fresh process: {again:.2f}")
+    for name in given.rows:
+        if len({item["recipe"] for item in results["rows"] if item["row"] == name and item["steps"] == steps}) > 1:
+            print_recipes(results, name, steps)
+    finished = [item for item in results["rows"] if same(item, "HAWQ-V2, 13.1x", "ours", steps)]
+    if finished and (given.work / finished[0]["file"]).is_file():
+        again = fresh_evaluation((given.work / finished[0]["file"]).resolve())
+        assert again == finished[0]["after"], f"{again} in a fresh process, {finished[0]['after']} when it was trained"
+        print(f"\nPacked file of {finished[0]['row']}, evaluated in a fresh process: {again:.2f}")
 
 
 if __name__ == "__main__":

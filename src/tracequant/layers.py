@@ -181,15 +181,18 @@ def replace_inputs(
     """
     count = 3 if isinstance(module, nn.MultiheadAttention) else 1
     names = ("query", "key", "value") if count == 3 else ("input", "x")
-    done: dict[int, Tensor] = {}
+    # Pairs and no dictionary by id(): torch.compile would compile anew for every tensor.
+    done: list[tuple[Tensor, Tensor]] = []
 
     def replace(tensor: Any) -> Any:
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             return tensor
-        if id(tensor) not in done:
-            new = read(tensor)
-            done[id(tensor)] = tensor if new is None else new
-        return done[id(tensor)]
+        for given, replaced in done:
+            if given is tensor:
+                return replaced
+        new = read(tensor)
+        done.append((tensor, tensor if new is None else new))
+        return done[-1][1]
 
     new_args = tuple(replace(value) if i < count else value for i, value in enumerate(args))
     new_kwargs = {key: replace(value) if key in names else value for key, value in kwargs.items()}
