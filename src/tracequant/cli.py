@@ -627,6 +627,36 @@ def inspect(
 
 
 @app.command()
+def latency(
+    run_path: RunPath,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="the table [RUN/latency.csv]", metavar="FILE", show_default=False)
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="threads of ONNX Runtime")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="runs of each layer and choice, of which the median counts")] = 30,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure every layer at all bits in ONNX Runtime on this machine: the table for plan --max-latency-ms.
+
+    An interrupted measurement goes on with the layers that are missing.
+    """
+    run = _open(run_path, quiet)
+    path = out or run.path / "latency.csv"
+    found = run.measure_latency(path, threads, repeats)
+    if as_json:
+        _print_json(found)
+    elif not quiet:
+        # Choices that all layers have: the model's input, for one, is offered 8 bits only.
+        offered = [{(w, a) for w, row in layer.items() for a in row} for layer in found.values()]
+        for weight_bits, input_bits in sorted(set.intersection(*offered)):
+            total = sum(layer[weight_bits][input_bits] for layer in found.values())
+            kind = "float32" if weight_bits == 32 else f"weights at {weight_bits} bits, inputs at {input_bits}"
+            print(f"{kind}: {total:.3f} ms, the sum over {len(found)} layers")
+        print(f"Table: {path}; use it with tracequant plan {run_path} --max-latency-ms X --latency {path}")
+
+
+@app.command()
 def report(run_path: RunPath, quiet: Quiet = False, as_json: AsJson = False) -> None:
     """Write RUN/report.html and its figures from what is finished, the plan at least."""
     run = _open(run_path, quiet)

@@ -14,6 +14,7 @@
     RUN/pack.json            pack: its size and accuracy
     RUN/model.onnx           export: the product as ONNX
     RUN/verify.json          verify: the ONNX file against the packed model
+    RUN/latency.csv          latency: milliseconds of every layer by bits (latency.json: as measured)
     RUN/spectrum.json        spectrum: eigenvalues and densities, where asked for
     RUN/perturbation.json    analyze or check: the loss's expansion in the roundings, where a metric needs it
     RUN/evaluations.json     plan: every plan that was evaluated, where a limit on accuracy was asked for
@@ -50,6 +51,7 @@ from tracequant.settings import (
     METRICS,
     AnalyzeSettings,
     FinetuneSettings,
+    Latency,
     Metric,
     PlanSettings,
     RunSettings,
@@ -778,6 +780,31 @@ class Run:
         result = verify(path, quantized, setup.model, setup.evaluation, setup.task, promised)
         result.save(self.path / "verify.json")
         return result
+
+    def measure_latency(self, out: Path, threads: int = 1, repeats: int = 30) -> Latency:
+        """Measure every layer at every choice of bits that the analysis offers, and write the table to `out` (CSV).
+
+        Measurements are kept in `latency.json`, with which an interrupted call goes on.
+        """
+        self._need("analyze")
+        from tracequant.latency import measure_latency
+        from tracequant.tables import write_latency
+
+        setup, offered = self.setup(), self.settings().analyze
+        table = measure_latency(
+            setup.model,
+            setup.calibration,
+            setup.task,
+            self.sensitivity_by(None).points,
+            offered.weight_bits,
+            offered.activation_bits,
+            threads,
+            repeats,
+            self.path / "latency.json",
+            self._progress,
+        )
+        write_latency(table, out)
+        return table
 
     def report(self) -> Path:
         """Write the report from what is there, figures beside it."""
