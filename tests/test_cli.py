@@ -128,6 +128,20 @@ def test_apply_replaces_the_plan_and_makes_later_stages_stale(copy: Path, capsys
     assert "tracequant quantize" in capsys.readouterr().err
 
 
+def test_latency_table_of_a_run(copy: Path) -> None:
+    """Measured, kept, and taken by a plan."""
+    pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")
+    assert invoke("latency", copy, "--repeats", "2", "-q") == 0
+    table, layers = tq.read_latency(copy / "latency.csv"), Run(copy).sensitivity().points.by_name
+    assert set(table) == set(layers)
+    before = (copy / "latency.json").read_bytes()
+    assert invoke("latency", copy, "--repeats", "2", "--out", copy / "again.csv", "-q") == 0
+    assert (copy / "latency.json").read_bytes() == before
+    assert (copy / "again.csv").read_bytes() == (copy / "latency.csv").read_bytes()
+    assert invoke("plan", copy, "--max-latency-ms", "1000", "--latency", copy / "latency.csv", "-q") == 0
+    assert invoke("latency", copy, "--repeats", "3", "-q") == 2  # other measurements than those that are kept
+
+
 def test_latency_and_rules_are_kept_with_the_plan(copy: Path, tmp_path: Path) -> None:
     """The table's numbers become part of the run, so that its file may go."""
     sensitivity = Run(copy).sensitivity()

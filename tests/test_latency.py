@@ -81,7 +81,7 @@ def programs(module: nn.Module, given: Tensor, input_bits: int, folder: Path) ->
         onnxruntime.InferenceSession(folder / "layer.onnx", options, providers=["CPUExecutionProvider"])
         graph = onnx.load(folder / "optimised.onnx").graph
         constants = {tensor.name: (tensor.data_type, tuple(tensor.dims)) for tensor in graph.initializer}
-        found.add(str([(node.op_type, [constants.get(name) for name in node.input]) for node in graph.node]))
+        found.add(str(sorted((node.op_type, str([constants.get(name) for name in node.input])) for node in graph.node)))
     return found
 
 

@@ -87,7 +87,7 @@ def measure_latency(
         check_bits(num_bits)
     if threads < 1 or repeats < 1:
         raise DataError(f"expected threads >= 1 and repeats >= 1; got {threads}, {repeats}")
-    machine = f"{_processor()}, {threads} threads, onnxruntime {onnxruntime.__version__}, {repeats} repeats"
+    machine = f"{processor()}, {threads} threads, onnxruntime {onnxruntime.__version__}, {repeats} repeats"
     measured = _resume(checkpoint, machine).milliseconds
     work = _layer_calls(model, batches, task, points)
     inputs = {point.name: point for point in points.activations}
@@ -142,7 +142,7 @@ def _resume(path: str | Path | None, machine: str) -> LatencyMeasurements:
     return found
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -226,12 +226,14 @@ def _measure(
             _write_layer(module, example, choice, path)
             sessions[choice] = _session(onnxruntime, path, threads)
     times: dict[Choice, list[float]] = {choice: [] for choice in choices}
+    # On one thread, processor time is what an idle machine takes, whatever else runs on this one.
+    clock = time.process_time if threads == 1 else time.perf_counter
     for turn in range(repeats + WARM_UP):
         for choice, run in sessions.items():
-            start = time.perf_counter()
+            start = clock()
             run()
             if turn >= WARM_UP:
-                times[choice].append(1e3 * (time.perf_counter() - start))
+                times[choice].append(1e3 * (clock() - start))
     return {choice: statistics.median(own) for choice, own in times.items()}
 
 

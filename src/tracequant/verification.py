@@ -34,7 +34,8 @@ Session = Callable[[list[NDArray[Any]]], list[NDArray[Any]]]
 class RuntimeResult:
     """One runtime at its default settings: accuracy, share of predictions equal to the fake-quantized model's, speed.
 
-    Milliseconds are medians of interleaved runs on one sample and one thread, of this file and of the float32 model.
+    Milliseconds of processor time, medians of interleaved runs on one sample and one thread, of this file and of the
+    float32 model.
     `equal_predictions` is None where the first output is not `[N, C, ...]`.
     """
 
@@ -236,7 +237,8 @@ def _onnx_runtime(
 
 def _openvino(openvino: Any, path: Path) -> Session:
     core = openvino.Core()
-    settings = {"INFERENCE_NUM_THREADS": 1, "PERFORMANCE_HINT": "LATENCY"}
+    # What is float is to be computed in float32: on some processors the default is bfloat16.
+    settings = {"INFERENCE_NUM_THREADS": 1, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     compiled = core.compile_model(core.read_model(str(path)), "CPU", settings)
 
     def run(arrays: list[NDArray[Any]]) -> list[NDArray[Any]]:
@@ -247,14 +249,17 @@ def _openvino(openvino: Any, path: Path) -> Session:
 
 
 def _interleaved(mine: Session, other: Session, arrays: list[NDArray[Any]], repeats: int) -> tuple[float, float]:
-    """Median milliseconds of both, run in turn, so that both see the same machine."""
+    """Median milliseconds of both, run in turn, so that both see the same machine.
+
+    Of processor time: on one thread that is the time an idle machine takes, whatever else runs on this one.
+    """
     times: tuple[list[float], list[float]] = ([], [])
     for turn in range(repeats + 2):
         for function, own in zip((mine, other), times, strict=True):
-            start = time.perf_counter()
+            start = time.process_time()
             function(arrays)
             if turn >= 2:  # the first runs allocate memory
-                own.append(1e3 * (time.perf_counter() - start))
+                own.append(1e3 * (time.process_time() - start))
     return statistics.median(times[0]), statistics.median(times[1])
 
 
