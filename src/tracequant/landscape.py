@@ -98,7 +98,7 @@ def _default_radius(model: nn.Module, points: QuantizationPoints, eigenvalues: d
     """√(2/λ) of the layer of largest λ, at most the norm of its weights."""
     sharpest = max(eigenvalues, key=lambda name: abs(eigenvalues[name][0]))
     size = abs(eigenvalues[sharpest][0])
-    norm = float(weight_parameter(model, points.by_name[sharpest]).norm()) or 1.0
+    norm = float(weight_parameter(model, points.by_name[sharpest]).detach().norm()) or 1.0
     return min(math.sqrt(2 / size), norm) if size else norm
 
 

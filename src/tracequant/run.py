@@ -65,6 +65,7 @@ if TYPE_CHECKING:
 
     from tracequant.export.onnx import OnnxFile, Profile
     from tracequant.points import QuantizationPoints
+    from tracequant.report.paper import FigureOptions, PaperFigures
     from tracequant.task import Batch, TaskSetup
     from tracequant.verification import Verification
 
@@ -849,6 +850,15 @@ class Run:
         path = write_report(self)
         self._finish("report", time.perf_counter() - start)
         return path
+
+    def paper_figures(
+        self, numbers: Sequence[int] | None = None, out: Path | None = None, options: FigureOptions | None = None
+    ) -> PaperFigures:
+        """The paper's figures of this run, into RUN/paper unless `out` says where (`draw_figures`)."""
+        self._need("analyze")
+        from tracequant.report.paper import draw_figures
+
+        return draw_figures(self, numbers, out, options)
 
     def result_rows(self) -> list[Measured]:
         """All rows of the result table that exist so far."""
