@@ -45,7 +45,7 @@ def loss_landscapes(
     A layer's weights move along the two eigenvectors of largest eigenvalue (in magnitude) of its Hessian block, by up
     to `radius` (‖ΔW‖, in units of the weights) to either side, while all other layers stay. All layers have the same
     grid, so that a sharp one can be told from a flat one. By default it reaches to where the sharpest layer's quadratic
-    term ½ λ r² is one unit of the loss, but not beyond the norm of that layer's weights.
+    term ½ λ r² equals the loss, but not beyond the norm of that layer's weights.
 
     `checkpoint` is a JSON file that is written after every row of the grid and from which an interrupted call goes on;
     the directions are kept beside it until the last row is there. The model is left as it was.
@@ -59,6 +59,14 @@ def loss_landscapes(
     if not layers:
         raise ModelError("a landscape needs a layer, got none")
     data = list(reusable(batches))
+    moved = list(checked(data, task, model))
+    samples = sum(task.batch_size(batch) for batch in moved)
+
+    def mean_loss() -> float:
+        # Not `forward`, which refuses a loss that is not finite: far out it may well overflow.
+        sums = [task.batch_size(b) * total_loss(task, task.outputs(model, b), b).item() for b in moved]
+        return sum(sums) / samples
+
     path = None if checkpoint is None else Path(checkpoint)
     context = _context(model, data, layers, size, radius, seed)
     found, directions = _resumed(path, context) or (None, {})
@@ -66,13 +74,13 @@ def loss_landscapes(
         values: dict[str, tuple[float, ...]] = {}
         for layer in track(layers, "Sharpest directions", progress):
             values[layer], directions[layer] = top_eigenvectors(model, data, task, points, layer, k=2, seed=seed)
-        reach = radius or _default_radius(model, points, values)
-        steps = tuple(reach * i / (size // 2) for i in range(-(size // 2), size // 2 + 1))
-        samples = sum(task.batch_size(batch) for batch in data)
+        if radius is None:
+            with frozen_evaluation(model), torch.no_grad():
+                radius = _default_radius(model, points, values, mean_loss())
+        steps = tuple(radius * i / (size // 2) for i in range(-(size // 2), size // 2 + 1))
         found = Landscapes(steps, samples, context, tuple(Landscape(name, values[name], ()) for name in layers))
         _keep(path, found, directions)
     left = [(i, row) for i, own in enumerate(found.layers) for row in range(len(own.losses), size)]
-    moved = list(checked(data, task, model))
     with frozen_evaluation(model), torch.no_grad():
         for i, row in track(left, "Loss landscape, rows", progress, size * len(layers) - len(left)):
             own = found.layers[i]
@@ -81,9 +89,7 @@ def loss_landscapes(
             losses = []
             for step in found.steps:
                 with replaced_weights(model, {own.layer: weight + found.steps[row] * u + step * v}, points):
-                    # Not `forward`, which refuses a loss that is not finite: far out it may well overflow.
-                    sums = [task.batch_size(b) * total_loss(task, task.outputs(model, b), b).item() for b in moved]
-                losses.append(sum(sums) / found.samples)
+                    losses.append(mean_loss())
             layers_so_far = list(found.layers)
             layers_so_far[i] = replace(own, losses=(*own.losses, tuple(losses)))
             found = replace(found, layers=tuple(layers_so_far))
@@ -94,12 +100,15 @@ def loss_landscapes(
     return found
 
 
-def _default_radius(model: nn.Module, points: QuantizationPoints, eigenvalues: dict[str, tuple[float, ...]]) -> float:
-    """√(2/λ) of the layer of largest λ, at most the norm of its weights."""
+def _default_radius(
+    model: nn.Module, points: QuantizationPoints, eigenvalues: dict[str, tuple[float, ...]], loss: float
+) -> float:
+    """√(2 loss / λ) of the layer of largest λ, at most the norm of its weights."""
     sharpest = max(eigenvalues, key=lambda name: abs(eigenvalues[name][0]))
-    size = abs(eigenvalues[sharpest][0])
+    curvature = abs(eigenvalues[sharpest][0])
     norm = float(weight_parameter(model, points.by_name[sharpest]).detach().norm()) or 1.0
-    return min(math.sqrt(2 / size), norm) if size else norm
+    reach = math.sqrt(2 * abs(loss) / curvature) if curvature and math.isfinite(loss) else norm
+    return min(reach, norm) or norm
 
 
 def _context(

@@ -8,7 +8,6 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
-from matplotlib.ticker import ScalarFormatter
 
 from tracequant.curvature.result import TraceEstimate
 
@@ -66,23 +65,24 @@ def despine(axes: Axes) -> None:
 
 
 def running_means(axes: Axes, series: Sequence[Sequence[float]]) -> None:
-    """Running means of each row over its last one, and the median row's standard error around 1."""
-    errors = []
+    """Running means of each row over its last one, and the median row's standard error around 1, with labels."""
+    errors: list[float] = []
     for row in series:
         values = np.array(row)
         final = values.mean()
         if len(values) < 2 or final == 0:
             continue
-        counts = np.arange(1, len(values) + 1)
-        axes.plot(counts, np.cumsum(values) / counts / final, color=GREY, linewidth=0.7, alpha=0.6)
-        errors.append(values.std(ddof=1) / abs(final))
+        means = np.cumsum(values) / np.arange(1, len(values) + 1) / final
+        label = "" if errors else "each"
+        axes.plot(range(1, len(values) + 1), means, color=GREY, linewidth=0.7, alpha=0.6, label=label)
+        errors.append(float(values.std(ddof=1)) / abs(float(final)))
     if not errors:
         return
     counts = np.arange(1, max(len(row) for row in series) + 1)
     band = np.median(errors) / np.sqrt(counts)
-    for sign in (1, -1):
-        axes.plot(counts, 1 + sign * band, "--", color=RED, linewidth=1.2)
+    for sign, label in ((1, "± standard error, median"), (-1, "")):
+        axes.plot(counts, 1 + sign * band, "--", color=RED, linewidth=1.2, label=label)
     axes.axhline(1, color="black", linewidth=0.6)
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_ylim(-0.2, 2.2)

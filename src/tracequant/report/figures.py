@@ -137,7 +137,7 @@ def frontier_figure(
     The exact frontier is a line, what Appendix E's search finds are dots on or above it. `evaluated` are plans whose
     metric was measured: (bytes, Ω, metric), the metric as their colour.
     """
-    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    figure = Figure(figsize=(8, 5.0), layout="constrained")
     axes = figure.subplots()
     positive = all(float(front.omega.min()) > 0 for front in fronts.values())
     if "exact" in fronts:
@@ -171,7 +171,7 @@ def frontier_figure(
     axes.set_xlabel("size of the packed file (MB of 2²⁰ bytes)")
     axes.set_ylabel("total perturbation Σ Ω (loss)")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=9)
+    figure.legend(fontsize=8, loc="outside upper center", ncols=2)  # inside it would hide plans
     return figure
 
 

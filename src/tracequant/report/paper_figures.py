@@ -56,9 +56,9 @@ def _surface(axes: Any, landscape: Landscape, landscapes: Landscapes) -> None:
     )  # fmt: skip
     axes.set_zlim(low, high if high > low else low + 1)
     values = ", ".join(f"λ{'₁₂'[i]} = {value:.3g}" for i, value in enumerate(landscape.eigenvalues[:2]))
-    axes.set_title(f"{shortened(landscape.layer)}\n{values}", fontsize=10)
-    axes.set_xlabel("ε₁ along u₁ (weights)", fontsize=8)
-    axes.set_ylabel("ε₂ along u₂ (weights)", fontsize=8)
+    axes.set_title(f"{shortened(landscape.layer)}\n{values}", fontsize=10, pad=-6)
+    axes.set_xlabel("ε₁ along u₁ (‖ΔW‖)", fontsize=8)
+    axes.set_ylabel("ε₂ along u₂ (‖ΔW‖)", fontsize=8)
     axes.set_zlabel("loss", fontsize=8)
     axes.tick_params(labelsize=7)
     for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
@@ -116,14 +116,14 @@ def figure_6(spectrum: Spectrum, curvature: Curvature, layers: Sequence[str]) ->
         axes.axhline(abs(average), linestyle=":", color="black", label=f"average trace Tr(H)/n{sign_note}")
         if average and (values != 0).any():
             axes.set_yscale("log")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xticks([place for place in (1, *range(5, len(values) + 1, 5)) if place <= len(values)])
         axes.set_title(f"{shortened(name)} ({curvature.weights[name].numel:,.0f} weights)", fontsize=9)
         axes.tick_params(labelsize=8)
         despine(axes)
         if number == 0:
             axes.legend(fontsize=8)
     of = f" of {spectrum.samples:,} samples" if spectrum.samples is not None else ""
-    figure.supxlabel(f"number of the eigenvalue{of}; average trace of {curvature.samples:,}", fontsize=9)
+    figure.supxlabel(f"eigenvalues by magnitude{of}, average trace of {curvature.samples:,} samples", fontsize=9)
     figure.supylabel("loss per weight²", fontsize=9)
     return figure
 
@@ -148,7 +148,8 @@ def figure_8(blocks: Sequence[Block], curvature: Curvature) -> Figure:
         axes = beside.subplots()
         _samples_axis(axes, curvature.method, list(values.values()))
         axes.set_title(f"all {len(values)} activations, by {curvature.method}", fontsize=10)
-    _traces_and_bits(left, blocks, width, "Tr(H)/|a| (loss per activation²)", "activation bits")
+    below = _traces_and_bits(left, blocks, width, "Tr(H)/|a| (loss per activation²)", "activation bits")
+    below.set_xlabel("first reader of the activation")
     return figure
 
 
@@ -157,13 +158,16 @@ def _samples_axis(axes: Axes, method: str, series: Sequence[Sequence[float]]) ->
     running_means(axes, series)
     axes.set_xlabel("samples used" if method == "gauss_newton" else "batches used")
     axes.set_ylabel("running mean / final value")
+    axes.legend(fontsize=8)
     despine(axes)
 
 
 def _traces_and_bits(
     figure: Figure | SubFigure, blocks: Sequence[Block], width: float, unit: str, bits_label: str
-) -> None:
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1.8))
+) -> Axes:
+    """Traces above bits; returns the axes of the bits."""
+    panels: list[Axes] = list(figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1.8)))
+    above, below = panels
     bits = [block.num_bits or 0.0 for block in blocks]
     colors = [BIT_COLORS[round(b)] if b else GREY for b in bits]
     trace_bars(above, [block.estimate for block in blocks], colors)
@@ -178,6 +182,7 @@ def _traces_and_bits(
     _block_axis(below, blocks, width)
     for axes in (above, below):
         despine(axes)
+    return below
 
 
 def _block_axis(axes: Axes, blocks: Sequence[Block], width: float) -> None:
