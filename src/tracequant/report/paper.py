@@ -143,12 +143,15 @@ def _figure_6(run: Run, options: FigureOptions) -> _Drawn:
     curvature = run.curvature()
     layers = _matching(curvature.points, options.layers) or _extremes(curvature, middle=True)
     spectrum = run.eigenvalues(layers, EIGENVALUES)
-    return paper_figures.figure_6(spectrum, curvature, layers), {
-        "eigenvalues_on_samples": spectrum.samples, "traces_on_samples": curvature.samples,
+    values = {name: spectrum.eigenvalues[name][:EIGENVALUES] for name in layers}
+    numel = {name: curvature.points.by_name[name].numel for name in layers}
+    averages = {name: _first_trace(curvature, name, spectrum.samples) / numel[name] for name in layers}
+    return paper_figures.figure_6(values, averages, numel, spectrum.samples), {
+        "samples": spectrum.samples,
         "layers": {
             name: {
-                "eigenvalues": spectrum.eigenvalues[name], "average_trace": curvature.weights[name].average_trace,
-                "trace": curvature.weights[name].trace, "weights": curvature.weights[name].numel,
+                "eigenvalues": values[name], "average_trace": averages[name],
+                "average_trace_of_all_samples": curvature.weights[name].average_trace, "weights": numel[name],
             }
             for name in layers
         },
@@ -205,6 +208,18 @@ def _extremes(curvature: Curvature, middle: bool) -> list[str]:
     ranked = [name for name in ranked if curvature.weights[name].average_trace > 0] or ranked
     chosen = [ranked[0], *([ranked[len(ranked) // 2]] if middle else []), ranked[-1]]
     return list(dict.fromkeys(chosen))
+
+
+def _first_trace(curvature: Curvature, name: str, samples: int | None) -> float:
+    """A layer's trace on the first `samples` of the calibration data, as a spectrum is measured.
+
+    A few inputs make up most of a trace, so that it may be another one on all of the data.
+    """
+    if curvature.weight_values is None or samples is None:
+        return curvature.weights[name].trace
+    values = curvature.weight_values[name]
+    count = samples if curvature.method == "gauss_newton" else 1  # hutchinson has a value for each batch
+    return math.fsum(values[:count]) / len(values[:count])
 
 
 def _enough(draws: Mapping[str, Sequence[float]] | None) -> bool:

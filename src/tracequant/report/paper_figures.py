@@ -13,7 +13,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
-from tracequant.curvature.result import Curvature, Landscape, Landscapes, Spectrum
+from tracequant.curvature.result import Curvature, Landscape, Landscapes
 from tracequant.report.blocks import Block
 from tracequant.report.drawing import BIT_COLORS, GREY, RED, despine, name_axis, running_means, shortened, trace_bars
 
@@ -56,15 +56,17 @@ def _surface(axes: Any, landscape: Landscape, landscapes: Landscapes) -> None:
     )  # fmt: skip
     axes.set_zlim(low, high if high > low else low + 1)
     values = ", ".join(f"λ{'₁₂'[i]} = {value:.3g}" for i, value in enumerate(landscape.eigenvalues[:2]))
-    axes.set_title(f"{shortened(landscape.layer)}\n{values}", fontsize=10, pad=-6)
+    axes.set_title(f"{shortened(landscape.layer)}\n{values}", fontsize=10, y=0.97)
     axes.set_xlabel("ε₁ along u₁ (‖ΔW‖)", fontsize=8)
     axes.set_ylabel("ε₂ along u₂ (‖ΔW‖)", fontsize=8)
-    axes.set_zlabel("loss", fontsize=8)
+    # The layout has no room for a label of the third axis: it stands above the axis.
+    axes.text2D(0.87, 0.79, "loss", transform=axes.transAxes, fontsize=8, ha="center")
     axes.tick_params(labelsize=7)
-    for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
-        axis.set_major_locator(MaxNLocator(5))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(6, prune="both"))  # at the corner their labels would meet
+    axes.zaxis.set_major_locator(MaxNLocator(5))
     axes.view_init(elev=25, azim=-60)
-    axes.set_box_aspect((1, 1, 0.75), zoom=0.88)  # or the z label would be cut off
+    axes.set_box_aspect((1, 1, 0.75), zoom=0.9)
 
 
 def figure_5(curvature: Curvature, drawn: Mapping[str, Sequence[float]], samples: int) -> Figure:
@@ -98,32 +100,41 @@ def figure_5(curvature: Curvature, drawn: Mapping[str, Sequence[float]], samples
     return figure
 
 
-def figure_6(spectrum: Spectrum, curvature: Curvature, layers: Sequence[str]) -> Figure:
-    """The largest eigenvalues of some layers' blocks, and their average trace as a dotted line."""
+def figure_6(
+    eigenvalues: Mapping[str, Sequence[float]],
+    average_traces: Mapping[str, float],
+    weights: Mapping[str, int],
+    samples: int | None,
+) -> Figure:
+    """The largest eigenvalues of layers' blocks, and their average traces on the same samples as dotted lines.
+
+    `weights` are how many each layer has.
+    """
+    layers = list(eigenvalues)
     columns = min(len(layers), 3)
     rows = math.ceil(len(layers) / columns)
     figure = Figure(figsize=(0.6 + 3.8 * columns, 3.3 * rows), layout="constrained")
     for number, name in enumerate(layers):
         axes = figure.add_subplot(rows, columns, number + 1)
-        values = np.array(spectrum.eigenvalues[name])
+        values = np.array(eigenvalues[name])
         places = np.arange(1, len(values) + 1)
-        for sign, color, label in ((1, BIT_COLORS[3], "eigenvalue"), (-1, RED, "negative eigenvalue, magnitude")):
+        for sign, color, label in ((1, BIT_COLORS[3], "eigenvalue"), (-1, RED, "negative eigenvalue (magnitude)")):
             own = values * sign > 0
             if own.any():
                 axes.plot(places[own], np.abs(values[own]), "o", color=color, markersize=4, label=label)
-        average = curvature.weights[name].average_trace
-        sign_note = "" if average >= 0 else ", magnitude of a negative one"
-        axes.axhline(abs(average), linestyle=":", color="black", label=f"average trace Tr(H)/n{sign_note}")
+        average = average_traces[name]
+        sign = "" if average >= 0 else ", negative"
+        axes.axhline(abs(average), linestyle=":", color="black", label=f"average trace Tr(H)/n{sign}")
         if average and (values != 0).any():
             axes.set_yscale("log")
         axes.set_xticks([place for place in (1, *range(5, len(values) + 1, 5)) if place <= len(values)])
-        axes.set_title(f"{shortened(name)} ({curvature.weights[name].numel:,.0f} weights)", fontsize=9)
+        axes.set_title(f"{shortened(name)} ({weights[name]:,} weights)", fontsize=9)
         axes.tick_params(labelsize=8)
         despine(axes)
         if number == 0:
             axes.legend(fontsize=8)
-    of = f" of {spectrum.samples:,} samples" if spectrum.samples is not None else ""
-    figure.supxlabel(f"eigenvalues by magnitude{of}, average trace of {curvature.samples:,} samples", fontsize=9)
+    on = f" (on {samples:,} samples)" if samples is not None else ""
+    figure.supxlabel(f"number of the eigenvalue, by magnitude{on}", fontsize=9)
     figure.supylabel("loss per weight²", fontsize=9)
     return figure
 
