@@ -118,8 +118,8 @@ def figure_6(
         axes = figure.add_subplot(rows, columns, number + 1)
         values = np.array(eigenvalues[name])
         places = np.arange(1, len(values) + 1)
-        for sign, color, label in ((1, BIT_COLORS[3], "eigenvalue"), (-1, RED, "negative eigenvalue (magnitude)")):
-            own = values * sign > 0
+        for side, color, label in ((1, BIT_COLORS[3], "eigenvalue"), (-1, RED, "negative eigenvalue (magnitude)")):
+            own = values * side > 0
             if own.any():
                 axes.plot(places[own], np.abs(values[own]), "o", color=color, markersize=4, label=label)
         average = average_traces[name]
