@@ -27,6 +27,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/curvature.py
 	$(BIN)/python benchmarks/convergence.py
 	$(BIN)/python benchmarks/metrics.py
+	$(BIN)/python benchmarks/imagenet_small.py --mobilenet
 	$(BIN)/python benchmarks/end_to_end.py
 
 # torch and torchvision are resolved in one call: installed one after the other they may not fit each other.

@@ -410,6 +410,16 @@ def test_a_compiled_run_is_the_same_training() -> None:
         torch.testing.assert_close(tensor, plain.state_dict()[name], rtol=1e-2, atol=1e-3, msg=name)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_every_model_is_compiled_once() -> None:
+    """One graph for the quantized model and one for the teacher, however many batches come."""
+    torch.compiler.reset()
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    tq.finetune(quantized_images(), image_batches(), TASK, steps=6, teacher=build(Images), compile=True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 2
+
+
 def test_losses_of_a_device_are_read_some_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As on a GPU: nothing is lost, checkpoints hold all losses, and a bad one is found at the next reading."""
     expected = tq.finetune(quantized(), loader(), TASK, steps=13).losses

@@ -337,13 +337,15 @@ def test_rounded_outputs_are_the_same_in_the_runtime(name: str, bits: int, tmp_p
         assert difference(run(tmp_path / "model.onnx", given), quantized(given)) <= 1e-5
 
 
-@pytest.mark.parametrize("grid", ["symmetric", "asymmetric"])
-def test_weights_only_runs_on_packed_weights(grid: str, tmp_path: Path) -> None:
-    """Activations stay in float; 4-bit weights are multiplied as they are stored."""
+@pytest.mark.parametrize(
+    ("bits", "grid"), [(4, "symmetric"), (4, "asymmetric"), *((b, "symmetric") for b in (1, 2, 3, 5, 6, 7, 8))]
+)
+def test_weights_only_runs_on_packed_weights(bits: int, grid: str, tmp_path: Path) -> None:
+    """Activations stay in float; 4-bit weights are multiplied as they are stored, others as 8 bits."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 16)).eval()
     inputs = torch.randn(2, 5, 64)
-    quantized = quantized_with(model, inputs, lambda i: 4, GRIDS[grid])
+    quantized = quantized_with(model, inputs, lambda i: bits, GRIDS[grid])
     tq.export_onnx(quantized, tmp_path / "model.onnx", inputs, profile="weights-only")
     assert difference(run(tmp_path / "model.onnx", inputs), tq.to_float(quantized)(inputs)) <= 1e-5
     found = operators(tmp_path / "model.onnx", tmp_path / "optimised.onnx")
@@ -463,6 +465,18 @@ def test_a_float_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="not quantized"):
         tq.export_onnx(model, tmp_path / "model.onnx", inputs)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_onnx_cannot_hold_is_refused_before_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = net("convolutions")
+    quantized = quantized_with(model, inputs, lambda i: 8)
+    size = tq.export_onnx(quantized, tmp_path / "model.onnx", inputs).file_bytes
+    monkeypatch.setattr("tracequant.export.onnx.LARGEST_FILE", size // 10)
+    with pytest.raises(ModelError, match="more than the 2 GiB that one can hold"):
+        tq.export_onnx(quantized, tmp_path / "larger.onnx", inputs)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
 
 def test_a_model_that_cannot_be_traced_is_named(tmp_path: Path) -> None:

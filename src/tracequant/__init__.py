@@ -36,13 +36,14 @@ if TYPE_CHECKING:
     from tracequant.export.onnx import OnnxFile, export_onnx
     from tracequant.export.packed import load, pack
     from tracequant.finetuning import finetune
+    from tracequant.latency import measure_latency
     from tracequant.layers import discover
     from tracequant.plan import BitPlan
-    from tracequant.points import ActivationPoint, Layer, QuantizationPoints
+    from tracequant.points import ActivationPoint, Layer, OutputPoint, QuantizationPoints
     from tracequant.sensitivity import measure_sensitivity
     from tracequant.sensitivity_result import Sensitivity
     from tracequant.settings import WeightGrid
-    from tracequant.tables import read_latency, read_sensitivity
+    from tracequant.tables import read_latency, read_sensitivity, write_latency
     from tracequant.task import ClassificationTask, Evaluation, Task, TaskSetup
 
 __version__ = "0.1.0"
@@ -64,13 +65,14 @@ _MODULES = {
     "tracequant.export.onnx": ("OnnxFile", "export_onnx"),
     "tracequant.export.packed": ("load", "pack"),
     "tracequant.finetuning": ("finetune",),
+    "tracequant.latency": ("measure_latency",),
     "tracequant.layers": ("discover",),
     "tracequant.plan": ("BitPlan",),
-    "tracequant.points": ("ActivationPoint", "Layer", "QuantizationPoints"),
+    "tracequant.points": ("ActivationPoint", "Layer", "OutputPoint", "QuantizationPoints"),
     "tracequant.sensitivity": ("measure_sensitivity",),
     "tracequant.sensitivity_result": ("Sensitivity",),
     "tracequant.settings": ("WeightGrid",),
-    "tracequant.tables": ("read_latency", "read_sensitivity"),
+    "tracequant.tables": ("read_latency", "read_sensitivity", "write_latency"),
     "tracequant.task": ("ClassificationTask", "Evaluation", "Task", "TaskSetup"),
 }  # fmt: skip
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
@@ -78,11 +80,12 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [
     "AccuracySearch", "ActivationPoint", "ArtifactError", "BitPlan", "BudgetError", "Check", "ClassificationTask",
     "Curvature", "DataError", "Density", "EvaluatedPlan", "Evaluation", "Evaluations", "Frontier", "Layer",
-    "ModelError", "OnnxFile", "Perturbation", "QuantizationPoints", "ResourceError", "RunError", "Sensitivity",
-    "Spectrum", "Task", "TaskError", "TaskSetup", "TraceEstimate", "TracequantError", "WeightGrid", "check_metrics",
-    "discover", "estimate_curvature", "export_onnx", "finetune", "frontier", "full_space", "load",
-    "measure_perturbation", "measure_sensitivity", "monotone_space", "pack", "quantize", "read_latency",
-    "read_sensitivity", "solve", "solve_by_accuracy", "spectral_density", "to_float", "top_eigenvalues", "uniform_plan",
+    "ModelError", "OnnxFile", "OutputPoint", "Perturbation", "QuantizationPoints", "ResourceError", "RunError",
+    "Sensitivity", "Spectrum", "Task", "TaskError", "TaskSetup", "TraceEstimate", "TracequantError", "WeightGrid",
+    "check_metrics", "discover", "estimate_curvature", "export_onnx", "finetune", "frontier", "full_space", "load",
+    "measure_latency", "measure_perturbation", "measure_sensitivity", "monotone_space", "pack", "quantize",
+    "read_latency", "read_sensitivity", "solve", "solve_by_accuracy", "spectral_density", "to_float",
+    "top_eigenvalues", "uniform_plan", "write_latency",
 ]  # fmt: skip
 
 

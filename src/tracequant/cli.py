@@ -20,6 +20,7 @@ from tracequant.errors import TracequantError
 from tracequant.evaluated import Check
 from tracequant.explain import exchange_rates, explain
 from tracequant.plan import MEGABYTE, BitPlan
+from tracequant.presets import PRESETS
 from tracequant.run import Measured, Run
 from tracequant.sensitivity_result import Sensitivity
 from tracequant.settings import (
@@ -50,17 +51,61 @@ app = typer.Typer(
 _err = Console(stderr=True, highlight=False)
 INTERRUPTED = 130  # the shells' exit code for SIGINT
 
+# Budgets, of weights and of activations: one that is given takes the place of a preset's.
+WEIGHT_BUDGETS = (
+    "max_size_mb", "compression", "average_bits", "max_bops_g", "max_latency_ms", "max_accuracy_drop",
+    "max_loss_increase",
+)  # fmt: skip
+ACTIVATION_BUDGETS = ("average_activation_bits", "activation_compression", "max_activation_mb", "activation_bits")
+
+
+def _use_preset(context: typer.Context, name: str | None) -> str | None:
+    """Make a preset's values the defaults of the command's options."""
+    if name is not None:
+        if name not in PRESETS:
+            _bad_parameter(f"unknown preset {name!r}; choose {', '.join(PRESETS)}")
+        context.default_map = PRESETS[name].defaults(str(context.info_name))
+    return name
+
+
 # Options that several commands share.
-TaskName = Annotated[str, typer.Option("--task", help="digits, cifar10, or path/to/file.py:function", metavar="TASK")]
+PresetName = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        help=f"defaults for the other options: {', '.join(PRESETS)} (see tracequant presets)",
+        metavar="NAME",
+        is_eager=True,
+        callback=_use_preset,
+    ),
+]
+TaskName = Annotated[
+    str, typer.Option("--task", help="digits, cifar10, imagenet, or path/to/file.py:function", metavar="TASK")
+]
 Out = Annotated[Path, typer.Option("--out", help="run directory to make or go on with", metavar="RUN")]
 RunPath = Annotated[Path, typer.Argument(help="run directory", metavar="RUN")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print nothing but errors")]
 AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON on standard output")]
 DataDir = Annotated[str | None, typer.Option(help="the task's data set", metavar="DIR")]
-Weights = Annotated[str | None, typer.Option(help="trained weights of the task's model (safetensors)", metavar="FILE")]
-ModelName = Annotated[str | None, typer.Option("--model", help="which of the task's models, e.g. resnet20")]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        help="trained weights of the task's model (safetensors, .pth), or a published set's name", metavar="FILE"
+    ),
+]
+ModelName = Annotated[
+    str | None, typer.Option("--model", help="which of the task's models, e.g. resnet20, torchvision:resnet50")
+]
 Samples = Annotated[int | None, typer.Option(min=1, help="calibration inputs for curvature and ranges [512]")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="inputs in a batch, for analysis and fine-tuning")]
+Workers = Annotated[int | None, typer.Option(min=0, help="processes that load images, where the task has some [4]")]
+ImageSize = Annotated[
+    int | None, typer.Option(min=1, help="pixels of a side, where the task scales images [that of the weights]")
+]
+CropShare = Annotated[
+    float | None,
+    typer.Option(min=0.01, max=1, help="share of a side that the crop from the centre keeps [that of the weights]"),
+]
 Seed = Annotated[int, typer.Option(help="seed of probes and fine-tuning; the same seed gives the same plan")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Method = Annotated[
@@ -207,12 +252,16 @@ def _main(
 def analyze(
     task: TaskName,
     out: Out,
+    preset: PresetName = None,
     data_dir: DataDir = None,
     weights: Weights = None,
     model: ModelName = None,
     samples: Samples = None,
     batch_size: BatchSize = None,
     seed: Seed = 0,
+    workers: Workers = None,
+    image_size: ImageSize = None,
+    crop_share: CropShare = None,
     device: Device = "auto",
     method: Method = "auto",
     draws: Draws = None,
@@ -245,7 +294,9 @@ def analyze(
 
 @app.command()
 def plan(
+    context: typer.Context,
     run_path: Annotated[Path | None, typer.Argument(help="run directory", metavar="RUN")] = None,
+    preset: PresetName = None,
     max_size_mb: MaxSize = None,
     compression: Compression = None,
     average_bits: AverageBits = None,
@@ -290,7 +341,7 @@ def plan(
     """
     if (run_path is None) == (sensitivity is None):
         _bad_parameter("give a run directory or --sensitivity FILE, one of the two")
-    settings = _plan_settings(locals())
+    settings = _plan_settings(_budgets(context, locals()))
     run: Run | None = None
     if run_path is not None:
         run = _open(run_path, quiet)
@@ -426,6 +477,7 @@ def quantize(run_path: RunPath, quiet: Quiet = False, as_json: AsJson = False) -
 @app.command()
 def finetune(
     run_path: RunPath,
+    preset: PresetName = None,
     steps: Annotated[int, typer.Option(min=1, help="fine-tuning steps")] = 400,
     learning_rate: LearningRate = 0.01,
     optimizer: Optimizer = "sgd",
@@ -445,9 +497,16 @@ def finetune(
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune the quantized model. Interrupted, the same command goes on from the last checkpoint."""
-    run = _open(run_path, quiet)
-    run.finetune(_recipe(locals()))
-    _print_results(run, quiet, as_json)
+    from tracequant import distributed
+
+    run, recipe = _open(run_path, quiet), _recipe(locals())
+    with distributed.process_group():
+        first = distributed.rank() == 0
+        if not first:
+            run.be_silent()
+        run.finetune(recipe)
+    if first:
+        _print_results(run, quiet, as_json)
 
 
 @app.command()
@@ -568,6 +627,36 @@ def inspect(
 
 
 @app.command()
+def latency(
+    run_path: RunPath,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="the table [RUN/latency.csv]", metavar="FILE", show_default=False)
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="threads of ONNX Runtime")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="runs of each layer and choice, of which the median counts")] = 30,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure every layer at all bits in ONNX Runtime on this machine: the table for plan --max-latency-ms.
+
+    An interrupted measurement goes on with the layers that are missing.
+    """
+    run = _open(run_path, quiet)
+    path = out or run.path / "latency.csv"
+    found = run.measure_latency(path, threads, repeats)
+    if as_json:
+        _print_json(found)
+    elif not quiet:
+        # Choices that all layers have: the model's input, for one, is offered 8 bits only.
+        offered = [{(w, a) for w, row in layer.items() for a in row} for layer in found.values()]
+        for weight_bits, input_bits in sorted(set.intersection(*offered)):
+            total = sum(layer[weight_bits][input_bits] for layer in found.values())
+            kind = "float32" if weight_bits == 32 else f"weights at {weight_bits} bits, inputs at {input_bits}"
+            print(f"{kind}: {total:.3f} ms, the sum over {len(found)} layers")
+        print(f"Table: {path}; use it with tracequant plan {run_path} --max-latency-ms X --latency {path}")
+
+
+@app.command()
 def report(run_path: RunPath, quiet: Quiet = False, as_json: AsJson = False) -> None:
     """Write RUN/report.html and its figures from what is finished, the plan at least."""
     run = _open(run_path, quiet)
@@ -623,8 +712,10 @@ def figures(
 
 @app.command(name="run")
 def run_all(
+    context: typer.Context,
     task: TaskName,
     out: Out,
+    preset: PresetName = None,
     max_size_mb: MaxSize = None,
     compression: Compression = None,
     average_bits: AverageBits = None,
@@ -648,6 +739,9 @@ def run_all(
     samples: Samples = None,
     batch_size: BatchSize = None,
     seed: Seed = 0,
+    workers: Workers = None,
+    image_size: ImageSize = None,
+    crop_share: CropShare = None,
     device: Device = "auto",
     method: Method = "auto",
     draws: Draws = None,
@@ -688,11 +782,27 @@ def run_all(
         _open(out, quiet),
         _analyze_settings(locals()),
         # Bits and metric are those of the analysis.
-        _plan_settings(locals() | {"bits": None, "activation_bits": None, "metric": None}),
+        _plan_settings(_budgets(context, locals()) | {"bits": None, "activation_bits": None, "metric": None}),
         _recipe(locals()),
         quiet,
         as_json,
     )
+
+
+@app.command()
+def presets(as_json: AsJson = False) -> None:
+    """List the presets, and the options of `run` that each stands for."""
+    if as_json:
+        _print_json({name: asdict(preset) for name, preset in PRESETS.items()})
+        return
+    for name, preset in PRESETS.items():
+        options = (f"{_option(parameter)} {value}" for parameter, value in preset.defaults("run").items())
+        print(f"{name}: {preset.about}\n  {' '.join(options)}\n")
+
+
+def _option(parameter: str) -> str:
+    """The option of a parameter of `run`."""
+    return {"steps": "--finetune-steps"}.get(parameter, f"--{parameter.replace('_', '-')}")
 
 
 @app.command()
@@ -722,19 +832,23 @@ def _run_stages(
     quiet: bool,
     as_json: bool,
 ) -> None:
+    from tracequant import distributed
 
     allocation.check(plan)  # a bad budget should not cost an analysis
-    if not _analyze_together(run, analyze, plan, finetune if finetune.steps else None):
+    with distributed.process_group():
+        first = _analyze_together(run, analyze, plan, finetune if finetune.steps else None)
+        if first:
+            solved = run.solve(plan)  # a budget that cannot be met leaves the run as it was
+            run.ask(RunSettings(analyze, plan, finetune if finetune.steps else None))
+            if not run.done("plan"):
+                run.keep_plan(plan, solved)
+            if not (quiet or as_json):
+                _print_plan(run.sensitivity(), run.plan(), plan, run.stability())
+            run.quantize()
+        if finetune.steps:
+            run.finetune(finetune)
+    if not first:
         return
-    solved = run.solve(plan)  # a budget that cannot be met leaves the run as it was
-    run.ask(RunSettings(analyze, plan, finetune if finetune.steps else None))
-    if not run.done("plan"):
-        run.keep_plan(plan, solved)
-    if not (quiet or as_json):
-        _print_plan(run.sensitivity(), run.plan(), plan, run.stability())
-    run.quantize()
-    if finetune.steps:
-        run.finetune(finetune)
     run.pack()
     path = run.report()
     _print_results(run, quiet, as_json)
@@ -746,7 +860,7 @@ def _run_stages(
 def _analyze_together(
     run: Run, analyze: AnalyzeSettings, plan: PlanSettings | None = None, finetune: FinetuneSettings | None = None
 ) -> bool:
-    """Analyze, along with the other processes under `torchrun`. Whether this one is the first, which goes on alone."""
+    """Analyze, along with the other processes under `torchrun`. Whether this one is the first, which plans alone."""
     from tracequant import distributed
 
     with distributed.process_group():
@@ -821,6 +935,9 @@ def _analyze_settings(given: dict[str, Any]) -> AnalyzeSettings:
             given["samples"],
             given["batch_size"],
             given["seed"],
+            given["workers"],
+            given["image_size"],
+            given["crop_share"],
         ),
         device=given["device"],
         method=given["method"],
@@ -838,6 +955,18 @@ def _analyze_settings(given: dict[str, Any]) -> AnalyzeSettings:
         weight_grid=WeightGrid(not given["per_tensor"], not given["asymmetric"], given["range_method"]),
         eigenvalues=given["eigenvalues"],
     )
+
+
+def _budgets(context: typer.Context, given: dict[str, Any]) -> dict[str, Any]:
+    """The options without those budgets of a preset whose place others have taken."""
+    source = {
+        name: getattr(context.get_parameter_source(name), "name", "") for name in (*WEIGHT_BUDGETS, *ACTIVATION_BUDGETS)
+    }
+    dropped: dict[str, None] = {}
+    for group in (WEIGHT_BUDGETS, ACTIVATION_BUDGETS):
+        if any(source[name] == "COMMANDLINE" for name in group):
+            dropped |= {name: None for name in group if source[name] == "DEFAULT_MAP" and name != "activation_bits"}
+    return given | dropped
 
 
 def _plan_settings(given: dict[str, Any]) -> PlanSettings:

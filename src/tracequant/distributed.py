@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from tracequant.errors import ResourceError, RunError
 
@@ -42,6 +44,83 @@ def gather(value: T) -> list[T]:
             " message above. Finished batches are kept: run the same command again"
         ) from error
     return found  # type: ignore[return-value]
+
+
+def average(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by its mean over the processes, which all call this with tensors of the same shapes."""
+    if world_size() > 1:
+        _together(list(tensors), lambda flat: dist.all_reduce(flat.div_(world_size())))
+
+
+def average_gradients(parameters: Iterable[Tensor]) -> None:
+    """Replace gradients by their means over the processes. A parameter without one in any process keeps none."""
+    if world_size() == 1:
+        return
+    parameters = list(parameters)
+    # On the CPU, where reading the result does not wait for a GPU.
+    used = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32)
+    dist.all_reduce(used)
+    chosen = [parameter for parameter, count in zip(parameters, used.tolist(), strict=True) if count]
+    for parameter in chosen:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    average(parameter.grad for parameter in chosen if parameter.grad is not None)
+
+
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Give all processes the first one's values."""
+    if world_size() > 1:
+        _together(list(tensors), lambda flat: dist.broadcast(flat, 0))
+
+
+def _together(tensors: list[Tensor], work: Callable[[Tensor], object]) -> None:
+    """Do `work` on all elements of one type at once: a message for each tensor would take its time a hundred times."""
+    kinds = {(tensor.dtype, tensor.device) for tensor in tensors}
+    for dtype, device in sorted(kinds, key=str):
+        same = [tensor for tensor in tensors if (tensor.dtype, tensor.device) == (dtype, device)]
+        with torch.no_grad():
+            flat = torch.cat([tensor.reshape(-1) for tensor in same])
+            work(flat)
+            for tensor, values in zip(same, torch.split(flat, [tensor.numel() for tensor in same]), strict=True):
+                tensor.copy_(values.view_as(tensor))
+
+
+def own_share(batches: Iterable[T], seed: int) -> Iterable[T]:
+    """This process's batches of one pass, as many for each process; what remains is left out.
+
+    `seed` orders the pass for all alike, after which every process draws random numbers of its own. Of a DataLoader
+    only the share is loaded; one with a DistributedSampler shares out itself; anything else is read in full.
+    """
+    if world_size() == 1:
+        torch.manual_seed(seed)
+        return batches
+    torch.manual_seed(seed)
+    if isinstance(batches, DataLoader) and isinstance(batches.sampler, DistributedSampler):
+        return batches
+    if type(batches) is not DataLoader or isinstance(batches.dataset, IterableDataset) or batches.batch_sampler is None:
+        return _every(batches)
+    order = list(batches.batch_sampler)
+    order = order[rank() : len(order) - len(order) % world_size() : world_size()]
+    torch.manual_seed(seed + 1_000_003 * rank())
+    return DataLoader(
+        batches.dataset,
+        batch_sampler=order,
+        num_workers=batches.num_workers,
+        collate_fn=batches.collate_fn,
+        pin_memory=batches.pin_memory,
+        worker_init_fn=batches.worker_init_fn,
+        multiprocessing_context=batches.multiprocessing_context,
+        prefetch_factor=batches.prefetch_factor,
+    )
+
+
+def _every(batches: Iterable[T]) -> Iterator[T]:
+    """The batches of this process where they are dealt out in turn."""
+    for number, batch in enumerate(batches):
+        if number % world_size() == rank():
+            own = batch
+        if number % world_size() == world_size() - 1:
+            yield own
 
 
 @contextmanager

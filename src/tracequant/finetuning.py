@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from tracequant import distributed
 from tracequant.artifact import replace_file
 from tracequant.errors import ArtifactError, DataError, ModelError
 from tracequant.layers import replace_inputs
@@ -91,6 +92,10 @@ def finetune(
     arguments goes on from it; on the CPU it ends with the same bits as an undisturbed run, provided that `batches`
     draw their randomness from torch's global generator, as a DataLoader does. The global RNG is left as it was.
 
+    Of several processes (`torchrun`, in a process group) each takes its share of the batches, so that a step is one
+    batch of every process, with the mean of their gradients; all end with the same parameters, and statistics of
+    BatchNorm are means over the processes. The first one writes the checkpoint.
+
     Raises `ModelError` if the model is not quantized, `DataError` if the loader is empty or the loss stops being
     finite; on a GPU that is noticed up to 50 steps later, the checkpoint being of a step before.
     """
@@ -110,6 +115,8 @@ def finetune(
         settings = _settings(locals()) | {"bits": [quantizer.num_bits for quantizer in quantizers]}
         losses = _Losses(_losses_at_a_time(device))
         start = _resume(checkpoint, model, trainer, average, stream, losses, settings)
+        # Calibration in one process need not give the last bits of that in another.
+        distributed.broadcast([*model.parameters(), *model.buffers()])
         # What was switched on before the checkpoint is on; what is due at this very step is switched on by the loop.
         for first, group in schedule:
             for quantizer, _ in group:
@@ -134,6 +141,7 @@ def finetune(
             losses.append(loss)
             trainer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
+            distributed.average_gradients(model.parameters())
             trainer.step()
             with torch.no_grad():
                 for quantizer in quantizers:
@@ -142,11 +150,13 @@ def finetune(
                 average.update()
             done = step + 1
             if checkpoint is not None and (done % checkpoint_every == 0 or done == steps):
+                _average_statistics(model)
                 _save(checkpoint, model, trainer, average, stream, losses, settings)
         if average is not None and steps > 0:
             average.replace()
         if batchnorm == "reestimate" and steps > 0:
             _reestimate_batchnorm(model, task, (stream.next_on(task, device, channels_last) for _ in range(50)))
+        _average_statistics(model)
         return FinetuneResult(losses.read(), steps - start)
 
 
@@ -271,7 +281,9 @@ class _Losses:
         self._at_a_time = at_a_time
 
     def append(self, loss: Tensor) -> None:
-        self._pending.append(loss.detach())
+        mean = loss.detach().clone()
+        distributed.average([mean])
+        self._pending.append(mean)
         if len(self._pending) >= self._at_a_time:
             self.read()
 
@@ -382,6 +394,11 @@ def _reestimate_batchnorm(model: nn.Module, task: Task, batches: Iterable[Batch]
     finally:
         for module, momentum in zip(norms, momenta, strict=True):
             module.momentum = momentum
+
+
+def _average_statistics(model: nn.Module) -> None:
+    """Give all processes the mean of their running statistics."""
+    distributed.average(buffer for buffer in model.buffers() if buffer.is_floating_point())
 
 
 def _full_precision(outputs: Any) -> Any:
@@ -498,7 +515,11 @@ class _BatchStream(Iterator[Batch]):
             self._begin(self.epoch + 1)
             batch = next(self._iterator, None)
             if batch is None:
-                raise DataError("the training loader yielded no batches; pass at least one batch")
+                processes = distributed.world_size()
+                few = (
+                    "at least one batch" if processes == 1 else f"at least one batch for each of {processes} processes"
+                )
+                raise DataError(f"the training loader yielded no batches; pass {few}")
         self.position += 1
         return batch
 
@@ -508,9 +529,8 @@ class _BatchStream(Iterator[Batch]):
         return pytree.tree_map(_as_channels_last, batch) if channels_last else batch
 
     def _begin(self, epoch: int) -> None:
-        torch.manual_seed(self._seed + epoch)
         self.epoch, self.position = epoch, 0
-        self._iterator = iter(self._batches)
+        self._iterator = iter(distributed.own_share(self._batches, self._seed + epoch))
 
     def seek(self, epoch: int, position: int) -> None:
         """Go to a batch of an epoch by reading the ones before it."""
@@ -542,7 +562,8 @@ def _settings(variables: dict[str, Any]) -> dict[str, Any]:
         "steps", "learning_rate", "optimizer", "weight_decay", "scales", "distillation", "feature_distillation",
         "label_smoothing", "batchnorm", "ema", "order", "stages", "compile", "channels_last", "seed",
     )  # fmt: skip
-    return {name: variables[name] for name in names} | {"teacher": variables["teacher"] is not None}
+    own = {"teacher": variables["teacher"] is not None, "processes": distributed.world_size()}
+    return {name: variables[name] for name in names} | own
 
 
 def _save(
@@ -554,11 +575,14 @@ def _save(
     losses: _Losses,
     settings: dict[str, Any],
 ) -> None:
+    generators = distributed.gather(torch.get_rng_state())
+    if distributed.rank() != 0:
+        return
     state = {
         "model": model.state_dict(),
         "optimizer": trainer.state_dict(),
         "stream": (stream.epoch, stream.position),
-        "rng": torch.get_rng_state(),
+        "rng": generators,
         "losses": losses.read(),
         "average": average.values if average is not None else [],
         "settings": settings,
@@ -584,7 +608,7 @@ def _resume(
         found = dict(state["settings"])
         epoch, position = (int(part) for part in state["stream"])
         earlier = [float(loss) for loss in state["losses"]]
-        rng = state["rng"].cpu()
+        generators = [generator.cpu() for generator in state["rng"]]
         parts = (state["model"], state["optimizer"], state["average"])
     except Exception as error:
         raise ArtifactError(
@@ -601,7 +625,7 @@ def _resume(
         if average is not None:
             average.restore(parts[2])
         stream.seek(epoch, position)
-        torch.set_rng_state(rng)
+        torch.set_rng_state(generators[distributed.rank()])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(
             f"checkpoint {path} is of another model or plan, or damaged ({error}); delete it to start anew"

@@ -48,16 +48,24 @@ def discover(
 
     Weights of Conv1d/2d/3d, ConvTranspose, Linear, Embedding and the projections of MultiheadAttention count. `include`
     and `exclude` are shell patterns that must match a whole layer name ("layer1.*" does not match "layer10.conv"); each
-    pattern of `ties` makes one group of layers that share their bit width. A pattern that matches nothing warns.
+    pattern of `ties` makes one group of layers that share their bit width. A pattern that matches nothing warns, and so
+    do modules of other kinds with a weight (recurrent ones, a library's own linear layer), which stay in float.
 
     Raises `ModelError` if no layer is left, and `DataError` for batches that cannot be used.
     """
     candidates = _candidate_weights(model)
     names = list(candidates)
+    others = _unsupported(model, candidates)
     if not names:
         raise ModelError(
             f"{type(model).__name__} has no quantizable layer: expected at least one Conv, ConvTranspose, Linear,"
-            " Embedding or MultiheadAttention module"
+            f" Embedding or MultiheadAttention module{f', found {_some(others)}' if others else ''}"
+        )
+    if others:
+        warnings.warn(
+            f"{len(others)} layers are of kinds that cannot be quantized and stay in float: {_some(others)}; only Conv,"
+            " ConvTranspose, Linear, Embedding and MultiheadAttention can",
+            stacklevel=2,
         )
     kept = set(match_names(include, names, "include")) - set(match_names(exclude, names, "exclude"))
     if not kept:
@@ -189,15 +197,18 @@ def replace_inputs(
     """
     count = 3 if isinstance(module, nn.MultiheadAttention) else 1
     names = ("query", "key", "value") if count == 3 else ("input", "x")
-    done: dict[int, Tensor] = {}
+    # Pairs and no dictionary by id(): torch.compile would compile anew for every tensor.
+    done: list[tuple[Tensor, Tensor]] = []
 
     def replace(tensor: Any) -> Any:
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             return tensor
-        if id(tensor) not in done:
-            new = read(tensor)
-            done[id(tensor)] = tensor if new is None else new
-        return done[id(tensor)]
+        for given, replaced in done:
+            if given is tensor:
+                return replaced
+        new = read(tensor)
+        done.append((tensor, tensor if new is None else new))
+        return done[-1][1]
 
     new_args = tuple(replace(value) if i < count else value for i, value in enumerate(args))
     new_kwargs = {key: replace(value) if key in names else value for key, value in kwargs.items()}
@@ -236,6 +247,20 @@ def _candidate_weights(model: nn.Module) -> dict[str, tuple[tuple[str, str], ...
         first.setdefault(id(weight), name or "weight")
         sites[id(weight)].append((module_name, parameter))
     return {name: tuple(sites[key]) for key, name in first.items()}
+
+
+def _unsupported(model: nn.Module, candidates: dict[str, tuple[tuple[str, str], ...]]) -> list[str]:
+    """Names, with their classes, of modules that hold a weight matrix and are none of the kinds that are known."""
+    known = {site for sites in candidates.values() for site in sites}
+    return [
+        f"{name} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.LayerNorm)
+        and any(
+            "weight" in parameter and weight.ndim > 1 and (name, parameter) not in known
+            for parameter, weight in module.named_parameters(recurse=False)
+        )
+    ]
 
 
 @dataclass(frozen=True)

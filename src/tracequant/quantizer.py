@@ -342,7 +342,8 @@ class OutputQuantizer(ActivationQuantizer):
 
     def _after_forward(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         rounded: Tensor = self(output)
-        return rounded
+        # What follows may work in place (an activation, dropout), and the gradient needs the rounded values.
+        return rounded.clone() if rounded.requires_grad else rounded
 
 
 def weight_quantizers(model: nn.Module) -> dict[tuple[str, str], WeightQuantizer]:

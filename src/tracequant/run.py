@@ -14,6 +14,7 @@
     RUN/pack.json            pack: its size and accuracy
     RUN/model.onnx           export: the product as ONNX
     RUN/verify.json          verify: the ONNX file against the packed model
+    RUN/latency.csv          latency: milliseconds of every layer by bits (latency.json: as measured)
     RUN/spectrum.json        spectrum: eigenvalues and densities, where asked for
     RUN/perturbation.json    analyze or check: the loss's expansion in the roundings, where a metric needs it
     RUN/evaluations.json     plan: every plan that was evaluated, where a limit on accuracy was asked for
@@ -54,6 +55,7 @@ from tracequant.settings import (
     METRICS,
     AnalyzeSettings,
     FinetuneSettings,
+    Latency,
     Metric,
     PlanSettings,
     RunSettings,
@@ -197,7 +199,7 @@ class Run:
 
     def _key(self, stage: Stage, settings: RunSettings) -> str:
         own: dict[Stage, object] = {
-            "analyze": asdict(settings.analyze),
+            "analyze": asdict(settings.analyze) | {"options": asdict(settings.analyze.options) | {"workers": None}},
             "plan": settings.plan and asdict(settings.plan),
             "finetune": settings.finetune and asdict(settings.finetune),
         }
@@ -694,29 +696,45 @@ class Run:
         self._finish("quantize", time.perf_counter() - start)
 
     def finetune(self, recipe: FinetuneSettings) -> None:
-        """Fine-tune the mixed model by `recipe`, going on from a checkpoint where there is one."""
-        settings = replace(self.settings(), finetune=recipe)
-        if self.settings() == settings and self.done("finetune"):
+        """Fine-tune the mixed model by `recipe`, going on from a checkpoint where there is one.
+
+        Of several processes all call this and train together; the first one decides, evaluates and writes.
+        """
+        from tracequant import distributed
+
+        first = distributed.rank() == 0
+        start = self._begin_finetune(recipe) if first else None
+        start = distributed.gather(start)[0]
+        if start is None:
             return
-        self._need("quantize")
-        self.check_recipe(recipe)
-        self.ask(settings)
-        if self.done("finetune"):  # a recipe of before, asked for again
-            return
-        start = self._begin("finetune")
-        key, plan = self._key("finetune", settings), self.plan()
+        settings, plan = self.settings(), self.plan()
+        key = self._key("finetune", settings)
         outcome_uniform: Measured | None = None
         if recipe.uniform_too:
             uniform_bits, uniform = self._nearest_uniform(self.sensitivity(), plan)
             name = f"uniform {uniform_bits} bits, fine-tuned"
             outcome_uniform, _ = self._finetune_one(uniform, f"uniform-{key}", name, "uniform_finetuned.safetensors")
         mixed, losses = self._finetune_one(plan, key, "mixed, fine-tuned", "finetuned.safetensors")
+        if mixed is None:
+            return
         FinetuneOutcome(tuple(losses), time.perf_counter() - start, mixed, outcome_uniform).save(
             self.path / "finetune.json"
         )
         for leftover in self.path.glob("checkpoint-*.pt"):
             leftover.unlink()
         self._finish("finetune", time.perf_counter() - start)
+
+    def _begin_finetune(self, recipe: FinetuneSettings) -> float | None:
+        """Record the recipe. The time, or None where it is done already."""
+        settings = replace(self.settings(), finetune=recipe)
+        if self.settings() == settings and self.done("finetune"):
+            return None
+        self._need("quantize")
+        self.check_recipe(recipe)
+        self.ask(settings)
+        if self.done("finetune"):  # a recipe of before, asked for again
+            return None
+        return self._begin("finetune")
 
     def check_recipe(self, recipe: FinetuneSettings) -> None:
         """Raise `TaskError` if the recipe has a teacher and the task has no distillation loss."""
@@ -729,9 +747,11 @@ class Run:
                 " without a teacher (--distillation 0)"
             )
 
-    def _finetune_one(self, plan: BitPlan, key: str, name: str, file: str) -> tuple[Measured, list[float]]:
+    def _finetune_one(self, plan: BitPlan, key: str, name: str, file: str) -> tuple[Measured | None, list[float]]:
+        """The row of a fine-tuned model (None in processes beside the first) and the losses."""
         from safetensors.torch import save_file
 
+        from tracequant import distributed
         from tracequant.export.packed import pack
         from tracequant.finetuning import finetune
 
@@ -752,6 +772,8 @@ class Run:
             checkpoint_every=50,
             progress=self._progress,
         )
+        if distributed.rank() != 0:
+            return None, result.losses
         evaluation = setup.task.evaluate(quantized, setup.evaluation, self._progress)
         if file == "finetuned.safetensors":
             state = {key: tensor.contiguous().clone() for key, tensor in quantized.state_dict().items()}
@@ -840,6 +862,31 @@ class Run:
         result = verify(path, quantized, setup.model, setup.evaluation, setup.task, promised)
         result.save(self.path / "verify.json")
         return result
+
+    def measure_latency(self, out: Path, threads: int = 1, repeats: int = 30) -> Latency:
+        """Measure every layer at every choice of bits that the analysis offers, and write the table to `out` (CSV).
+
+        Measurements are kept in `latency.json`, with which an interrupted call goes on.
+        """
+        self._need("analyze")
+        from tracequant.latency import measure_latency
+        from tracequant.tables import write_latency
+
+        setup, offered = self.setup(), self.settings().analyze
+        table = measure_latency(
+            setup.model,
+            setup.calibration,
+            setup.task,
+            self.sensitivity_by(None).points,
+            offered.weight_bits,
+            offered.activation_bits,
+            threads,
+            repeats,
+            self.path / "latency.json",
+            self._progress,
+        )
+        write_latency(table, out)
+        return table
 
     def report(self) -> Path:
         """Write the report from what is there, figures beside it."""

@@ -35,7 +35,9 @@ class WeightGrid:
 class TaskOptions:
     """What the command line passes on to a task; None where the user said nothing and the task's default holds.
 
-    `samples` is the number of calibration inputs, `batch_size` that of calibration and fine-tuning batches.
+    `samples` is the number of calibration inputs, `batch_size` that of calibration and fine-tuning batches, `workers`
+    that of processes that load data, `image_size` that of pixels of a side, cut from the centre of an image that is
+    larger by 1 / `crop_share`.
     """
 
     data_dir: str | None = None
@@ -44,6 +46,9 @@ class TaskOptions:
     samples: int | None = None
     batch_size: int | None = None
     seed: int = 0
+    workers: int | None = None
+    image_size: int | None = None
+    crop_share: float | None = None
 
 
 @dataclass(frozen=True)

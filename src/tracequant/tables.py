@@ -33,7 +33,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tracequant.artifact import read_json
+from tracequant.artifact import read_json, write_text
 from tracequant.errors import ArtifactError
 from tracequant.points import ActivationPoint, Layer, QuantizationPoints
 from tracequant.sensitivity_result import Sensitivity
@@ -99,6 +99,17 @@ def read_latency(path: str | Path) -> Latency:
             raise ArtifactError(f"{where}: a second entry for layer {row['layer']} at these bits")
         by_input[input_bits] = _milliseconds(row["ms"], where)
     return table
+
+
+def write_latency(table: Latency, path: str | Path) -> None:
+    """Write what `read_latency` reads, as CSV, whole or not at all."""
+    rows = io.StringIO()
+    writer = csv.writer(rows, lineterminator="\n")
+    writer.writerow(("layer", "weight_bits", "activation_bits", "ms"))
+    for layer, by_weight in table.items():
+        for weight_bits, by_input in by_weight.items():
+            writer.writerows((layer, weight_bits, input_bits, f"{ms:.6g}") for input_bits, ms in by_input.items())
+    write_text(path, rows.getvalue())
 
 
 def _from_table(document: dict[str, Any], source: str) -> Sensitivity:

@@ -32,6 +32,8 @@ from tracequant.quantizer import ActivationQuantizer, Grid, input_quantizers, ou
 
 Profile = Literal["qdq", "weights-only"]
 OPSET = 21
+# A protocol buffer ends at 2 GiB; the graph itself takes a little.
+LARGEST_FILE = 2**31 - 2**24
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,8 @@ def export_onnx(
     profile "qdq" weights and activations are quantized as in the model; "weights-only" leaves activations in float,
     for runtimes that multiply float activations with packed weights.
 
-    Raises `ModelError` if the model is not quantized, has other weights than float32, or cannot be traced;
-    `ResourceError` without the extra "onnx".
+    Raises `ModelError` if the model is not quantized, has other weights than float32, cannot be traced, or takes more
+    than the 2 GiB that an ONNX file can hold; `ResourceError` without the extra "onnx".
     """
     try:
         import onnx_ir
@@ -82,6 +84,12 @@ def export_onnx(
     names = {state_name(site): weight for weight in weights for site in weight.entry.sites}
     with _quiet("onnx_ir", "onnxscript"):
         code_bytes = onnx_graph.rewrite(graph_model, names, weights_only=profile == "weights-only")
+    stored = sum(value.const_value.nbytes for value in graph_model.graph.initializers.values() if value.const_value)
+    if stored > LARGEST_FILE:
+        raise ModelError(
+            f"the ONNX file would take {stored / 2**30:.1f} GiB, more than the 2 GiB that one can hold; give the model"
+            f" fewer bits (codes take {code_bytes / 2**30:.1f} GiB), or quantize layers that are still in float"
+        )
     graph_model.producer_name, graph_model.producer_version = "tracequant", __version__
     graph_model.metadata_props.clear()
     graph_model.metadata_props.update(_metadata(quantized, weights, profile))
@@ -96,7 +104,8 @@ def trace_float(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     import onnx_ir
 
     program = _trace(copy.deepcopy(model).cpu().eval(), args, kwargs, dynamic_batch=False, optimize=True)
-    onnx_ir.save(program.model, path)
+    # Weights beside the graph: a float model may be larger than an ONNX file can be.
+    onnx_ir.save(program.model, path, external_data=f"{path.name}.data")
 
 
 @torch.library.custom_op("tracequant::quantize_activation", mutates_args=())

@@ -15,7 +15,11 @@ from tracequant.settings import TaskOptions
 from tracequant.task import TaskSetup
 
 # Task name → module with a function `build(options: TaskOptions) -> TaskSetup`, imported when it is asked for.
-TASKS = {"digits": "tracequant.tasks.digits", "cifar10": "tracequant.tasks.cifar10"}
+TASKS = {
+    "digits": "tracequant.tasks.digits",
+    "cifar10": "tracequant.tasks.cifar10",
+    "imagenet": "tracequant.tasks.imagenet",
+}
 
 
 def load_task(spec: str, options: TaskOptions) -> TaskSetup:
@@ -29,7 +33,7 @@ def load_task(spec: str, options: TaskOptions) -> TaskSetup:
         return build(options)
     if ":" not in spec:
         raise TaskError(
-            f"unknown task {spec!r}; choose {' or '.join(sorted(TASKS))}, or give path/to/file.py:function for your own"
+            f"unknown task {spec!r}; choose {', '.join(sorted(TASKS))}, or give path/to/file.py:function for your own"
         )
     function = _load_function(spec)
     given = {name: value for name, value in asdict(options).items() if value is not None}
@@ -52,6 +56,13 @@ def load_task(spec: str, options: TaskOptions) -> TaskSetup:
     if not isinstance(setup, TaskSetup):
         raise TaskError(f"{spec} returned a {type(setup).__name__}, expected a tracequant.TaskSetup")
     return setup
+
+
+def refuse(options: TaskOptions, task: str, *names: str) -> None:
+    """Raise `TaskError` if options were given that the task has no use for."""
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) is not None]
+    if given:
+        raise TaskError(f"the {task} task has no use for {', '.join(given)}; leave it out")
 
 
 def _load_function(spec: str) -> Callable[..., Any]:

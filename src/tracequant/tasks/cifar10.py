@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,7 +18,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from tracequant.errors import TaskError
 from tracequant.settings import TaskOptions
 from tracequant.task import Batch, ClassificationTask, TaskSetup
+from tracequant.tasks import refuse
 from tracequant.tasks.residual import SmallResNet
+from tracequant.tasks.weights import load_state, read_state
 
 DEPTHS = {"resnet20": 20, "resnet32": 32, "resnet44": 44, "resnet56": 56}
 # The networks in circulation were trained with ImageNet's constants.
@@ -35,12 +35,16 @@ def build(options: TaskOptions) -> TaskSetup:
             " mosaics (test.webp, train_0.webp, ...)"
         )
     if options.weights is None:
-        raise TaskError("the cifar10 task needs --weights: a safetensors file with the trained network's state dict")
+        raise TaskError(
+            "the cifar10 task needs --weights: a file with the trained network's state dict (safetensors or .pth)"
+        )
+    refuse(options, "cifar10", "workers", "image_size", "crop_share")
     name = options.model or _guess_model(options.weights)
     if name not in DEPTHS:
         raise TaskError(f"unknown model {name!r} for cifar10; choose {', '.join(DEPTHS)} (--model)")
     model = SmallResNet(blocks=(DEPTHS[name] - 2) // 6)
-    load_weights(model, options.weights)
+    hint = f"choose the depth with --model ({', '.join(DEPTHS)})"
+    load_state(model, read_state(options.weights), options.weights, hint)
     folder = Path(options.data_dir)
     train_images, train_labels = load_images(folder, train=True)
     test_images, test_labels = load_images(folder, train=False)
@@ -54,24 +58,6 @@ def build(options: TaskOptions) -> TaskSetup:
         train=AugmentedBatches(train_images, train_labels, batch_size),
         evaluation=DataLoader(evaluation, batch_size=500),
     )
-
-
-def load_weights(model: SmallResNet, path: str) -> None:
-    """Load a safetensors state dict; counters of BatchNorm may be missing. `TaskError` if it does not fit."""
-    try:
-        state = safetensors.torch.load_file(path)
-    except FileNotFoundError:
-        raise TaskError(f"weights file {path} does not exist") from None
-    except (safetensors.SafetensorError, OSError) as error:
-        raise TaskError(f"weights file {path} cannot be read as safetensors: {error}") from None
-    _check_shapes(model, state, path)
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    missing = [name for name in missing if not name.endswith("num_batches_tracked")]
-    if missing or unexpected:
-        raise TaskError(
-            f"weights file {path} does not fit this network: missing {missing[:3]}, unexpected {unexpected[:3]}; choose"
-            f" the depth with --model ({', '.join(DEPTHS)})"
-        )
 
 
 def load_images(folder: Path, train: bool) -> tuple[Tensor, Tensor]:
@@ -151,13 +137,3 @@ def _guess_model(weights: str) -> str:
     """The network that a weights file is named after."""
     stem = Path(weights).stem
     return next((name for name in DEPTHS if stem.startswith(name)), "resnet20")
-
-
-def _check_shapes(model: SmallResNet, state: dict[str, Tensor], path: str) -> None:
-    own = model.state_dict()
-    for name, tensor in state.items():
-        if name in own and own[name].shape != tensor.shape:
-            raise TaskError(
-                f"weights file {path} does not fit this network: {name} has shape {list(tensor.shape)}, expected"
-                f" {list(own[name].shape)}; choose the depth with --model ({', '.join(DEPTHS)})"
-            )

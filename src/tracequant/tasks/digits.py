@@ -24,7 +24,7 @@ from tracequant.errors import TaskError
 from tracequant.progress import track
 from tracequant.settings import TaskOptions
 from tracequant.task import ClassificationTask, TaskSetup
-from tracequant.tasks import residual
+from tracequant.tasks import refuse, residual
 
 TRAIN_SAMPLES = 1000
 EPOCHS = 40
@@ -34,6 +34,7 @@ def build(options: TaskOptions) -> TaskSetup:
     """The trained digits network with 1,000 training and 797 test images."""
     if options.data_dir or options.model:
         raise TaskError("the digits task has its data and model built in; leave out --data-dir and --model")
+    refuse(options, "digits", "workers", "image_size", "crop_share")
     images, labels = _images()
     train = TensorDataset(images[:TRAIN_SAMPLES], labels[:TRAIN_SAMPLES])
     test = TensorDataset(images[TRAIN_SAMPLES:], labels[TRAIN_SAMPLES:])
