@@ -61,13 +61,13 @@ def test_residuals_bound_the_error() -> None:
     true = torch.linalg.eigvalsh(matrix)
     start = torch.randn(40, generator=generator, dtype=torch.float64)
     for steps in (4, 8, 16):
-        values, residuals = _outermost(lambda v: matrix @ v, start, 3, 0.0, steps)
+        values, residuals, _ = _outermost(lambda v: matrix @ v, start, 3, 0.0, steps)
         for value, residual in zip(values, residuals, strict=True):
             assert float((true - value).abs().min()) <= residual + 1e-10
 
 
 def test_a_repeated_eigenvalue_ends_the_recurrence() -> None:
-    values, residuals = _outermost(lambda v: 3 * v, torch.ones(6), 2, 1e-3, 6)
+    values, residuals, _ = _outermost(lambda v: 3 * v, torch.ones(6), 2, 1e-3, 6)
     assert values == [pytest.approx(3)]
     assert residuals == [0]
 

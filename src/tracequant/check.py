@@ -7,7 +7,6 @@ import json
 import math
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors
@@ -20,7 +19,7 @@ from tracequant.curvature.collect import digest
 from tracequant.curvature.result import Curvature, Perturbation
 from tracequant.errors import ModelError
 from tracequant.evaluated import Check, LayerCheck, PlanCheck, plan_group, spearman
-from tracequant.layers import weight_parameter
+from tracequant.layers import replaced_weights, weight_parameter
 from tracequant.model_state import frozen_evaluation
 from tracequant.points import QuantizationPoints
 from tracequant.progress import track
@@ -117,22 +116,6 @@ def check_metrics(
     )
 
 
-@contextmanager
-def rounded_weights(model: nn.Module, values: dict[str, Tensor], points: QuantizationPoints) -> Iterator[None]:
-    """Let layers have these weights inside the block, by layer name; afterwards those of before, bit for bit."""
-    kept = {name: weight_parameter(model, points.by_name[name]) for name in values}
-    saved = {name: weight.detach().clone() for name, weight in kept.items()}
-    try:
-        with torch.no_grad():
-            for name, weight in kept.items():
-                weight.copy_(values[name])
-        yield
-    finally:
-        with torch.no_grad():
-            for name, weight in kept.items():
-                weight.copy_(saved[name])
-
-
 class _Bench:
     """Measures the model with some of its weights rounded, and remembers."""
 
@@ -187,7 +170,7 @@ class _Bench:
                 weight = weight_parameter(self._model, layer).detach()
                 grid = choose_weight_grid(weight, option[1], layer.channel_axis, self._grid)
                 self._rounded[option] = grid.round(weight)
-        with rounded_weights(self._model, {n: self._rounded[n, b] for n, b in bits.items()}, self._points):
+        with replaced_weights(self._model, {n: self._rounded[n, b] for n, b in bits.items()}, self._points):
             measured = self._run()
         losses, found_outputs = measured[0], measured[1] if outputs else []
         if path is not None:

@@ -667,6 +667,49 @@ def report(run_path: RunPath, quiet: Quiet = False, as_json: AsJson = False) -> 
         print(f"Report: {path}")
 
 
+@app.command()
+def figures(
+    run_path: RunPath,
+    figure: Annotated[
+        list[int] | None, typer.Option(help="2, 4, 5, 6, 7 or 8; may be repeated [all that can be drawn]", metavar="N")
+    ] = None,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(help="layers of Figures 2, 5 and 6; may be repeated [of largest, middle and smallest trace]"),
+    ] = None,
+    block: Annotated[
+        list[str] | None, typer.Option(help="layers matching this pattern are one bar; may be repeated")
+    ] = None,
+    grid: Annotated[int | None, typer.Option(min=3, help="points to a side of a loss landscape, odd [15]")] = None,
+    radius: Annotated[
+        float | None, typer.Option(min=0, help="how far a landscape reaches, in units of the weights [by curvature]")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="where to write them [RUN/paper]", metavar="DIR")] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Draw the paper's figures of this run, figure-N.png with figure-N.json beside it.
+
+    2: average traces, and the loss around a sharp and a flat layer. 4: the Pareto frontier. 5: how the traces converge.
+    6: the 20 largest eigenvalues against the average trace. 7: traces and bits of weights. 8: of activations.
+
+    What is missing is measured and kept in the run. Interrupted, the same command goes on where it stopped.
+    """
+    run = _open(run_path, quiet)
+    from tracequant.report.paper import FigureOptions
+
+    options = FigureOptions(tuple(layer or ()), tuple(block or ()), grid, radius)
+    drawn = run.paper_figures(figure, out, options)
+    for number, reason in drawn.left_out.items():
+        if not quiet:
+            _err.print(f"Figure {number} is left out: {_escape(reason)}", style="yellow", soft_wrap=True)
+    if as_json:
+        _print_json({str(number): str(path) for number, path in drawn.files.items()})
+    elif not quiet:
+        for number, path in drawn.files.items():
+            print(f"Figure {number}: {path}")
+
+
 @app.command(name="run")
 def run_all(
     context: typer.Context,

@@ -148,6 +148,22 @@ def weight_parameter(model: nn.Module, layer: Layer) -> Tensor:
 
 
 @contextmanager
+def replaced_weights(model: nn.Module, values: dict[str, Tensor], points: QuantizationPoints) -> Iterator[None]:
+    """Let layers have these weights inside the block, by layer name; afterwards those of before, bit for bit."""
+    kept = {name: weight_parameter(model, points.by_name[name]) for name in values}
+    saved = {name: weight.detach().clone() for name, weight in kept.items()}
+    try:
+        with torch.no_grad():
+            for name, weight in kept.items():
+                weight.copy_(values[name])
+        yield
+    finally:
+        with torch.no_grad():
+            for name, weight in kept.items():
+                weight.copy_(saved[name])
+
+
+@contextmanager
 def reading(
     model: nn.Module, points: QuantizationPoints, read: Callable[[str, Tensor], Tensor | None]
 ) -> Iterator[None]:

@@ -19,6 +19,9 @@
     RUN/perturbation.json    analyze or check: the loss's expansion in the roundings, where a metric needs it
     RUN/evaluations.json     plan: every plan that was evaluated, where a limit on accuracy was asked for
     RUN/check.json           check: how well each metric ranks, its measurements in RUN/check
+    RUN/landscapes           figures: the loss around single layers
+    RUN/hutchinson.json      figures: traces of single layers by each draw, where the analysis has none to show
+    RUN/paper                figures: the paper's figures and what they show
     RUN/report.html          report, with its figures in RUN/figures
 
 `stages.json` holds a key for every finished stage: a hash of its settings and of the keys of the stages before it. A
@@ -28,6 +31,7 @@ here imports torch until a stage needs the model.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import itertools
 import json
@@ -41,7 +45,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tracequant import allocation
 from tracequant.artifact import Saveable, read_json, replace_file, write_json
-from tracequant.curvature.result import Curvature, Perturbation, Spectrum
+from tracequant.curvature.result import Curvature, Landscapes, Perturbation, Spectrum
 from tracequant.errors import ArtifactError, ModelError, RunError, SecondDerivativeError, TaskError
 from tracequant.evaluated import Check, EvaluatedPlan, Evaluations
 from tracequant.plan import BitPlan
@@ -63,6 +67,7 @@ if TYPE_CHECKING:
 
     from tracequant.export.onnx import OnnxFile, Profile
     from tracequant.points import QuantizationPoints
+    from tracequant.report.paper import FigureOptions, PaperFigures
     from tracequant.task import Batch, TaskSetup
     from tracequant.verification import Verification
 
@@ -408,8 +413,9 @@ class Run:
             settings.options.seed,
             progress=self._progress,
         )
-        for earlier in ("perturbation.json", "check.json", "spectrum.json"):
+        for earlier in ("perturbation.json", "check.json", "spectrum.json", "hutchinson.json"):
             (self.path / earlier).unlink(missing_ok=True)
+        shutil.rmtree(self.path / "landscapes", ignore_errors=True)
         if perturbation is not None:
             perturbation.save(self.path / "perturbation.json")
         curvature.save(self.path / "curvature.json")
@@ -491,8 +497,7 @@ class Run:
         from tracequant.curvature.spectrum import spectral_density, top_eigenvalues
         from tracequant.layers import match_names
 
-        setup, points = self.setup(), self.curvature().points
-        batches = list(itertools.islice(setup.calibration, 1))
+        setup, points, batches = self.setup(), self.curvature().points, self._first_batch()
         seed = self.settings().analyze.options.seed
         names = list(points.by_name)
         chosen = match_names(layers, names, "layer")
@@ -514,9 +519,86 @@ class Run:
             )
             for n in wanted
         )
-        spectrum = Spectrum(eigenvalues, found)
+        spectrum = Spectrum(eigenvalues, found, sum(map(setup.task.batch_size, batches)))
         spectrum.save(self.path / "spectrum.json")
         return spectrum
+
+    def _first_batch(self) -> list[Batch]:
+        """The first calibration batch, alone: its graph is kept for all of many products with the Hessian."""
+        return list(itertools.islice(self.setup().calibration, 1))
+
+    def eigenvalues(self, layers: Sequence[str], top: int) -> Spectrum:
+        """A spectrum with the `top` eigenvalues of these layers, of which only those are measured that are missing.
+
+        They join those that `measure_spectrum` has left.
+        """
+        self._need("analyze")
+        points, known = self.curvature().points, self.spectrum()
+        values = dict(known.eigenvalues) if known is not None else {}
+        missing = [name for name in layers if len(values.get(name, ())) < min(top, points.by_name[name].numel)]
+        if missing:
+            found = self.measure_spectrum([glob.escape(name) for name in missing], top, ())
+            values |= found.eigenvalues
+            known = replace(
+                found,
+                eigenvalues={name: values[name] for name in points.by_name if name in values},
+                densities=known.densities if known is not None else (),
+            )
+            known.save(self.path / "spectrum.json")
+        assert known is not None
+        return known
+
+    def landscapes(self, layers: Sequence[str], size: int | None = None, radius: float | None = None) -> Landscapes:
+        """The loss around these layers' weights on the first calibration batch, measured once (`loss_landscapes`).
+
+        An interrupted measurement goes on after the last row that was finished.
+        """
+        self._need("analyze")
+        seed = self.settings().analyze.options.seed
+        asked = hashlib.sha256(json.dumps([list(layers), size, radius, seed]).encode()).hexdigest()[:16]
+        path = self.path / "landscapes" / f"{asked}.json"
+        if path.is_file() and (known := Landscapes.load(path)).complete:
+            return known
+        from tracequant.landscape import DEFAULT_SIZE, loss_landscapes
+
+        setup = self.setup()
+        return loss_landscapes(
+            setup.model,
+            self._first_batch(),
+            setup.task,
+            self.curvature().points,
+            layers,
+            size or DEFAULT_SIZE,
+            radius,
+            seed,
+            path,
+            self._progress,
+        )
+
+    def hutchinson_draws(self, layers: Sequence[str], draws: int) -> Curvature:
+        """Hutchinson's traces of these layers on the first calibration batch, one after each draw, measured once."""
+        self._need("analyze")
+        path = self.path / "hutchinson.json"
+        if path.is_file():
+            known = Curvature.load(path)
+            if list(known.weights) == list(layers) and all(e.draws == draws for e in known.weights.values()):
+                return known
+        from tracequant.curvature.estimate import estimate_curvature
+
+        setup, points = self.setup(), self.curvature().points
+        found = estimate_curvature(
+            setup.model,
+            self._first_batch(),
+            setup.task,
+            "hutchinson",
+            draws,
+            self.settings().analyze.options.seed,
+            replace(points, layers=tuple(points.by_name[name] for name in layers)),
+            activations=False,
+            progress=self._progress,
+        )
+        found.save(path)
+        return found
 
     def spectrum(self) -> Spectrum | None:
         """Result of `measure_spectrum`, None where there is none of this analysis."""
@@ -815,6 +897,15 @@ class Run:
         path = write_report(self)
         self._finish("report", time.perf_counter() - start)
         return path
+
+    def paper_figures(
+        self, numbers: Sequence[int] | None = None, out: Path | None = None, options: FigureOptions | None = None
+    ) -> PaperFigures:
+        """The paper's figures of this run, into RUN/paper unless `out` says where (`draw_figures`)."""
+        self._need("analyze")
+        from tracequant.report.paper import draw_figures
+
+        return draw_figures(self, numbers, out, options)
 
     def result_rows(self) -> list[Measured]:
         """All rows of the result table that exist so far."""

@@ -133,10 +133,46 @@ class Density(Saveable):
 
 @dataclass(frozen=True)
 class Spectrum(Saveable):
-    """The largest eigenvalues of layers' Hessian blocks, largest first, and densities of all eigenvalues."""
+    """The largest eigenvalues of layers' Hessian blocks, largest first, and densities of all eigenvalues.
+
+    All of the mean loss of `samples` samples.
+    """
 
     eigenvalues: dict[str, tuple[float, ...]]
     densities: tuple[Density, ...]
+    samples: int | None = None
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """The loss around one layer's weights W, all other weights as they are (the paper's Figure 2).
+
+    `losses[i][j]` is the mean loss at W + s_i u + s_j v, with u and v the unit eigenvectors of the two `eigenvalues` of
+    largest magnitude of the layer's Hessian block; infinite or NaN where the network overflows. Rows that are missing
+    have not been measured yet.
+    """
+
+    layer: str
+    eigenvalues: tuple[float, ...]
+    losses: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class Landscapes(Saveable):
+    """Landscapes of layers on one grid: `steps` are the s_i, distances ‖ΔW‖ from the trained weights, 0 in the middle.
+
+    The loss is the mean over `samples` samples. `context` identifies the data and the model.
+    """
+
+    steps: tuple[float, ...]
+    samples: int
+    context: str
+    layers: tuple[Landscape, ...]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every row has been measured."""
+        return all(len(landscape.losses) == len(self.steps) for landscape in self.layers)
 
 
 def summarize(values: Sequence[Sequence[float]], batch_sizes: Sequence[int], numel: float) -> TraceEstimate:

@@ -60,17 +60,68 @@ def top_eigenvalues(
             random = generator(seed, number, device=model_device(model))
             operator, like = block([layer.name])
             start = draw_probe(like, "gaussian", random)
-            values, residuals = _outermost(operator, start, k, tolerance, min(steps, len(like)))
+            values, residuals, _ = _outermost(operator, start, k, tolerance, min(steps, len(like)))
             if any(r > tolerance * abs(v) for r, v in zip(residuals, values, strict=True)):
                 late.append(layer.name)
             result[layer.name] = tuple(values)
+    _warn_of_late(late, tolerance, steps)
+    return result
+
+
+def top_eigenvectors(
+    model: nn.Module,
+    batches: Batches,
+    task: Task,
+    points: QuantizationPoints,
+    layer: str,
+    k: int = 2,
+    tolerance: float = 1e-2,
+    steps: int = 100,
+    seed: int = 0,
+) -> tuple[tuple[float, ...], Tensor]:
+    """The `k` eigenvalues of largest magnitude of a layer's block, and orthonormal eigenvectors `[k, *layer.shape]`.
+
+    Signs of the vectors are arbitrary, but the same for the same seed. An eigenvalue that is there several times has
+    one vector; where that leaves fewer than `k`, as in a multiple of the identity, any orthogonal direction completes
+    them. Raises `ModelError` for an unknown layer and one of fewer than `k` weights; warns as `top_eigenvalues` does.
+    """
+    if layer not in points.by_name:
+        raise _unknown_layer(layer, points)
+    shape = points.by_name[layer].shape
+    if not 1 <= k <= points.by_name[layer].numel or steps < 1:
+        raise ModelError(
+            f"layer {layer} has {points.by_name[layer].numel} weights: k must be from 1 to that, got {k}, and steps at"
+            f" least 1, got {steps}"
+        )
+    with _blocks(model, batches, task, points) as block:
+        random = generator(seed, 0, device=model_device(model))
+        operator, like = block([layer])
+        start = draw_probe(like, "gaussian", random)
+        values, residuals, vectors = _outermost(operator, start, k, tolerance, min(steps, len(like)))
+        late = any(r > tolerance * abs(v) for r, v in zip(residuals, values, strict=True))
+        while len(vectors) < k:
+            other = draw_probe(like, "gaussian", random)
+            for _ in range(2):  # once leaves a rounding error of the part that was removed
+                other = other - vectors.mT @ (vectors @ other)
+                other = other / other.norm()
+            vectors = torch.cat([vectors, other[None]])
+            values.append(float(other @ operator(other)))
+    _warn_of_late([layer] if late else [], tolerance, steps)
+    return tuple(values), vectors.view(k, *shape)
+
+
+def _warn_of_late(late: list[str], tolerance: float, steps: int) -> None:
+    """Warn of layers whose eigenvalues have not converged."""
     if late:
         warnings.warn(
             f"eigenvalues of {len(late)} layers ({', '.join(late[:3])}{', ...' if len(late) > 3 else ''}) are not known"
             f" to {tolerance:g} after {steps} products; allow more steps, or a larger tolerance",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return result
+
+
+def _unknown_layer(layer: str, points: QuantizationPoints) -> ModelError:
+    return ModelError(f"there is no layer {layer!r}; layers are {', '.join(list(points.by_name)[:6])}, ...")
 
 
 def spectral_density(
@@ -90,7 +141,7 @@ def spectral_density(
     """
     names = [own.name for own in points.layers] if layer is None else [layer]
     if layer is not None and layer not in points.by_name:
-        raise ModelError(f"there is no layer {layer!r}; layers are {', '.join(list(points.by_name)[:6])}, ...")
+        raise _unknown_layer(layer, points)
     if draws < 1 or steps < 1:
         raise ModelError(f"draws and steps must be at least 1, got {draws} and {steps}")
     nodes, weights = [], []
@@ -141,8 +192,11 @@ def _blocks(
         yield block
 
 
-def _lanczos(operator: _Operator, start: Tensor, steps: int) -> Iterator[tuple[float, float]]:
-    """Yield the next entry on T's diagonal and beside it; ends early where the start's subspace is exhausted."""
+def _lanczos(operator: _Operator, start: Tensor, steps: int) -> Iterator[tuple[float, float, Tensor]]:
+    """Yield T's next entry on the diagonal and beside it, and the vectors so far, in rows.
+
+    Ends early where the start's subspace is exhausted.
+    """
     vector = start / start.norm()
     all_vectors = vector.new_empty(steps, len(vector))
     size = 0.0
@@ -158,15 +212,15 @@ def _lanczos(operator: _Operator, start: Tensor, steps: int) -> Iterator[tuple[f
         beside = float(image.norm())
         size = max(size, abs(diagonal), beside)
         exhausted = beside <= 10 * torch.finfo(vector.dtype).eps * size
-        yield diagonal, 0.0 if exhausted else beside
+        yield diagonal, 0.0 if exhausted else beside, basis
         if exhausted:
             return
         vector = image / beside
 
 
 def _tridiagonal(operator: _Operator, start: Tensor, steps: int) -> tuple[list[float], list[float]]:
-    pairs = list(_lanczos(operator, start, steps))
-    return [diagonal for diagonal, _ in pairs], [beside for _, beside in pairs]
+    entries = list(_lanczos(operator, start, steps))
+    return [diagonal for diagonal, _, _ in entries], [beside for _, beside, _ in entries]
 
 
 def _eigen(diagonal: list[float], beside: list[float]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -178,13 +232,13 @@ def _eigen(diagonal: list[float], beside: list[float]) -> tuple[NDArray[np.float
 
 def _outermost(
     operator: _Operator, start: Tensor, k: int, tolerance: float, steps: int
-) -> tuple[list[float], list[float]]:
-    """The `k` eigenvalues of largest magnitude, and how far each may be from an eigenvalue of the operator."""
+) -> tuple[list[float], list[float], Tensor]:
+    """The `k` eigenvalues of largest magnitude, how far each may be from a true one, and their vectors in rows."""
     diagonal: list[float] = []
     beside: list[float] = []
     values: list[float] = []
     residuals: list[float] = []
-    for a, b in _lanczos(operator, start, steps):
+    for a, b, basis in _lanczos(operator, start, steps):
         diagonal.append(a)
         beside.append(b)
         found, vectors = _eigen(diagonal, beside)
@@ -192,8 +246,9 @@ def _outermost(
         values = found[order].tolist()
         # ‖H x − θ x‖ of a Ritz pair is the last component of T's eigenvector times the entry beside the diagonal.
         residuals = (b * np.abs(vectors[-1, order])).tolist()
+        spanned = basis
         if len(values) == min(k, len(start)) and all(
             r <= tolerance * abs(v) for r, v in zip(residuals, values, strict=True)
         ):
             break
-    return values, residuals
+    return values, residuals, torch.from_numpy(vectors[:, order].T.copy()).to(spanned) @ spanned

@@ -5,22 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
 
 from tracequant.allocation import Frontier
-from tracequant.curvature.result import Curvature, Spectrum, TraceEstimate
+from tracequant.curvature.result import Curvature, Spectrum
 from tracequant.evaluated import Check, LayerCheck, PlanCheck
 from tracequant.explain import LayerRow
 from tracequant.plan import MEGABYTE, BitPlan
-
-# One colour for each bit width, dark for few and bright for many, the same in every figure.
-_BIT_COLORS = {bits: to_hex(mpl.colormaps["viridis"](0.05 + 0.9 * (bits - 1) / 7)) for bits in range(1, 9)}
-_GREY = "#8a8f98"
+from tracequant.report.drawing import BIT_COLORS, GREY, RED, despine, name_axis, running_means, trace_bars
 
 
 @dataclass(frozen=True)
@@ -38,11 +32,11 @@ def layers_figure(rows: Sequence[LayerRow], curvature: Curvature) -> Figure:
     """Average trace, number of weights and chosen bits of every layer, stacked (after the paper's Figure 2)."""
     figure, axes = _stack(len(rows), 3, (3.2, 1.6, 1.8))
     positions = range(len(rows))
-    colors = [_BIT_COLORS[row.num_bits] for row in rows]
+    colors = [BIT_COLORS[row.num_bits] for row in rows]
     estimates = [curvature.weights[row.name] for row in rows]
-    _trace_bars(axes[0], estimates, colors)
+    trace_bars(axes[0], estimates, colors)
     axes[0].set_ylabel("average Hessian trace\nTr(H)/n (loss per weight²)")
-    axes[1].bar(positions, [row.numel for row in rows], color=_GREY)
+    axes[1].bar(positions, [row.numel for row in rows], color=GREY)
     axes[1].set_yscale("log")
     axes[1].set_ylabel("weights")
     axes[2].bar(positions, [row.num_bits for row in rows], color=colors)
@@ -51,7 +45,7 @@ def layers_figure(rows: Sequence[LayerRow], curvature: Curvature) -> Figure:
             axes[2].text(position, row.num_bits + 0.15, str(row.num_bits), ha="center", va="bottom", fontsize=8)
     axes[2].set_ylim(0, max(row.num_bits for row in rows) + 1.5)
     axes[2].set_ylabel("weight bits")
-    _name_axis(axes[2], [row.name for row in rows])
+    name_axis(axes[2], [row.name for row in rows])
     return figure
 
 
@@ -60,13 +54,13 @@ def activations_figure(curvature: Curvature, plan: BitPlan) -> Figure:
     names = list(plan.activation_bits)
     figure, axes = _stack(len(names), 2, (3.2, 1.8))
     bits = [plan.activation_bits[name] for name in names]
-    colors = [_BIT_COLORS[b] for b in bits]
-    _trace_bars(axes[0], [curvature.activations[name] for name in names], colors)
+    colors = [BIT_COLORS[b] for b in bits]
+    trace_bars(axes[0], [curvature.activations[name] for name in names], colors)
     axes[0].set_ylabel("average Hessian trace\nTr(H)/|a| (loss per activation²)")
     axes[1].bar(range(len(names)), bits, color=colors)
     axes[1].set_ylabel("activation bits")
     axes[1].set_ylim(0, max(bits) + 1.5)
-    _name_axis(axes[1], [f"input of {name}" for name in names])
+    name_axis(axes[1], [f"input of {name}" for name in names])
     return figure
 
 
@@ -93,11 +87,11 @@ def convergence_figure(curvature: Curvature) -> Figure | None:
     figure = Figure(figsize=(10 if len(panels) > 1 else 6, 3.2 * rows), layout="constrained")
     for number, (title, label, series) in enumerate(panels):
         axes = figure.add_subplot(rows, min(2, len(panels)), number + 1)
-        _running_means(axes, series)
+        running_means(axes, series)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(label)
         axes.set_ylabel("running mean / final value")
-        _despine(axes)
+        despine(axes)
     return figure
 
 
@@ -111,51 +105,28 @@ def spectrum_figure(spectrum: Spectrum, curvature: Curvature) -> Figure:
         names = list(spectrum.eigenvalues)
         for position, name in enumerate(names):
             sizes = [abs(value) for value in spectrum.eigenvalues[name]]
-            axes.plot([position] * len(sizes), sizes, "_", color=_BIT_COLORS[3], markersize=9)
+            axes.plot([position] * len(sizes), sizes, "_", color=BIT_COLORS[3], markersize=9)
         averages = [curvature.weights[name].average_trace for name in names]
-        axes.plot(range(len(names)), averages, "o", color="#d1495b", markersize=4, label="average trace Tr(H)/n")
-        axes.plot([], [], "_", color=_BIT_COLORS[3], markersize=9, label="largest eigenvalues, magnitude")
+        axes.plot(range(len(names)), averages, "o", color=RED, markersize=4, label="average trace Tr(H)/n")
+        axes.plot([], [], "_", color=BIT_COLORS[3], markersize=9, label="largest eigenvalues, magnitude")
         axes.set_yscale("log")
         axes.set_ylabel("loss per weight²")
         axes.legend(fontsize=9)
-        _name_axis(axes, names)
-        _despine(axes)
+        name_axis(axes, names)
+        despine(axes)
     for axes, density in zip(panels, spectrum.densities, strict=True):
         nodes = [node for draw in density.nodes for node in draw]
         low, high = min(nodes), max(nodes)
         margin = 0.05 * (high - low or 1.0)
         at = [low - margin + (high - low + 2 * margin) * i / 600 for i in range(601)]
-        axes.plot(at, density.smoothed(at, margin / 5), color=_BIT_COLORS[3])
+        axes.plot(at, density.smoothed(at, margin / 5), color=BIT_COLORS[3])
         axes.set_yscale("log")
         axes.set_ylim(bottom=max(1e-3 / density.numel / (high - low or 1.0), axes.get_ylim()[0]))
         axes.set_title(f"eigenvalues of {density.layer or 'all layers together'} ({density.numel:,})", fontsize=10)
         axes.set_xlabel("eigenvalue (loss per weight²)")
         axes.set_ylabel("density")
-        _despine(axes)
+        despine(axes)
     return figure
-
-
-def _running_means(axes: Axes, series: Sequence[Sequence[float]]) -> None:
-    """Running means of each row over its last one, and the median row's standard error around 1."""
-    errors = []
-    for row in series:
-        values = np.array(row)
-        final = values.mean()
-        if len(values) < 2 or final == 0:
-            continue
-        counts = np.arange(1, len(values) + 1)
-        axes.plot(counts, np.cumsum(values) / counts / final, color=_GREY, linewidth=0.7, alpha=0.6)
-        errors.append(values.std(ddof=1) / abs(final))
-    if not errors:
-        return
-    counts = np.arange(1, max(len(row) for row in series) + 1)
-    band = np.median(errors) / np.sqrt(counts)
-    for sign in (1, -1):
-        axes.plot(counts, 1 + sign * band, "--", color="#d1495b", linewidth=1.2)
-    axes.axhline(1, color="black", linewidth=0.6)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.set_ylim(-0.2, 2.2)
 
 
 def frontier_figure(
@@ -166,7 +137,7 @@ def frontier_figure(
     The exact frontier is a line, what Appendix E's search finds are dots on or above it. `evaluated` are plans whose
     metric was measured: (bytes, Ω, metric), the metric as their colour.
     """
-    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    figure = Figure(figsize=(8, 5.0), layout="constrained")
     axes = figure.subplots()
     positive = all(float(front.omega.min()) > 0 for front in fronts.values())
     if "exact" in fronts:
@@ -174,12 +145,12 @@ def frontier_figure(
         shown = np.unique(np.linspace(0, len(front) - 1, 2000).round().astype(int))
         axes.step(
             front.size_bytes[shown] / MEGABYTE, front.omega[shown], where="post",
-            color=_BIT_COLORS[2], linewidth=1.2, label=f"exact frontier ({len(front):,} plans)", zorder=1,
+            color=BIT_COLORS[2], linewidth=1.2, label=f"exact frontier ({len(front):,} plans)", zorder=1,
         )  # fmt: skip
     if "pareto" in fronts:
         front = fronts["pareto"]
         label = f"Appendix E's search ({len(front):,} plans{_loss(fronts)})"
-        axes.plot(front.size_bytes / MEGABYTE, front.omega, ".", color="#d1495b", markersize=4, label=label, zorder=2)
+        axes.plot(front.size_bytes / MEGABYTE, front.omega, ".", color=RED, markersize=4, label=label, zorder=2)
     for marker in markers:
         position = (marker.plan.size_bytes / MEGABYTE, marker.plan.omega)
         axes.plot(
@@ -200,7 +171,7 @@ def frontier_figure(
     axes.set_xlabel("size of the packed file (MB of 2²⁰ bytes)")
     axes.set_ylabel("total perturbation Σ Ω (loss)")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=9)
+    figure.legend(fontsize=8, loc="outside upper center", ncols=2)  # inside it would hide plans
     return figure
 
 
@@ -252,7 +223,7 @@ def check_figure(check: Check) -> Figure:
             ]
             axes.set_title(f"{kind}: {name} ({', '.join(correlations)})", fontsize=9)
             axes.tick_params(labelsize=7)
-            _despine(axes)
+            despine(axes)
     figure.supylabel("measured change of the loss", fontsize=10)
     figure.supxlabel("what the metric says", fontsize=10)
     return figure
@@ -260,8 +231,8 @@ def check_figure(check: Check) -> Figure:
 
 def _check_color(row: LayerCheck | PlanCheck) -> str:
     if isinstance(row, LayerCheck):
-        return _BIT_COLORS[row.num_bits]
-    return _BIT_COLORS[round(sum(row.weight_bits.values()) / len(row.weight_bits))]
+        return BIT_COLORS[row.num_bits]
+    return BIT_COLORS[round(sum(row.weight_bits.values()) / len(row.weight_bits))]
 
 
 def _smallest_shown(values: Sequence[float]) -> float:
@@ -275,7 +246,7 @@ def accuracy_figure(rows: Sequence[tuple[str, float, float]], metric_name: str) 
     figure = Figure(figsize=(8, 0.9 + 0.5 * len(rows)), layout="constrained")
     axes = figure.subplots()
     names = [name for name, _, _ in rows]
-    colors = [_GREY if name.startswith(("float", "uniform")) else _BIT_COLORS[5] for name in names]
+    colors = [GREY if name.startswith(("float", "uniform")) else BIT_COLORS[5] for name in names]
     axes.barh(range(len(rows)), [metric for _, metric, _ in rows], color=colors)
     for position, (_, metric, megabytes) in enumerate(rows):
         axes.annotate(
@@ -289,7 +260,7 @@ def accuracy_figure(rows: Sequence[tuple[str, float, float]], metric_name: str) 
     axes.invert_yaxis()
     axes.set_xlabel(metric_name)
     axes.margins(x=0.22)
-    _despine(axes)
+    despine(axes)
     return figure
 
 
@@ -297,16 +268,16 @@ def loss_figure(losses: Sequence[float]) -> Figure:
     """Training loss of every fine-tuning step, with a running mean."""
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     axes = figure.subplots()
-    axes.plot(losses, color=_GREY, linewidth=0.6, alpha=0.7, label="each step")
+    axes.plot(losses, color=GREY, linewidth=0.6, alpha=0.7, label="each step")
     smooth, value = [], losses[0]
     for loss in losses:
         value += 0.05 * (loss - value)
         smooth.append(value)
-    axes.plot(smooth, color=_BIT_COLORS[4], label="running mean")
+    axes.plot(smooth, color=BIT_COLORS[4], label="running mean")
     axes.set_xlabel("fine-tuning step")
     axes.set_ylabel("training loss")
     axes.legend(fontsize=9)
-    _despine(axes)
+    despine(axes)
     return figure
 
 
@@ -315,37 +286,5 @@ def _stack(columns: int, count: int, heights: Sequence[float]) -> tuple[Figure, 
     figure = Figure(figsize=(width, sum(heights) + 1.6), layout="constrained")
     axes = figure.subplots(count, 1, sharex=True, height_ratios=heights)
     for axis in axes:
-        _despine(axis)
+        despine(axis)
     return figure, list(axes)
-
-
-def _trace_bars(axes: Axes, estimates: Sequence[TraceEstimate], colors: Sequence[str]) -> None:
-    """Bars with the sampling error, on a logarithmic axis where all traces are positive."""
-    values = [estimate.average_trace for estimate in estimates]
-    errors = [_known_error(estimate) / estimate.numel for estimate in estimates]
-    positive = all(value > 0 for value in values)
-    # On a logarithmic axis the lower end of a bar may not reach zero.
-    lower = [min(error, 0.95 * value) if positive else error for error, value in zip(errors, values, strict=True)]
-    axes.bar(range(len(values)), values, color=colors)
-    axes.errorbar(
-        range(len(values)), values, yerr=[lower, errors], fmt="none", ecolor="black", elinewidth=0.8, capsize=2
-    )
-    if positive:
-        axes.set_yscale("log")
-
-
-def _known_error(estimate: TraceEstimate) -> float:
-    """The larger of the errors that are known."""
-    known = [e for e in (estimate.standard_error, estimate.sampling_error) if e != float("inf")]
-    return max(known, default=0.0)
-
-
-def _name_axis(axes: Axes, names: Sequence[str]) -> None:
-    # More than 120 names would run into each other: every second, third, ... is written.
-    step = 1 + (len(names) - 1) // 120
-    axes.set_xticks(range(0, len(names), step), list(names[::step]), rotation=90, fontsize=8)
-    axes.set_xlim(-0.7, len(names) - 0.3)
-
-
-def _despine(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)

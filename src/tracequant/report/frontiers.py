@@ -1,0 +1,73 @@
+"""What the frontier figure shows of a run: all plans worth having, and some to point out."""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from tracequant import allocation
+from tracequant.allocation import Frontier
+from tracequant.errors import BudgetError
+from tracequant.evaluated import EvaluatedPlan, Evaluations
+from tracequant.plan import MEGABYTE, BitPlan
+from tracequant.report import figures
+from tracequant.sensitivity_result import Sensitivity
+from tracequant.settings import PlanSettings
+
+if TYPE_CHECKING:
+    from tracequant.run import Run
+
+
+def evaluated_plans(sensitivity: Sensitivity, evaluations: Evaluations | None) -> list[tuple[EvaluatedPlan, float]]:
+    """Evaluated plans of this run's layers with their Ω in the plan's metric, by size."""
+    found = []
+    for row in evaluations.plans if evaluations is not None else ():
+        known = row.weight_bits.keys() == sensitivity.weight_omega.keys()
+        if known and all(b in sensitivity.weight_omega[name] for name, b in row.weight_bits.items()):
+            omega = math.fsum(sensitivity.weight_omega[name][b] for name, b in row.weight_bits.items())
+            found.append((row, omega + sensitivity.interaction(row.weight_bits)))
+    return sorted(found, key=lambda entry: entry[0].size_bytes)
+
+
+def frontiers(sensitivity: Sensitivity, plan: BitPlan, settings: PlanSettings | None) -> dict[str, Frontier]:
+    """The frontiers at the plan's activations and within its rules: all plans, and what Appendix E finds of them."""
+    rules = settings or PlanSettings()
+    found: dict[str, Frontier] = {}
+    methods: tuple[allocation.Method, ...] = ("exact", "pareto")
+    for method in methods:
+        with suppress(BudgetError):  # the exact tables may not fit into memory
+            found[method] = allocation.frontier(
+                sensitivity,
+                method=method,
+                activation_bits=plan.activation_bits,
+                fixed_bits=rules.fixed_bits,
+                min_bits=rules.min_bits,
+                allowed_bits=rules.allowed_bits,
+            )
+    return found
+
+
+def markers(run: Run, sensitivity: Sensitivity, plan: BitPlan) -> list[figures.Marker]:
+    """The chosen plan, uniform ones, and the best that HAWQ's order of layers allows at the same size."""
+    found = [figures.Marker("this plan", "", plan, "*", "#ffd166")]
+    label = "uniform"
+    for num_bits in sorted({b for options in sensitivity.weight_omega.values() for b in options}):
+        uniform = allocation.uniform_plan(sensitivity, num_bits, activation_bits=plan.activation_bits)
+        if uniform.omega > 0 and uniform.size_bytes <= 2 * plan.size_bytes:
+            found.append(figures.Marker(label, f"{num_bits} bits", uniform, "s", "#b8bec9"))
+            label = ""
+    eigenvalues = run.curvature().top_eigenvalues
+    if eigenvalues:
+        ranking = {layer.name: eigenvalues[layer.name] / layer.numel for layer in sensitivity.points.layers}
+        try:
+            hawq = allocation.solve(
+                sensitivity,
+                max_size_mb=plan.size_bytes / MEGABYTE,
+                space="monotone",
+                ranking=ranking,
+            )
+            found.append(figures.Marker("best plan in HAWQ's order (λ/n)", "", hawq, "^", "#2a9d8f"))
+        except BudgetError:
+            pass  # no plan in that order is as small
+    return found
