@@ -8,7 +8,8 @@ and last layer count and are quantized in every row; the image itself keeps 8 bi
 --recipes trains with others, which differ from it in one thing each.
 
 Every row and seed is kept in the results as soon as it is finished and is not run again; what was interrupted goes on
-from its checkpoint in --work. --short is 600 steps and one seed, for a CPU. TRACEQUANT_DATA must hold cifar10 and
+from its checkpoint in --work. --deploy exports the packed file of the 13.1x row to ONNX and compares it in ONNX Runtime
+on the whole test set. --short is 600 steps and one seed, for a CPU. TRACEQUANT_DATA must hold cifar10 and
 cifar10_weights.
 """
 
@@ -35,6 +36,7 @@ from tracequant.sensitivity import measure_weight_errors, with_eigenvalues
 from tracequant.sensitivity_result import combine
 from tracequant.settings import Metric, TaskOptions
 from tracequant.tasks import load_task
+from tracequant.verification import verify
 
 RESULTS = Path(__file__).parent / "results" / "cifar10_resnet20.json"
 WEIGHT_BITS, ACTIVATION_BITS = (1, 2, 3, 4, 8), (2, 3, 4, 6, 8)
@@ -179,6 +181,26 @@ def fresh_evaluation(file: Path) -> float:
     return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
 
 
+def deploy(found: Measured, file: Path) -> dict[str, Any]:
+    """Export a packed file to ONNX and compare it in ONNX Runtime with the model that it was packed from."""
+    setup = found.setup
+    quantized = tq.load(file, setup.model)
+    (images, _), *_ = setup.calibration
+    exported = tq.export_onnx(quantized, file.with_suffix(".onnx"), images)
+    result = verify(
+        exported.path, quantized, setup.model, setup.evaluation, setup.task, promised_bytes=file.stat().st_size
+    )
+    convolutions = [kernel for kernel in result.kernels if "Conv" in kernel.kernel]
+    (runtime, *_) = result.runtimes
+    return {
+        "file": file.name, "packed_bytes": file.stat().st_size, "onnx_bytes": exported.file_bytes,
+        "onnx_graph_and_floats": exported.other_bytes, "fake_quantized": result.metric, "onnx_runtime": runtime.metric,
+        "equal_predictions": runtime.equal_predictions, "samples_within_1e-5": result.samples_within,
+        "times_faster": runtime.float_milliseconds / runtime.milliseconds, "convolutions": len(convolutions),
+        "convolutions_in_float": [kernel.layer for kernel in convolutions if kernel.reason],
+    }  # fmt: skip
+
+
 def read(path: Path) -> dict[str, Any]:
     """The results so far."""
     return dict(json.loads(path.read_text())) if path.is_file() else {"rows": []}
@@ -242,6 +264,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile on a CPU too; needs a C++ compiler")
     parser.add_argument("--work", type=Path, default=Path("runs/cifar10_resnet20"))
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--deploy", action="store_true", help="export to ONNX and verify")
     parser.add_argument("--evaluate", type=Path, help="print the accuracy of a packed file and do nothing else")
     given = parser.parse_args()
     folder = data_folder("cifar10", "cifar10_weights")
@@ -284,6 +307,10 @@ def main() -> None:
         again = fresh_evaluation((given.work / finished[0]["file"]).resolve())
         assert again == finished[0]["after"], f"{again} in a fresh process, {finished[0]['after']} when it was trained"
         print(f"\nPacked file of {finished[0]['row']}, evaluated in a fresh process: {again:.2f}")
+        if given.deploy:
+            results = read(given.results) | {"deployed": deploy(found, given.work / finished[0]["file"])}
+            given.results.write_text(json.dumps(results, indent=1) + "\n")
+            print("\nIn ONNX Runtime:", ", ".join(f"{name} {value}" for name, value in results["deployed"].items()))
 
 
 if __name__ == "__main__":
