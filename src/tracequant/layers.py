@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
+from tracequant.data_inputs import data_readers
 from tracequant.errors import ModelError
 from tracequant.model_state import fingerprint, frozen_evaluation
 from tracequant.packed_layout import DTYPE_BYTES
@@ -227,6 +228,7 @@ class _Calls:
         self.batch: Any = None
         self.macs: dict[str, float] = defaultdict(float)
         self.samples = 1
+        self.data_readers: set[str] = set()
 
 
 def _record_calls(
@@ -268,6 +270,7 @@ def _record_calls(
     finally:
         for handle in handles:
             handle.remove()
+    calls.data_readers = data_readers(model, calls.batch, task, layers_of)
     return calls
 
 
@@ -324,7 +327,8 @@ def _group_activations(calls: _Calls) -> list[ActivationPoint]:
                 name=name,
                 consumers=tuple(consumers),
                 numel=sum(tensor.numel() for tensor in tensors.values()) / calls.samples,
-                is_model_input=any(_storage(tensor) in inputs for tensor in tensors.values()),
+                is_model_input=any(_storage(tensor) in inputs for tensor in tensors.values())
+                or not calls.data_readers.isdisjoint(consumers),
             )
         )
     return points

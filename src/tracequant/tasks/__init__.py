@@ -15,7 +15,11 @@ from tracequant.settings import TaskOptions
 from tracequant.task import TaskSetup
 
 # Task name → module with a function `build(options: TaskOptions) -> TaskSetup`, imported when it is asked for.
-TASKS = {"digits": "tracequant.tasks.digits", "cifar10": "tracequant.tasks.cifar10"}
+TASKS = {
+    "digits": "tracequant.tasks.digits",
+    "cifar10": "tracequant.tasks.cifar10",
+    "detection": "tracequant.tasks.detection",
+}
 
 
 def load_task(spec: str, options: TaskOptions) -> TaskSetup:
@@ -29,7 +33,7 @@ def load_task(spec: str, options: TaskOptions) -> TaskSetup:
         return build(options)
     if ":" not in spec:
         raise TaskError(
-            f"unknown task {spec!r}; choose {' or '.join(sorted(TASKS))}, or give path/to/file.py:function for your own"
+            f"unknown task {spec!r}; choose {', '.join(sorted(TASKS))}, or give path/to/file.py:function for your own"
         )
     function = _load_function(spec)
     given = {name: value for name, value in asdict(options).items() if value is not None}

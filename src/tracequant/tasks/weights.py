@@ -1,0 +1,68 @@
+"""Trained weights from a local file."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from tracequant.errors import TaskError
+
+# What training scripts keep a state dict under, beside other things.
+WRAPPERS = ("state_dict", "model_state_dict", "model")
+
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a file: safetensors, or of `torch.save`, of which nothing but tensors is read.
+
+    One inside a training checkpoint is found, and the prefix `module.` of parallel training dropped. Raises
+    `TaskError` for a file that is not there or cannot be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise TaskError(f"weights file {path} does not exist")
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load_file(path)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise TaskError(f"weights file {path} cannot be read as safetensors: {error}") from None
+    try:
+        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise TaskError(
+            f"weights file {path} cannot be read as a state dict ({str(error).splitlines()[0]}); save"
+            " model.state_dict() with torch.save, or as safetensors"
+        ) from None
+    for name in WRAPPERS:
+        if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
+            found = found[name]
+    if not isinstance(found, Mapping) or not found or not all(isinstance(value, Tensor) for value in found.values()):
+        raise TaskError(f"weights file {path} holds no state dict; save model.state_dict()")
+    return {name.removeprefix("module."): tensor for name, tensor in found.items()}
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], path: str | Path, hint: str) -> None:
+    """Load a file's state dict, in which counters of BatchNorm may be missing.
+
+    Raises `TaskError` that names what does not fit, with the hint what to do about it.
+    """
+    own = model.state_dict()
+    for name, tensor in state.items():
+        if name in own and own[name].shape != tensor.shape:
+            raise TaskError(
+                f"weights file {path} does not fit this network: {name} has shape {list(tensor.shape)}, expected"
+                f" {list(own[name].shape)}; {hint}"
+            )
+    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
+    unexpected = [name for name in state if name not in own]
+    if missing or unexpected:
+        raise TaskError(
+            f"weights file {path} does not fit this network: missing {missing[:3]}, unexpected {unexpected[:3]}; {hint}"
+        )
+    model.load_state_dict(state, strict=False)
