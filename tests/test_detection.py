@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 import tracequant as tq
 from models import exact_hessian, snapshot
-from tracequant.curvature.output_hessian import factor
+from tracequant.curvature.output_hessian import OutputHessian, factor
 from tracequant.errors import DataError, TaskError
 from tracequant.layers import match_names, quantizable_names
 from tracequant.task import total_loss
@@ -54,13 +54,13 @@ def training_losses(model: nn.Module, batch: Any) -> dict[str, Tensor]:
 
 def exact_weight_trace(model: nn.Module, batch: Any, name: str) -> float:
     """The trace of the exact Hessian of a batch's loss by one layer's weight."""
-    weight = model.get_submodule(name).weight
+    weight = model.get_submodule(name).weight.detach()
 
     def loss(flat: Tensor) -> Tensor:
         outputs = functional_call(Caller(model), {f"inner.{name}.weight": flat.view_as(weight)}, (batch,))
         return total_loss(TASK, outputs, batch)
 
-    return float(exact_hessian(loss, weight.detach().flatten()).trace())
+    return exact_hessian(loss, weight.flatten()).trace().item()
 
 
 def exact_activation_trace(model: nn.Module, batch: Any, consumers: tuple[str, ...]) -> float:
@@ -87,7 +87,7 @@ def exact_activation_trace(model: nn.Module, batch: Any, consumers: tuple[str, .
                 for handle in handles:
                     handle.remove()
 
-        total += float(exact_hessian(loss, torch.zeros(read[number].numel(), dtype=tensor.dtype)).trace())
+        total += exact_hessian(loss, torch.zeros(read[number].numel(), dtype=tensor.dtype)).trace().item()
     return total
 
 
@@ -140,7 +140,9 @@ def test_a_batch_falls_apart_by_size() -> None:
 
 def test_a_focal_loss_bends_both_ways() -> None:
     model, batch = tiny_retinanet(), scenes((16, 16))
-    classes = factor(TASK, TASK.outputs(model, batch), batch, torch.Generator().manual_seed(0)).first[0]
+    hessian = factor(TASK, TASK.outputs(model, batch), batch, torch.Generator().manual_seed(0))
+    assert isinstance(hessian, OutputHessian)
+    classes = hessian.first[0]
     assert (classes > 0).any()
     assert (classes < 0).any()
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import matplotlib as mpl
 import numpy as np
@@ -67,6 +69,45 @@ def activations_figure(curvature: Curvature, plan: BitPlan) -> Figure:
     axes[1].set_ylabel("activation bits")
     axes[1].set_ylim(0, max(bits) + 1.5)
     _name_axis(axes[1], [f"input of {name}" for name in names])
+    return figure
+
+
+def blocks_figure(curvature: Curvature, plan: BitPlan, blocks: Sequence[str]) -> Figure:
+    """Average traces and bits by block, of weights (left, as the paper's Figure 7) and of activations (Figure 8).
+
+    `blocks` are shell patterns of layer names, as a task's `blocks`; a layer that none matches is a block of its own.
+    The average trace of a block is the sum of its layers' traces over the sum of their elements, its bits those of an
+    element on average. An activation is of the block of the first layer that reads it.
+    """
+    families = (
+        ("weight", curvature.weights, curvature.weight_values, plan.weight_bits),
+        ("activation", curvature.activations, curvature.activation_values, plan.activation_bits),
+    )
+    figure = Figure(figsize=(14, 5.6), layout="constrained")
+    axes = figure.subplots(2, 2, sharex="col", height_ratios=(3.2, 1.8))
+    for column, (family, estimates, values, bits) in enumerate(families):
+        members: dict[str, list[str]] = {}
+        for name in estimates:
+            if name in bits:
+                members.setdefault(_block_of(name, blocks), []).append(name)
+        merged = [_together([estimates[name] for name in own], values, own) for own in members.values()]
+        mean_bits = [
+            sum(bits[name] * estimates[name].numel for name in own) / sum(estimates[name].numel for name in own)
+            for own in members.values()
+        ]
+        colors = [_BIT_COLORS[round(b)] for b in mean_bits]
+        _trace_bars(axes[0, column], merged, colors)
+        sign = "n" if family == "weight" else "|a|"
+        axes[0, column].set_ylabel(f"average Hessian trace\nTr(H)/{sign} (loss per {family}²)")
+        axes[1, column].bar(range(len(mean_bits)), mean_bits, color=colors)
+        for position, value in enumerate(mean_bits):
+            axes[1, column].text(position, value + 0.15, f"{value:.3g}", ha="center", va="bottom", fontsize=8)
+        axes[1, column].set_ylim(0, max(mean_bits, default=0) + 1.5)
+        axes[1, column].set_ylabel(f"{family} bits\n(mean of the block)")
+        prefix = "" if family == "weight" else "input of "
+        _name_axis(axes[1, column], [f"{prefix}{block}" for block in members])
+        for axis in axes[:, column]:
+            _despine(axis)
     return figure
 
 
@@ -332,6 +373,26 @@ def _trace_bars(axes: Axes, estimates: Sequence[TraceEstimate], colors: Sequence
     )
     if positive:
         axes.set_yscale("log")
+
+
+def _block_of(name: str, blocks: Sequence[str]) -> str:
+    """The name of the block that a layer is of: its pattern without the stars at the end."""
+    return next((block.removesuffix(".*") for block in blocks if fnmatch.fnmatchcase(name, block)), name)
+
+
+def _together(
+    estimates: Sequence[TraceEstimate], values: Mapping[str, Sequence[float]] | None, names: Sequence[str]
+) -> TraceEstimate:
+    """The sum of several traces, its error from the sums of each sample's values where they are known."""
+    trace, numel = sum(e.trace for e in estimates), sum(e.numel for e in estimates)
+    error = math.sqrt(sum(_known_error(e) ** 2 for e in estimates))
+    if values and len(values[names[0]]) > 1:
+        sums = np.sum([values[name] for name in names], axis=0)
+        error = float(sums.std(ddof=1)) / math.sqrt(len(sums))
+    first = estimates[0]
+    return replace(
+        first, trace=trace, average_trace=trace / numel, numel=numel, standard_error=error, sampling_error=error
+    )
 
 
 def _known_error(estimate: TraceEstimate) -> float:
