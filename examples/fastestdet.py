@@ -29,7 +29,6 @@ from tracequant.cost import average_activation_bits
 from tracequant.tasks.coco import CocoImages, coco_metrics
 
 SIDE, CELLS, CLASSES = 352, 22, 80
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 # The network: FastestDet (github.com/dog-qiuqiu/FastestDet), 0.24 million parameters.
 
@@ -256,7 +255,9 @@ class Images:
 
 def build(data_dir: str | None = None, samples: int = 64) -> tq.TaskSetup:
     """The trained network with its data, for the command line and for `main`."""
-    folder = Path(data_dir or Path(os.environ.get("TRACEQUANT_DATA") or DATA) / "coco_val_mini")
+    if data_dir is None and "TRACEQUANT_DATA" not in os.environ:
+        raise tq.TaskError("give --data-dir, or set TRACEQUANT_DATA to the folder that holds coco_val_mini")
+    folder = Path(data_dir or Path(os.environ["TRACEQUANT_DATA"]) / "coco_val_mini")
     model = FastestDet()
     # Counters of BatchNorm were not stored.
     state = model.state_dict() | safetensors.torch.load_file(folder / "fastestdet.safetensors")
