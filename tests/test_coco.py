@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from tracequant.errors import DataError, TaskError
+from tracequant.run import _ties
 from tracequant.settings import TaskOptions
 
 pytest.importorskip("torchvision", reason="the detection task's networks are torchvision's")
@@ -187,7 +188,11 @@ def test_the_task_reads_splits_and_finds_the_labels(tmp_path: Path, weights: dic
     ((images, (target,)),) = setup.evaluation
     assert len(images) == 1
     assert target["labels"].tolist() == [0, 1]
-    assert "head.classification_head.*" in setup.blocks
+    assert _ties(["fpn.*", "blocks"], setup) == ["fpn.*", *setup.blocks]
+    assert setup.blocks[-2:] == ("head.classification_head.*", "head.regression_head.*")
+    setup.blocks = ()
+    with pytest.raises(TaskError, match="does not say what its model's blocks are"):
+        _ties(["blocks"], setup)
     assert not setup.model.training
     # More classes than the largest id: the labels are the ids, as in torchvision's networks for COCO.
     ((_, (target,)),) = build(options(tmp_path, weights[8])).evaluation

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -14,14 +14,12 @@ from tracequant.task import Batch, Task
 
 
 def data_readers(model: nn.Module, batch: Batch, task: Task, modules: Iterable[str]) -> set[str]:
-    """Those of `modules` that read a tensor which depends on no parameter, by one forward pass over one sample.
+    """Those of `modules` that read a tensor which depends on no parameter, by one forward pass over the batch.
 
     The storage of the batch's own tensors does not tell: a model or a task that scales, normalises or pads its images
-    hands its first layer a tensor of another storage, with the same 8 bits of information.
+    hands its first layer a tensor of another storage, with the same 8 bits of information. None for a model that
+    cannot be run with gradients.
     """
-    # Any size will do, and a batch that cannot be divided is taken whole.
-    with suppress(Exception):
-        batch = task.select(batch, 0, 1)
     found: set[str] = set()
 
     def reader(name: str) -> Any:
@@ -42,5 +40,8 @@ def data_readers(model: nn.Module, batch: Batch, task: Task, modules: Iterable[s
         stack.enter_context(torch.enable_grad())
         # The graph is looked at, never gone back through.
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing))
-        task.outputs(model, batch)
+        try:
+            task.outputs(model, batch)
+        except RuntimeError:  # it writes into its own weights, say
+            return set()
     return found

@@ -9,7 +9,8 @@ import math
 import os
 import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,20 +49,29 @@ class CocoImages(Dataset[tuple[Tensor, Target]]):
     """Images `[3, H, W]` from 0 to 1 and targets, of one annotation file.
 
     A target holds `boxes` `[n, 4]` (x1, y1, x2, y2 in pixels of the image), `labels` `[n]`, `iscrowd` `[n]`, `area`
-    `[n]` and `image_id`. `images` is a folder or a zip file. `labels` maps category ids to labels; by default the
-    categories are numbered from 0 in the order of their ids. Images without boxes are kept: they are background.
+    `[n]` and `image_id`. `images` is a folder or a zip file. `labels` maps category ids to labels, or is a function
+    that makes such a mapping of the sorted ids; by default the categories are numbered from 0 in the order of their
+    ids. Images without boxes are kept: they are background.
 
     Boxes without area are left out with a warning, boxes that stick out are cut at the margin. Raises `DataError` for
     files that are missing or not in COCO's format, for references to images and categories that do not exist, and for
     boxes that are corners instead of [x, y, width, height].
     """
 
-    def __init__(self, annotations: str | Path, images: str | Path, labels: dict[int, int] | None = None) -> None:
+    def __init__(
+        self,
+        annotations: str | Path,
+        images: str | Path,
+        labels: dict[int, int] | Callable[[Sequence[int]], dict[int, int]] | None = None,
+    ) -> None:
         self._annotations, self._images = Path(annotations), Path(images)
         content = _read_json(self._annotations)
         self.categories = {int(c["id"]): str(c.get("name", c["id"])) for c in content["categories"]}
-        self.labels = labels or {category: i for i, category in enumerate(sorted(self.categories))}
-        if without := sorted(self.categories.keys() - self.labels.keys()):
+        ids = sorted(self.categories)
+        if labels is None:
+            labels = {category: i for i, category in enumerate(ids)}
+        self.labels = labels(ids) if callable(labels) else labels
+        if without := [category for category in ids if category not in self.labels]:
             raise DataError(f"{self._annotations}: categories {without[:5]} have no label")
         self.records = self._records(content)
         self._archive: tuple[int, zipfile.ZipFile] | None = None
@@ -179,7 +189,7 @@ class SameSizeBatches:
         self._sizes, self._batch_size, self._shuffle = list(sizes), batch_size, shuffle
 
     def __len__(self) -> int:
-        return sum(-(-self._sizes.count(size) // self._batch_size) for size in set(self._sizes))
+        return sum(-(-count // self._batch_size) for count in Counter(self._sizes).values())
 
     def __iter__(self) -> Iterator[list[int]]:
         count = len(self._sizes)

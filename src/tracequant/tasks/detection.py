@@ -284,12 +284,9 @@ def build(options: TaskOptions) -> TaskSetup:
     with torch.random.fork_rng(devices=[]):
         model = retinanet(options.model, len(head) // _ANCHORS)
     _load(model, state, options.weights)
-    training = _split_of(Path(options.data_dir), ("train",))
-    testing = _split_of(Path(options.data_dir), ("test", "val"))
-    train = CocoImages(*training)
-    labels = _labels(train, len(head) // _ANCHORS)
-    train = CocoImages(*training, labels)
-    evaluation = CocoImages(*testing, labels)
+    folder = Path(options.data_dir)
+    train = CocoImages(*_split_of(folder, ("train",)), lambda ids: _labels(ids, len(head) // _ANCHORS))
+    evaluation = CocoImages(*_split_of(folder, ("test", "val")), train.labels)
     count = min(options.samples or DEFAULT_SAMPLES, len(train))
     batch_size = options.batch_size or DEFAULT_BATCH_SIZE
     chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(options.seed))[:count].tolist()
@@ -421,9 +418,8 @@ def _load(model: RetinaNet, state: dict[str, Tensor], path: str) -> None:
         overwrite_eps(model, 0.0)
 
 
-def _labels(images: CocoImages, classes: int) -> dict[int, int]:
+def _labels(ids: Sequence[int], classes: int) -> dict[int, int]:
     """Category id → label: by order where the model has as many classes, else the id itself, as in torchvision."""
-    ids = sorted(images.categories)
     if classes == len(ids):
         return {category: i for i, category in enumerate(ids)}
     if classes > ids[-1]:
