@@ -289,12 +289,13 @@ def build(options: TaskOptions) -> TaskSetup:
     evaluation = CocoImages(*_split_of(folder, ("test", "val")), train.labels)
     count = min(options.samples or DEFAULT_SAMPLES, len(train))
     batch_size = options.batch_size or DEFAULT_BATCH_SIZE
+    sizes = train.sizes
     chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(options.seed))[:count].tolist()
     return TaskSetup(
         model=model.eval(),
         task=RetinaNetTask(),
-        calibration=loader(Subset(train, chosen), [train.sizes[i] for i in chosen], batch_size),
-        train=loader(train, train.sizes, batch_size, shuffle=True),
+        calibration=loader(Subset(train, chosen), [sizes[i] for i in chosen], batch_size),
+        train=loader(train, sizes, batch_size, shuffle=True),
         evaluation=loader(evaluation, evaluation.sizes, batch_size),
         blocks=retinanet_blocks(model),
     )
@@ -324,6 +325,7 @@ def retinanet(name: str, classes: int) -> RetinaNet:
             )
     except (KeyError, ValueError) as error:
         raise TaskError(f"unknown model {name!r} ({error}); choose {_MODELS}") from None
+    backbone.requires_grad_(True)  # torchvision freezes the lower stages, which must adapt to their rounding too
     # The highest level is the same for all; MobileNets have one less at the lower end.
     levels = len(backbone.fpn.inner_blocks) + 2
     sides = [32 * 2**i for i in range(5)][-levels:]
