@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from models import (
     CLASSES,
@@ -289,6 +290,16 @@ def test_only_the_tensor_the_caller_hands_over_is_the_model_input():
     normalised = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, CLASSES)).double()
     (point,) = discover(normalised, labelled(6), TASK).activations
     assert not point.is_model_input
+
+
+def test_a_tensor_that_the_task_makes_of_the_batch_is_the_model_input():
+    class Scaling(ClassificationTask):
+        def outputs(self, model, batch):
+            return model(F.pad(batch[0] / 255, (0, 1)))
+
+    (stem, *others) = discover(shared_head_net(), images(), Scaling()).activations
+    assert stem.is_model_input
+    assert not any(point.is_model_input for point in others)
 
 
 def test_an_excluded_layer_is_no_consumer():

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tracequant as tq
-from tracequant.curvature.output_hessian import OutputHessian, factor
+from tracequant import ModelError
+from tracequant.curvature.output_hessian import OutputHessian, SeparateHessians, factor
 
 TASK = tq.ClassificationTask()
 
@@ -17,12 +18,14 @@ def softmax_hessian(logits: Tensor) -> OutputHessian:
     """The factor for the sum of the samples' cross-entropies."""
     task = tq.ClassificationTask(loss=lambda z, y: F.cross_entropy(z, y, reduction="sum"))
     shape = (len(logits), *logits.shape[2:])
-    return factor(
+    hessian = factor(
         task, logits.detach().clone().requires_grad_(), (None, torch.zeros(shape, dtype=torch.long)), torch.Generator()
     )
+    assert isinstance(hessian, OutputHessian)
+    return hessian
 
 
-def outer(hessian: OutputHessian) -> Tensor:
+def outer(hessian: OutputHessian | SeparateHessians) -> Tensor:
     """Σ over columns of L_k L_kᵀ for each sample."""
     return sum(torch.einsum("ni,nj->nij", u[0].flatten(1), u[0].flatten(1)) for u, _ in hessian.columns())  # type: ignore[return-value]
 
@@ -79,6 +82,59 @@ def test_a_group_of_draws_is_exact(kind: str) -> None:
         for (u,), sign in hessian.draw(torch.Generator().manual_seed(5), number):
             drawn += sign * torch.einsum("ni,nj->nij", u, u) / 8
     assert torch.allclose(drawn, expected, rtol=1e-9, atol=1e-12)
+
+
+class Detector(tq.ClassificationTask):
+    """Classes by softmax, boxes by squares (some of them negative), and one output that the loss does not bend in."""
+
+    mixed = 0.0
+
+    def loss(self, outputs: dict[str, Tensor], batch: object) -> dict[str, Tensor]:
+        classes, boxes = outputs["classes"], outputs["boxes"]
+        signs = torch.tensor([1.0, -1.0, 2.0], dtype=boxes.dtype)
+        return {
+            "class": F.cross_entropy(classes, torch.tensor([0, 3])),
+            "box": (signs * boxes.square()).mean() + self.mixed * (classes[:, :3] * boxes).sum(),
+            "linear": outputs["linear"].abs().mean(),
+        }
+
+
+def detector_outputs() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    widths = {"classes": 5, "boxes": 3, "linear": 2}
+    return {
+        name: torch.randn(2, width, generator=generator, dtype=torch.float64).requires_grad_()
+        for name, width in widths.items()
+    }
+
+
+def test_each_of_several_outputs_has_a_shape_of_its_own() -> None:
+    outputs, task = detector_outputs(), Detector()
+    hessian = factor(task, outputs, None, torch.Generator().manual_seed(0))
+    assert isinstance(hessian, SeparateHessians)
+    assert hessian.kind == "softmax and diagonal"
+    assert [id(tensor) for tensor in hessian.tensors] == [id(tensor) for tensor in outputs.values()]
+    p = outputs["classes"].detach().softmax(1)
+    softmax = (torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)) / 2
+    boxes = torch.diag(torch.tensor([1.0, -1.0, 2.0], dtype=torch.float64)) * 2 / 6
+    expected = torch.stack([torch.block_diag(softmax[n], boxes, torch.zeros(2, 2)) for n in range(2)])
+
+    def total(passes: list[tuple[list[Tensor], float]]) -> Tensor:
+        rows = [(torch.cat(vectors, 1), sign) for vectors, sign in passes]
+        return sum(sign * torch.einsum("ni,nj->nij", u, u) for u, sign in rows)  # type: ignore[return-value]
+
+    assert torch.allclose(total(list(hessian.columns())), expected, rtol=1e-9, atol=1e-12)
+    drawn = [list(hessian.draw(torch.Generator().manual_seed(seed))) for seed in range(2000)]
+    assert {sign for passes in drawn for _, sign in passes} == {1.0, -1.0}
+    mean = sum(total(passes) for passes in drawn) / len(drawn)
+    assert (mean - expected).abs().max() < 0.05
+
+
+def test_outputs_that_the_loss_mixes_are_refused() -> None:
+    task = Detector()
+    task.mixed = 0.1
+    with pytest.raises(ModelError, match="mixed derivatives"):
+        factor(task, detector_outputs(), None, torch.Generator().manual_seed(0))
 
 
 def test_draws_of_other_groups_are_new() -> None:

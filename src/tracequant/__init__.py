@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from tracequant.settings import WeightGrid
     from tracequant.tables import read_latency, read_sensitivity, write_latency
     from tracequant.task import ClassificationTask, Evaluation, Task, TaskSetup
+    from tracequant.tasks.detection import RetinaNetTask
 
 __version__ = "0.1.0"
 
@@ -74,17 +75,18 @@ _MODULES = {
     "tracequant.settings": ("WeightGrid",),
     "tracequant.tables": ("read_latency", "read_sensitivity", "write_latency"),
     "tracequant.task": ("ClassificationTask", "Evaluation", "Task", "TaskSetup"),
+    "tracequant.tasks.detection": ("RetinaNetTask",),
 }  # fmt: skip
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "AccuracySearch", "ActivationPoint", "ArtifactError", "BitPlan", "BudgetError", "Check", "ClassificationTask",
     "Curvature", "DataError", "Density", "EvaluatedPlan", "Evaluation", "Evaluations", "Frontier", "Layer",
-    "ModelError", "OnnxFile", "OutputPoint", "Perturbation", "QuantizationPoints", "ResourceError", "RunError",
-    "Sensitivity", "Spectrum", "Task", "TaskError", "TaskSetup", "TraceEstimate", "TracequantError", "WeightGrid",
-    "check_metrics", "discover", "estimate_curvature", "export_onnx", "finetune", "frontier", "full_space", "load",
-    "measure_latency", "measure_perturbation", "measure_sensitivity", "monotone_space", "pack", "quantize",
-    "read_latency", "read_sensitivity", "solve", "solve_by_accuracy", "spectral_density", "to_float",
+    "ModelError", "OnnxFile", "OutputPoint", "Perturbation", "QuantizationPoints", "ResourceError", "RetinaNetTask",
+    "RunError", "Sensitivity", "Spectrum", "Task", "TaskError", "TaskSetup", "TraceEstimate", "TracequantError",
+    "WeightGrid", "check_metrics", "discover", "estimate_curvature", "export_onnx", "finetune", "frontier",
+    "full_space", "load", "measure_latency", "measure_perturbation", "measure_sensitivity", "monotone_space", "pack",
+    "quantize", "read_latency", "read_sensitivity", "solve", "solve_by_accuracy", "spectral_density", "to_float",
     "top_eigenvalues", "uniform_plan", "write_latency",
 ]  # fmt: skip
 

@@ -80,7 +80,8 @@ PresetName = Annotated[
     ),
 ]
 TaskName = Annotated[
-    str, typer.Option("--task", help="digits, cifar10, imagenet, or path/to/file.py:function", metavar="TASK")
+    str,
+    typer.Option("--task", help="digits, cifar10, imagenet, detection, or path/to/file.py:function", metavar="TASK"),
 ]
 Out = Annotated[Path, typer.Option("--out", help="run directory to make or go on with", metavar="RUN")]
 RunPath = Annotated[Path, typer.Argument(help="run directory", metavar="RUN")]
@@ -138,7 +139,8 @@ ActivationBits = Annotated[
 Include = Annotated[list[str] | None, typer.Option(help="quantize only layers matching this pattern; may be repeated")]
 Exclude = Annotated[list[str] | None, typer.Option(help="keep layers matching this pattern in float; may be repeated")]
 Tie = Annotated[
-    list[str] | None, typer.Option(help="layers matching this pattern share one bit width; may be repeated")
+    list[str] | None,
+    typer.Option(help="layers matching this pattern share a bit width; 'blocks': the task's own; may be repeated"),
 ]
 MetricName = Annotated[
     Metric, typer.Option(help="what stands for a layer's loss; trace is HAWQ-V2's Eq. 10 (docs/method.md)")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
+from tracequant.data_inputs import data_readers
 from tracequant.errors import ModelError
 from tracequant.flow import Flow
 from tracequant.model_state import fingerprint, frozen_evaluation
@@ -280,6 +281,7 @@ class _Calls:
         self.flow = Flow()
         self.macs: dict[str, float] = defaultdict(float)
         self.samples = 1
+        self.data_readers: set[str] = set()
 
 
 def _record_calls(
@@ -341,6 +343,7 @@ def _record_calls(
     finally:
         for handle in handles:
             handle.remove()
+    calls.data_readers = data_readers(model, batch, task, layers_of)
     return calls
 
 
@@ -426,7 +429,8 @@ def _group_activations(calls: _Calls) -> list[ActivationPoint]:
                 name=name,
                 consumers=tuple(consumers),
                 numel=sum(tensor.numel for tensor in tensors.values()) / calls.samples,
-                is_model_input=any(tensor.is_model_input for tensor in tensors.values()),
+                is_model_input=any(tensor.is_model_input for tensor in tensors.values())
+                or not calls.data_readers.isdisjoint(consumers),
             )
         )
     return points

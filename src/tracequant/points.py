@@ -55,7 +55,7 @@ class ActivationPoint:
     Consumers of one tensor (a residual branch point, the query/key/value projections) share the quantizer; so do the
     tensors of a module that is called several times (a head applied to every pyramid level). `numel` counts elements
     for one sample, averaged over the inputs seen. `is_model_input` marks the tensor that the caller hands to
-    the model, which arrives in 8 bits as a rule and keeps 8 in every plan.
+    the model, scaled and normalised or not, which arrives in 8 bits as a rule and keeps 8 in every plan.
     """
 
     name: str

@@ -360,7 +360,7 @@ class Run:
             raise ModelError(
                 f"the model has {', '.join(sorted(other))} parameters; packing needs float32: model.float()"
             )
-        points = discover(model, batches, task, settings.include, settings.exclude, settings.ties)
+        points = discover(model, batches, task, settings.include, settings.exclude, _ties(settings.ties, setup))
         self._say(
             f"analyze: {len(points.layers)} layers, {len(points.activations)} activations,"
             f" {sum(layer.numel for layer in points.layers):,} weights"
@@ -929,6 +929,13 @@ class Run:
 
         setup = self.setup()
         return quantize(setup.model, plan, setup.calibration, setup.task, self._progress)
+
+
+def _ties(patterns: Sequence[str], setup: TaskSetup) -> list[str]:
+    """The patterns, with the task's own blocks in the place of "blocks"."""
+    if "blocks" in patterns and not setup.blocks:
+        raise TaskError("the task does not say what its model's blocks are: give --tie patterns of layer names instead")
+    return [own for pattern in patterns for own in (setup.blocks if pattern == "blocks" else [pattern])]
 
 
 def _device(name: Any) -> torch.device:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,12 +23,16 @@ Batches = Iterable[Batch]
 
 @dataclass(frozen=True)
 class Evaluation(Saveable):
-    """A model's metric and mean loss over `samples` inputs; the metric in the unit that its name gives."""
+    """A model's metric and mean loss over `samples` inputs; the metric in the unit that its name gives.
+
+    `details` are further metrics by name, where the task has any.
+    """
 
     metric_name: str
     metric: float
     loss: float
     samples: int
+    details: dict[str, float] = field(default_factory=dict)
 
 
 class Task(abc.ABC):
@@ -80,6 +84,14 @@ class Task(abc.ABC):
                 f" {type(self).__name__} a select(batch, start, stop)"
             )
         return part
+
+    def parts(self, batch: Batch) -> Sequence[Batch]:
+        """The batch as several that can each be one tensor, such as one for each size of image.
+
+        Everything but fine-tuning goes through a loader's batches by these parts: the rows of every tensor inside the
+        model must be the samples. By default a batch is one part.
+        """
+        return [batch]
 
     def check(self, outputs: Any, batch: Batch) -> None:  # noqa: B027 - optional to override
         """Raise `DataError` if the batch does not fit the outputs; called before the loss."""
@@ -215,7 +227,8 @@ class TaskSetup:
     """What a task module gives the command line: a trained model, its task, and the data of each stage.
 
     `calibration` (a few hundred inputs) serves curvature and activation ranges; `train` is iterated again and again by
-    fine-tuning; `evaluation` measures every accuracy that is reported.
+    fine-tuning; `evaluation` measures every accuracy that is reported. `blocks` are patterns of the names of layers
+    that `--tie blocks` ties together, one for each block of the model.
     """
 
     model: nn.Module
@@ -224,6 +237,7 @@ class TaskSetup:
     train: Batches
     evaluation: Batches
     device: torch.device | str | None = None
+    blocks: Sequence[str] = ()
 
     def to(self, device: torch.device | str) -> TaskSetup:
         """This setup with its model moved, and the data that can be moved whole (those that have a method `to`)."""
@@ -286,7 +300,8 @@ def reusable(batches: Batches) -> Batches:
 
 
 def checked(batches: Batches, task: Task, model: nn.Module) -> Iterable[Batch]:
-    """The batches on the model's device; `DataError` for an empty loader, empty batches and inputs not finite."""
+    """The batches on the model's device, by their parts; `DataError` for an empty loader, no samples, or values that
+    are not finite."""
     device = model_device(model)
 
     def generate() -> Iterator[Batch]:
@@ -297,7 +312,7 @@ def checked(batches: Batches, task: Task, model: nn.Module) -> Iterable[Batch]:
                 raise DataError(f"batch {count} has no samples")
             check_finite(moved, count)
             count += 1
-            yield moved
+            yield from task.parts(moved)
         if count == 0:
             raise DataError("the loader yielded no batches; pass at least one batch (is the data set empty?)")
 

@@ -33,7 +33,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from tracequant.curvature import gradient_norms
 from tracequant.curvature.collect import Part, Stop, collect, exceeded, generator, together, warn_of_error
 from tracequant.curvature.hutchinson import reading_variables, require_grad
-from tracequant.curvature.output_hessian import GROUP, Cotangents, OutputHessian, differentiable, factor
+from tracequant.curvature.output_hessian import GROUP, Cotangents, Factored, differentiable, factor
 from tracequant.curvature.pieces import Piece, Precision
 from tracequant.curvature.result import Curvature, TraceEstimate
 from tracequant.errors import ModelError
@@ -122,7 +122,7 @@ class Passes:
         """Let the layers' weights, and nothing else, require gradients."""
         self._parameters = require_grad(self._model, self._points)
 
-    def open(self, piece: Piece, weights: bool = True) -> tuple[Sweep, OutputHessian, Tensor, dict[str, list[Tensor]]]:
+    def open(self, piece: Piece, weights: bool = True) -> tuple[Sweep, Factored, Tensor, dict[str, list[Tensor]]]:
         """The piece's graph, the factored Hessian of its outputs, its loss and the activation variables by point."""
         if self._slow is None or (piece.samples > 1 and not self._told_apart):
             self._slow = self._check(piece)
@@ -137,7 +137,7 @@ class Passes:
         sweep.set_slow(self._slow)
         return sweep, hessian, loss, variables
 
-    def cotangents(self, hessian: OutputHessian, index: int, draws: Sequence[int]) -> Iterator[tuple[int, Cotangents]]:
+    def cotangents(self, hessian: Factored, index: int, draws: Sequence[int]) -> Iterator[tuple[int, Cotangents]]:
         """Position in `draws` and cotangents of every backward pass; position 0 for all columns of the exact sum."""
         if self._exact:
             yield from ((0, column) for column in hessian.columns())
@@ -146,7 +146,7 @@ class Passes:
             random = generator(self._seed, index, 1 + draw // GROUP, device=model_device(self._model))
             yield from ((row, vector) for vector in hessian.draw(random, draw))
 
-    def notes(self, sweep: Sweep, hessian: OutputHessian) -> tuple[str, ...]:
+    def notes(self, sweep: Sweep, hessian: Factored) -> tuple[str, ...]:
         """What the result should say of a batch: the shape of H_L, and layers that took a pass for each sample."""
         slow = ", ".join(layer.name for layer in sweep.slow)
         return (f"{hessian.kind} output Hessian", *([f"a backward pass for each sample for {slow}"] if slow else []))
@@ -258,7 +258,7 @@ class _GaussNewton(Passes):
             if key.startswith(family)
         }
 
-    def _passes(self, sweep: Sweep, hessian: OutputHessian, index: int, draws: Sequence[int]) -> Squares:
+    def _passes(self, sweep: Sweep, hessian: Factored, index: int, draws: Sequence[int]) -> Squares:
         """Name → values `[draws, samples]` (one row, the sum over all columns, for the exact sum)."""
         rows: dict[str, list[Tensor]] = {}
         upcoming = self.cotangents(hessian, index, draws)

@@ -11,6 +11,9 @@ Three shapes of H_L are recognised from its products with random vectors, whatev
 - diagonal: any sum over output elements (squared error, binary cross-entropy, focal, smooth-L1), columns √|h_i| e_i;
 - dense: anything else with at most `DENSE_LIMIT` outputs for each sample, by eigenvectors.
 
+Of several output tensors between which the loss has no mixed derivatives (a detector's classes and boxes, say) each may
+have a shape of its own.
+
 The choice of L and of the signs decides how noisy a draw is, since ‖Jᵀ L v‖² = Σ_k ‖Jᵀ L_k‖² + Σ_{k≠l} v_k v_l ⟨Jᵀ L_k,
 Jᵀ L_l⟩. The inputs that decide a trace waver between two or three classes. In the Cholesky factor the first column has
 all the curvature between the first two classes, while the more obvious columns √p_c (e_c − p) are opposite to one
@@ -34,8 +37,6 @@ from tracequant.task import Batch, Task, total_loss
 
 DENSE_LIMIT = 128
 TOLERANCE = 1e-3
-# Draws whose signs are rows of one Hadamard matrix.
-GROUP = 64
 # Draws whose signs are rows of one Hadamard matrix.
 GROUP = 64
 
@@ -130,7 +131,48 @@ class OutputHessian:
         ]
 
 
-def factor(task: Task, outputs: Any, batch: Batch, generator: torch.Generator) -> OutputHessian:
+@dataclass(frozen=True)
+class SeparateHessians:
+    """Factored Hessians of several output tensors without mixed derivatives: H_L is block diagonal."""
+
+    parts: list[OutputHessian]
+
+    @property
+    def kind(self) -> str:
+        """The shapes that were found, each once."""
+        return " and ".join(dict.fromkeys(part.kind for part in self.parts))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The outputs of all parts."""
+        return [tensor for part in self.parts for tensor in part.tensors]
+
+    def draw(self, generator: torch.Generator, number: int = 0) -> Iterator[Cotangents]:
+        """As `OutputHessian.draw`: one pass for all parts, or two where any of them has both signs."""
+        drawn = [{sign: vectors for vectors, sign in part.draw(generator, number)} for part in self.parts]
+        for sign in (1.0, -1.0):
+            if any(sign in own for own in drawn):
+                yield self._filled(lambda i, sign=sign: drawn[i].get(sign)), sign  # type: ignore[misc]
+
+    def columns(self) -> Iterator[Cotangents]:
+        """As `OutputHessian.columns`, those of one part after those of another."""
+        for number, part in enumerate(self.parts):
+            for vectors, sign in part.columns():
+                yield self._filled(lambda i, n=number, v=vectors: v if i == n else None), sign  # type: ignore[misc]
+
+    def _filled(self, given: Callable[[int], list[Tensor] | None]) -> list[Tensor]:
+        """Vectors for the outputs of all parts, zero where a part is given none."""
+        vectors = []
+        for number, part in enumerate(self.parts):
+            own = given(number)
+            vectors.extend([torch.zeros_like(tensor) for tensor in part.tensors] if own is None else own)
+        return vectors
+
+
+Factored = OutputHessian | SeparateHessians
+
+
+def factor(task: Task, outputs: Any, batch: Batch, generator: torch.Generator) -> Factored:
     """The factored Hessian of the batch's mean loss with respect to its outputs.
 
     A task's own `output_hessian(outputs, batch)` is taken where it returns one. Raises `ModelError` if H_L is of no
@@ -140,26 +182,50 @@ def factor(task: Task, outputs: Any, batch: Batch, generator: torch.Generator) -
     if own is not None:
         return _from_user(own, differentiable(outputs))
     tensors, product = loss_hessian(task, outputs, batch)
-    z = [tensor.detach() for tensor in tensors]
-    probe = [torch.randn(v.shape, generator=generator, dtype=v.dtype, device=v.device) for v in z]
+    probe = [torch.randn(v.shape, generator=generator, dtype=v.dtype, device=v.device) for v in tensors]
     image = product(probe)
     if not any(v.any() for v in image):
         raise ModelError(
             "the loss has no curvature in the model's outputs (an absolute error, say): its traces are zero"
         )
-    if len(z) == 1 and z[0].ndim >= 2:
-        p = z[0].softmax(1)
-        expected = p * probe[0] - p * (p * probe[0]).sum(1, keepdim=True)
-        scale = (image[0] * expected).sum(1, keepdim=True) / (
-            expected.square().sum(1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
-        )
-        if bool((scale >= 0).all()) and _close([scale * expected], image):
-            return OutputHessian("softmax", tensors, [scale], p)
-    diagonal = product([torch.ones_like(v) for v in z])
+    if len(tensors) == 1:
+        return _factor_one(tensors[0], probe[0], image[0], lambda v: product([v])[0])
+    diagonal = product([torch.ones_like(v) for v in probe])
     if _close([h * v for h, v in zip(diagonal, probe, strict=True)], image):
         return OutputHessian("diagonal", tensors, diagonal)
-    if len(z) == 1 and z[0].ndim >= 2 and z[0][0].numel() <= DENSE_LIMIT:
-        return _dense(tensors, _rows(z[0], product), image[0], probe[0])
+    parts = []
+    for number, tensor in enumerate(tensors):
+
+        def alone(vector: Tensor, number: int = number) -> Tensor:
+            vectors = [vector if i == number else torch.zeros_like(v) for i, v in enumerate(probe)]
+            return product(vectors)[number]
+
+        # What the other tensors' vectors add to this one's image is a mixed derivative.
+        if not _close([alone(probe[number])], [image[number]]):
+            raise ModelError(
+                "the loss has mixed derivatives between the model's outputs, which cannot be factored one by one; give"
+                " the task one output tensor, or use method='hutchinson'"
+            )
+        parts.append(_factor_one(tensor, probe[number], image[number], alone))
+    return SeparateHessians(parts)
+
+
+def _factor_one(tensor: Tensor, probe: Tensor, image: Tensor, product: Callable[[Tensor], Tensor]) -> OutputHessian:
+    """The factored Hessian by one output tensor, `image` being its product with the random vector `probe`."""
+    z = tensor.detach()
+    if z.ndim >= 2 and image.any():
+        p = z.softmax(1)
+        expected = p * probe - p * (p * probe).sum(1, keepdim=True)
+        scale = (image * expected).sum(1, keepdim=True) / (
+            expected.square().sum(1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
+        )
+        if bool((scale >= 0).all()) and _close([scale * expected], [image]):
+            return OutputHessian("softmax", [tensor], [scale], p)
+    diagonal = product(torch.ones_like(z))
+    if _close([diagonal * probe], [image]):
+        return OutputHessian("diagonal", [tensor], [diagonal])
+    if z.ndim >= 2 and z[0].numel() <= DENSE_LIMIT:
+        return _dense([tensor], _rows(z, product), image, probe)
     raise ModelError(
         "the loss's Hessian with respect to the outputs is neither that of a softmax nor diagonal, and has more than"
         f" {DENSE_LIMIT} rows for each sample; give the task an output_hessian, or use method='hutchinson'"
@@ -207,14 +273,14 @@ def differentiable(outputs: Any) -> list[Tensor]:
     return unique
 
 
-def _rows(z: Tensor, product: Any) -> Tensor:
+def _rows(z: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
     """H_L of each sample `[N, D, D]`, one product per output element for all samples together."""
     width = z[0].numel()
     rows = []
     for i in range(width):
         unit = torch.zeros_like(z).flatten(1)
         unit[:, i] = 1
-        rows.append(product([unit.view_as(z)])[0].flatten(1))
+        rows.append(product(unit.view_as(z)).flatten(1))
     return torch.stack(rows, 1)
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tracequant.curvature import gradient_norms
 from tracequant.curvature.collect import Part, collect, together
 from tracequant.curvature.gauss_newton import Passes, Sweep
-from tracequant.curvature.output_hessian import OutputHessian
+from tracequant.curvature.output_hessian import Factored
 from tracequant.curvature.pieces import Piece, Precision
 from tracequant.curvature.result import Perturbation
 from tracequant.errors import ModelError
@@ -206,7 +206,7 @@ class _Perturbations(Passes):
         return torch.cat(columns, 1)
 
 
-def _few_columns(hessian: OutputHessian) -> bool:
+def _few_columns(hessian: Factored) -> bool:
     """Whether all columns of the factor are no more passes than the draws would be."""
     return all(tensor.ndim <= 2 for tensor in hessian.tensors) and (
         sum(tensor[0].numel() for tensor in hessian.tensors) <= DEFAULT_DRAWS

@@ -19,6 +19,7 @@ TASKS = {
     "digits": "tracequant.tasks.digits",
     "cifar10": "tracequant.tasks.cifar10",
     "imagenet": "tracequant.tasks.imagenet",
+    "detection": "tracequant.tasks.detection",
 }
 
 
