@@ -334,7 +334,7 @@ def test_from_analysis_to_a_packed_file_with_ties_and_mixed_activations(tmp_path
     assert len(set(inner.values())) > 1
     assert set(inner.values()) <= {2, 3, 6}
     quantized = tq.quantize(model, plan, batches, TASK)
-    result = tq.finetune(quantized, batches, TASK, steps=3, learning_rate=1e-3, teacher=model, freeze_batchnorm=True)
+    result = tq.finetune(quantized, batches, TASK, steps=3, learning_rate=1e-3, teacher=model, batchnorm="freeze")
     assert len(result.losses) == 3
     assert all(math.isfinite(loss) for loss in result.losses)
     tq.pack(quantized, tmp_path / "model.safetensors")
