@@ -31,7 +31,7 @@ RESULTS = HERE.parent / "results"
 # What a row is, as opposed to what was measured of it.
 LABELS = ("Model", "Method", "Metric")
 METRICS = ("Top-1", "mAP")
-# The layer that reads the image, whose 8 bits the paper does not count.
+# The layer of ResNet20 that reads the image, whose 8 bits the paper does not count.
 IMAGE_READER = "conv1"
 METRICS_NOTE = "12 times smaller, not fine-tuned, 1,000 test images, by draws of calibration images (metrics.py)"
 
@@ -103,10 +103,10 @@ def side_by_side(table: Table, beside: Sequence[Columns]) -> str:
 # Cells from what was measured
 
 
-def width(bits: Mapping[str, int] | Sequence[int]) -> str:
+def width(bits: Iterable[int]) -> str:
     """Bits as the paper writes them: "4", or "2 MP" for mixed precision whose least is 2."""
-    used = [b for name, b in bits.items() if name != IMAGE_READER] if isinstance(bits, Mapping) else list(bits)
-    return str(used[0]) if len(set(used)) == 1 else f"{min(used)} MP"
+    used = set(bits)
+    return str(*used) if len(used) == 1 else f"{min(used)} MP"
 
 
 def mean(values: Sequence[float]) -> str:
@@ -136,13 +136,13 @@ def from_run(path: str, baseline: bool) -> Cells:
         raise SystemExit(f"{path} has no results yet; run `tracequant quantize {path}` first")
     plan = run.plan()
     cells = dict.fromkeys(METRICS, f"{rows[-1].metric:.2f}")
-    cells |= {"w-bits": width(list(plan.weight_bits.values())), "W-Comp": f"{plan.compression:.2f}×"}
-    cells |= {"a-bits": width(list(plan.activation_bits.values())) if plan.activation_bits else "32"}
-    points = {point.name: point for point in run.sensitivity().points.activations if not point.is_model_input}
+    cells |= {"w-bits": width(plan.weight_bits.values()), "W-Comp": f"{plan.compression:.2f}×"}
+    cells["a-bits"] = "32"
+    points = [point for point in run.sensitivity().points.activations if not point.is_model_input]
     if plan.activation_bits and points:
-        numel = sum(point.numel for point in points.values())
-        used = sum(point.numel * plan.activation_bits[name] for name, point in points.items())
-        cells["A-Comp"] = f"{32 * numel / used:.2f}×"
+        used = sum(point.numel * plan.activation_bits[point.name] for point in points)
+        cells["a-bits"] = width(plan.activation_bits[point.name] for point in points)
+        cells["A-Comp"] = f"{32 * sum(point.numel for point in points) / used:.2f}×"
     return cells | {"Size(MB)": megabytes(plan.size_bytes), "Perturb.": f"{plan.omega:.3g}"}
 
 
@@ -150,8 +150,8 @@ def cifar_cells(items: Sequence[dict[str, Any]]) -> Cells:
     """A row of cifar10_resnet20.json, over its seeds."""
     first = items[0]
     return {
-        "w-bits": width(first["weight_bits"]),
-        "a-bits": width(first["activation_bits"]),
+        "w-bits": width(first["weight_bits"].values()),
+        "a-bits": width(b for name, b in first["activation_bits"].items() if name != IMAGE_READER),
         "Top-1": mean([item["after"] for item in items]),
         "W-Comp": f"{first['compression']:.2f}×",
         "Size(MB)": megabytes(first["file_bytes"]),
@@ -202,7 +202,7 @@ def imagenet_rows(results: Path) -> dict[str, dict[str, Cells]]:
         for label in seeds[0]["rows"]:
             rows = [seed["rows"][label] for seed in seeds]
             tables[title][label] = {
-                "w-bits": width(list(rows[0]["weight_bits"].values())), "a-bits": str(document["activation_bits"]),
+                "w-bits": width(rows[0]["weight_bits"].values()), "a-bits": str(document["activation_bits"]),
                 "Top-1": mean([row["top1"] for row in rows]), "W-Comp": f"{rows[0]['compression']:.2f}×",
                 "Size(MB)": f"{rows[0]['size_mb']:.3g}",
             }  # fmt: skip
