@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -50,6 +50,7 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.reads: dict[int, list[Read]] = defaultdict(list)
         self.outputs: dict[str, list[int]] = defaultdict(list)
         self.results: set[int] = set()
+        self._learned: set[int] = set()
         self._numbers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._count = 0
         self._depth = 0
@@ -57,8 +58,12 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def number(self, tensor: Tensor) -> int:
         """The number of a tensor's present value."""
         if tensor not in self._numbers:
-            return self._renumber(tensor)
+            return self._renumber(tensor, learned=isinstance(tensor, nn.Parameter))
         return int(self._numbers[tensor])
+
+    def is_data(self, number: int) -> bool:
+        """Whether no parameter has had a part in a value: the data itself, scaled, normalised or padded perhaps."""
+        return number not in self._learned
 
     def enter(self) -> None:
         """A watched module is called: what it does inside is its own affair."""
@@ -69,7 +74,7 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._depth -= 1
         if self._depth:
             return
-        written = [self._renumber(leaf) for leaf in _tensors(output)]
+        written = [self._renumber(leaf, learned=True) for leaf in _tensors(output)]
         self.outputs[module].extend(written)
         for number in dict.fromkeys(inputs):
             self.reads[number].append(Read(module, written[0] if written else None, is_module=True, rounds=rounds))
@@ -85,7 +90,8 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         output = func(*args, **kwargs)
         if self._depth:
             return output
-        written = [self._renumber(leaf) for leaf in _tensors(output)]
+        learned = not self._learned.isdisjoint(read)
+        written = [self._renumber(leaf, learned) for leaf in _tensors(output)]
         arguments = {
             argument.name: args[i] if i < len(args) else kwargs.get(argument.name, argument.default_value)
             for i, argument in enumerate(func._schema.arguments)
@@ -117,9 +123,11 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         reads = self.reads[number]
         return (reads[0].low, reads[0].high) if len(reads) == 1 else (-math.inf, math.inf)
 
-    def _renumber(self, tensor: Tensor) -> int:
+    def _renumber(self, tensor: Tensor, learned: bool) -> int:
         self._count += 1
         self._numbers[tensor] = self._count
+        if learned:
+            self._learned.add(self._count)
         return self._count
 
     def _note_aliases(self, changed: Any) -> None:

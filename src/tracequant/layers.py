@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils import _pytree as pytree
 
-from tracequant.data_inputs import data_readers
 from tracequant.errors import ModelError
 from tracequant.flow import Flow
 from tracequant.model_state import fingerprint, frozen_evaluation
@@ -266,7 +264,7 @@ def _unsupported(model: nn.Module, candidates: dict[str, tuple[tuple[str, str], 
 
 @dataclass(frozen=True)
 class _ReadTensor:
-    """A tensor that a layer's module read: the number of its value, its elements, whether the caller made it."""
+    """A tensor that a layer's module read: the number of its value, its elements, whether it is the data itself."""
 
     number: int
     numel: int
@@ -281,7 +279,6 @@ class _Calls:
         self.flow = Flow()
         self.macs: dict[str, float] = defaultdict(float)
         self.samples = 1
-        self.data_readers: set[str] = set()
 
 
 def _record_calls(
@@ -294,7 +291,6 @@ def _record_calls(
             layers_of[module_name].append((name, parameter))
     calls = _Calls(name for name in modules if name in layers_of)
     flow, handles = calls.flow, []
-    inputs: set[int] = set()
 
     def watch(module_name: str) -> None:
         read: list[Tensor] = []
@@ -310,8 +306,7 @@ def _record_calls(
             flow.leave(module_name, numbers, output, rounds=module_name in layers_of)
             if module_name in layers_of:
                 calls.reads[module_name].extend(
-                    # By storage: a flattened or permuted view of the input is still the input.
-                    _ReadTensor(number, tensor.numel(), _storage(tensor) in inputs)
+                    _ReadTensor(number, tensor.numel(), flow.is_data(number))
                     for number, tensor in zip(numbers, read, strict=True)
                 )
             for name, parameter in layers_of.get(module_name, ()):
@@ -333,7 +328,6 @@ def _record_calls(
         handles.append(model.register_forward_hook(lambda module, args, output: flow.finish(output)))
         with frozen_evaluation(model), torch.no_grad():
             for batch in checked(batches, task, model):
-                inputs.update(_storage(leaf) for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor))
                 calls.samples = task.batch_size(batch)
                 with flow:
                     outputs = task.outputs(model, batch)
@@ -343,7 +337,6 @@ def _record_calls(
     finally:
         for handle in handles:
             handle.remove()
-    calls.data_readers = data_readers(model, batch, task, layers_of)
     return calls
 
 
@@ -429,15 +422,10 @@ def _group_activations(calls: _Calls) -> list[ActivationPoint]:
                 name=name,
                 consumers=tuple(consumers),
                 numel=sum(tensor.numel for tensor in tensors.values()) / calls.samples,
-                is_model_input=any(tensor.is_model_input for tensor in tensors.values())
-                or not calls.data_readers.isdisjoint(consumers),
+                is_model_input=any(tensor.is_model_input for tensor in tensors.values()),
             )
         )
     return points
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
 
 
 def _tie_groups(patterns: Sequence[str], names: list[str]) -> tuple[tuple[str, ...], ...]:
