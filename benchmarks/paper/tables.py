@@ -134,6 +134,9 @@ def from_run(path: str, baseline: bool) -> Cells:
     rows = run.result_rows()
     if not rows:
         raise SystemExit(f"{path} has no results yet; run `tracequant quantize {path}` first")
+    if baseline:
+        cells = dict.fromkeys(METRICS, f"{rows[0].metric:.2f}") | {"w-bits": "32", "a-bits": "32"}
+        return cells | {"W-Comp": "1.00×", "A-Comp": "1.00×", "Size(MB)": megabytes(rows[0].size_bytes)}
     plan = run.plan()
     cells = dict.fromkeys(METRICS, f"{rows[-1].metric:.2f}")
     cells |= {"w-bits": width(plan.weight_bits.values()), "W-Comp": f"{plan.compression:.2f}×"}

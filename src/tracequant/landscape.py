@@ -68,15 +68,16 @@ def loss_landscapes(
         return sum(sums) / samples
 
     path = None if checkpoint is None else Path(checkpoint)
-    context = _context(model, data, layers, size, radius, seed)
+    with frozen_evaluation(model), torch.no_grad():
+        centre = mean_loss()
+    context = _context(model, data, centre, layers, size, radius, seed)
     found, directions = _resumed(path, context) or (None, {})
     if found is None:
         values: dict[str, tuple[float, ...]] = {}
         for layer in track(layers, "Sharpest directions", progress):
             values[layer], directions[layer] = top_eigenvectors(model, data, task, points, layer, k=2, seed=seed)
         if radius is None:
-            with frozen_evaluation(model), torch.no_grad():
-                radius = _default_radius(model, points, values, mean_loss())
+            radius = _default_radius(model, points, values, centre)
         steps = tuple(radius * i / (size // 2) for i in range(-(size // 2), size // 2 + 1))
         found = Landscapes(steps, samples, context, tuple(Landscape(name, values[name], ()) for name in layers))
         _keep(path, found, directions)
@@ -112,9 +113,16 @@ def _default_radius(
 
 
 def _context(
-    model: nn.Module, data: Sequence[object], layers: Sequence[str], size: int, radius: float | None, seed: int
+    model: nn.Module,
+    data: Sequence[object],
+    loss: float,
+    layers: Sequence[str],
+    size: int,
+    radius: float | None,
+    seed: int,
 ) -> str:
-    parts = [fingerprint(model), *map(digest, data), *layers, str(size), str(radius), str(seed)]
+    """A hash of all that decides the landscapes. The task's loss cannot be compared, but its value can."""
+    parts = [fingerprint(model), *map(digest, data), f"{loss:.5g}", *layers, str(size), str(radius), str(seed)]
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
 

@@ -31,7 +31,6 @@ here imports torch until a stage needs the model.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import itertools
 import json
@@ -537,12 +536,16 @@ class Run:
         values = dict(known.eigenvalues) if known is not None else {}
         missing = [name for name in layers if len(values.get(name, ())) < min(top, points.by_name[name].numel)]
         if missing:
-            found = self.measure_spectrum([glob.escape(name) for name in missing], top, ())
-            values |= found.eigenvalues
-            known = replace(
-                found,
-                eigenvalues={name: values[name] for name in points.by_name if name in values},
-                densities=known.densities if known is not None else (),
+            from tracequant.curvature.spectrum import top_eigenvalues
+
+            setup, batches = self.setup(), self._first_batch()
+            some = replace(points, layers=tuple(points.by_name[name] for name in missing))
+            seed = self.settings().analyze.options.seed
+            values |= top_eigenvalues(setup.model, batches, setup.task, some, k=top, seed=seed, progress=self._progress)
+            known = Spectrum(
+                {name: values[name] for name in points.by_name if name in values},
+                known.densities if known is not None else (),
+                sum(map(setup.task.batch_size, batches)),
             )
             known.save(self.path / "spectrum.json")
         assert known is not None

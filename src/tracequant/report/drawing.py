@@ -15,7 +15,7 @@ from tracequant.curvature.result import TraceEstimate
 BIT_COLORS = {bits: to_hex(mpl.colormaps["viridis"](0.05 + 0.9 * (bits - 1) / 7)) for bits in range(1, 9)}
 GREY = "#8a8f98"
 RED = "#d1495b"
-# Longer names lose their middle, and more of them than this are not all written.
+# Longer names are shortened, and more of them than this are not all written.
 NAME_LENGTH, NAMES = 32, 120
 
 
@@ -48,15 +48,19 @@ def name_axis(axes: Axes, names: Sequence[str], most: int = NAMES) -> None:
 
 
 def shortened(name: str) -> str:
-    """A name of at most `NAME_LENGTH` characters: the ends of a layer's name tell more than its middle.
+    """A name of at most `NAME_LENGTH` characters that keeps its numbers, which tell layers apart, as long as it can.
 
-    >>> shortened("backbone.body.layer4.2.downsample.0.convolution")
-    'backbone.body.l…ple.0.convolution'
+    >>> shortened("backbone.body.layer4.2.downsample.convolution")
+    'bac.bod.layer4.2.dow.convolution'
     """
-    if len(name) <= NAME_LENGTH:
-        return name
-    head = (NAME_LENGTH - 1) // 2
-    return f"{name[:head]}…{name[head + 1 - NAME_LENGTH :]}"
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if len(".".join(parts)) > NAME_LENGTH and part.isalpha():
+            parts[i] = part[:3]
+    short = ".".join(parts)
+    if len(short) <= NAME_LENGTH:
+        return short
+    return f"{short[: NAME_LENGTH // 3]}…{short[NAME_LENGTH // 3 + 1 - NAME_LENGTH :]}"
 
 
 def despine(axes: Axes) -> None:

@@ -28,8 +28,9 @@ def figure_2(blocks: Sequence[Block], landscapes: Landscapes) -> Figure:
     columns = min(count, 3)
     rows = math.ceil(count / columns)
     width = _width(len(blocks), 3.6 * columns)
-    figure = Figure(figsize=(width, 3.9 + 3.5 * rows), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(3.9, 3.5 * rows), squeeze=False)[:, 0]
+    bars = 2.8 + _names_height(blocks)
+    figure = Figure(figsize=(width, bars + 3.5 * rows), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(bars, 3.5 * rows), squeeze=False)[:, 0]
     axes = above.subplots()
     marked = {landscape.layer for landscape in landscapes.layers}
     colors = [RED if marked & set(block.members) else BIT_COLORS[3] for block in blocks]
@@ -142,7 +143,7 @@ def figure_6(
 def figure_7(blocks: Sequence[Block]) -> Figure:
     """Average trace of every block's weights, and the bits that the plan gives them."""
     width = _width(len(blocks), 7.0)
-    figure = Figure(figsize=(width, 6.0), layout="constrained")
+    figure = Figure(figsize=(width, 4.9 + _names_height(blocks)), layout="constrained")
     _traces_and_bits(figure, blocks, width, "Tr(H)/n (loss per weight²)", "weight bits")
     return figure
 
@@ -152,7 +153,7 @@ def figure_8(blocks: Sequence[Block], curvature: Curvature) -> Figure:
     values = curvature.activation_values or {}
     right = len(next(iter(values.values()), ())) > 2
     width = _width(len(blocks), 6.0)
-    figure = Figure(figsize=(width + (4.4 if right else 0), 6.0), layout="constrained")
+    figure = Figure(figsize=(width + (4.4 if right else 0), 4.9 + _names_height(blocks)), layout="constrained")
     left: Figure | SubFigure = figure
     if right:
         left, beside = figure.subfigures(1, 2, width_ratios=(width, 4.4), squeeze=False)[0]
@@ -188,6 +189,7 @@ def _traces_and_bits(
         for position, value in enumerate(bits):
             below.text(position, value + 0.15, f"{value:.2g}", ha="center", va="bottom", fontsize=7)
     below.set_ylim(0, max(bits) + 1.5)
+    below.set_yticks(range(0, 9, 2))
     mean = any(len(block.members) > 1 for block in blocks)
     below.set_ylabel(f"{bits_label}\n(mean of the block)" if mean else bits_label)
     _block_axis(below, blocks, width)
@@ -198,6 +200,11 @@ def _traces_and_bits(
 
 def _block_axis(axes: Axes, blocks: Sequence[Block], width: float) -> None:
     name_axis(axes, [block.name for block in blocks], most=int(width / _INCHES_PER_BAR))
+
+
+def _names_height(blocks: Sequence[Block]) -> float:
+    """Inches that the names below the bars take."""
+    return 0.075 * max(len(shortened(block.name)) for block in blocks)
 
 
 def _width(bars: int, least: float) -> float:
