@@ -28,6 +28,9 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/convergence.py
 	$(BIN)/python benchmarks/metrics.py
 	$(BIN)/python benchmarks/imagenet_small.py --mobilenet
+	$(BIN)/python benchmarks/finetuning_step.py
+	$(BIN)/python benchmarks/cifar10_resnet20.py --short
+	$(BIN)/python benchmarks/deployment.py
 	$(BIN)/python benchmarks/end_to_end.py
 
 # torch and torchvision are resolved in one call: installed one after the other they may not fit each other.
