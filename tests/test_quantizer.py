@@ -679,3 +679,18 @@ def test_pact_learns_from_clipped_values_alone() -> None:
     (rounded * weights).sum().backward()
     # The threshold is 3 scales: 3 * (5 + 6), times the gradient scale.
     assert float(scale.grad) == pytest.approx(0.5 * 33)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scales", ["lsq", "pact"])
+def test_narrow_values_have_gradients_as_under_autocast(scales: str) -> None:
+    """Activations in bfloat16, the scale in float32: as on a GPU, up to the precision of the values."""
+    values, upstream = random(2, 3, 4, 5).bfloat16(), random(2, 3, 4, 5, seed=1)
+    grid = choose_grid(values.float(), 3, symmetric=False)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        leaf, scale = values.to(dtype).requires_grad_(), grid.scale.clone().requires_grad_()
+        rounded = FakeQuantize.apply(leaf, scale, grid.zero_point, 3, scales)
+        found.append(torch.autograd.grad(rounded, (leaf, scale), upstream))
+    assert found[1][0].dtype == torch.bfloat16
+    torch.testing.assert_close(found[1][0].float(), found[0][0], rtol=1e-2, atol=0)
+    torch.testing.assert_close(found[1][1], found[0][1])

@@ -80,7 +80,7 @@ def finetune(
     `batchnorm`: "train" as in the training of the float model; "freeze" keeps its statistics; "reestimate" trains, and
     at the end replaces them by the mean over 50 batches. (Folding needs no special care here: with a scale per channel
     it changes the scales and not the codes.) With `ema` > 0 the weights and scales at the end are the exponential
-    moving averages with that decay.
+    moving averages with that decay; "reestimate" then gives the statistics that belong to them.
 
     `order`: "all" quantizes everything from the first step; "sensitive_first" and "sensitive_last" switch weights on in
     `stages` groups by `omega` (Ω by layer), as HAWQ does, and activations with the last group.

@@ -196,7 +196,8 @@ def _dot(first: Tensor, second: Tensor) -> Tensor:
     Where both lie alike in memory, without memory for the products, whose allocation takes longer than the arithmetic.
     """
     last = torch.channels_last
-    if torch.compiler.is_compiling():  # products and sum become one loop
+    # Compiled, products and sum become one loop; under autocast the values may be narrower than their gradient.
+    if torch.compiler.is_compiling() or first.dtype != second.dtype:
         pass
     elif first.is_contiguous() and second.is_contiguous():
         return torch.dot(first.view(-1), second.view(-1))
