@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from tracequant.artifact import Saveable
 from tracequant.convert import quantize_activation, quantize_output, quantize_weight
+from tracequant.cost import FLOAT_BITS
 from tracequant.errors import ArtifactError, DataError, ModelError, ResourceError
 from tracequant.export.onnx import export_onnx, trace_float
 from tracequant.layers import CONVOLUTIONS, TRANSPOSED, replace_inputs
@@ -38,11 +39,10 @@ from tracequant.sensitivity_result import MODEL_INPUT_BITS
 from tracequant.settings import Latency, WeightGrid
 from tracequant.task import Batches, Task, checked
 
-FLOAT_BITS = 32
 WARM_UP = 3
 # Stands for all widths of weights.
 STORED_BITS = 8
-# Weight bits and input bits, 32 for float.
+# Weight bits and input bits, `FLOAT_BITS` for float.
 Choice = tuple[int, int]
 
 

@@ -21,7 +21,7 @@ from tracequant.progress import track
 from tracequant.settings import TaskOptions
 from tracequant.task import Batch, Batches, Evaluation, Task, TaskSetup, checked, forward
 from tracequant.tasks.coco import CocoImages, Target, coco_metrics, loader
-from tracequant.tasks.weights import read_state
+from tracequant.tasks.weights import load_state, read_state
 
 try:
     import torchvision.models
@@ -405,17 +405,7 @@ def _is_stage(module: nn.Module) -> bool:
 
 
 def _load(model: RetinaNet, state: dict[str, Tensor], path: str) -> None:
-    """Load a state dict of this or an older torchvision, which is why the model must translate the names itself."""
-    try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise TaskError(f"weights file {path} does not fit this network: {error}") from None
-    missing = [name for name in missing if not name.endswith("num_batches_tracked")]
-    if missing or unexpected:
-        raise TaskError(
-            f"weights file {path} does not fit this network: missing {missing[:3]}, unexpected {unexpected[:3]}; choose"
-            f" another --model: {_MODELS}"
-        )
+    load_state(model, state, path, f"choose another --model: {_MODELS}")
     if _WITHOUT_EPSILON in Path(path).name:
         overwrite_eps(model, 0.0)
 

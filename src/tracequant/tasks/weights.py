@@ -59,10 +59,13 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], path: str | Path, 
                 f"weights file {path} does not fit this network: {name} has shape {list(tensor.shape)}, expected"
                 f" {list(own[name].shape)}; {hint}"
             )
-    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
-    unexpected = [name for name in state if name not in own]
+    try:
+        # By the model itself, which may translate names of older versions.
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise TaskError(f"weights file {path} does not fit this network: {error}; {hint}") from None
+    missing = [name for name in missing if not name.endswith("num_batches_tracked")]
     if missing or unexpected:
         raise TaskError(
             f"weights file {path} does not fit this network: missing {missing[:3]}, unexpected {unexpected[:3]}; {hint}"
         )
-    model.load_state_dict(state, strict=False)
