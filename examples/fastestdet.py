@@ -3,8 +3,8 @@
     python examples/fastestdet.py [--calibration 64] [--images N] [--out benchmarks/results/fastestdet.json]
 
 The network, its loss and its decoding are written here as anybody would write them for tracequant; images, boxes and
-weights come from TRACEQUANT_DATA (coco_val_mini: 177 images of COCO's val2017, none of which trained the network). As
-a task for the command line:
+weights come from TRACEQUANT_DATA (coco_val_mini: 177 images of COCO's val2017, none of which trained the network; the
+first 64 calibrate, the others are evaluated). As a task for the command line:
 
     tracequant run --task examples/fastestdet.py:build --data-dir coco_val_mini --average-bits 5 --finetune-steps 0 ...
 """
@@ -233,12 +233,12 @@ def detections(outputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 
 
 class Images:
-    """Batches of 16 images, scaled to 352 x 352 without keeping the aspect ratio."""
+    """Batches of 16 images, from the `first` to before the `last`, scaled to 352 x 352 without keeping the ratio."""
 
-    def __init__(self, folder: Path, count: int) -> None:
+    def __init__(self, folder: Path, first: int = 0, last: int | None = None) -> None:
         self.samples = []
         images = CocoImages(folder / "instances.json", folder / "images.zip")
-        for index in range(min(count, len(images))):
+        for index in range(len(images))[first:last]:
             image, target = images[index]
             size = target["boxes"].new_tensor([image.shape[2], image.shape[1]]).repeat(2)
             scaled = F.interpolate(image[None], (SIDE, SIDE), mode="bilinear")[0].flip(0)
@@ -254,7 +254,10 @@ class Images:
 
 
 def build(data_dir: str | None = None, samples: int = 64) -> tq.TaskSetup:
-    """The trained network with its data, for the command line and for `main`."""
+    """The trained network with its data, for the command line and for `main`.
+
+    The first `samples` images serve for calibration, the others for evaluation.
+    """
     if data_dir is None and "TRACEQUANT_DATA" not in os.environ:
         raise tq.TaskError("give --data-dir, or set TRACEQUANT_DATA to the folder that holds coco_val_mini")
     folder = Path(data_dir or Path(os.environ["TRACEQUANT_DATA"]) / "coco_val_mini")
@@ -262,8 +265,8 @@ def build(data_dir: str | None = None, samples: int = 64) -> tq.TaskSetup:
     # Counters of BatchNorm were not stored.
     state = model.state_dict() | safetensors.torch.load_file(folder / "fastestdet.safetensors")
     model.load_state_dict(state)
-    images = Images(folder, samples)
-    return tq.TaskSetup(model.eval(), DetectionTask(), images, images, Images(folder, 10**6))
+    images = Images(folder, last=samples)
+    return tq.TaskSetup(model.eval(), DetectionTask(), images, images, Images(folder, samples))
 
 
 def plans(setup: tq.TaskSetup) -> Iterator[tuple[str, tq.BitPlan]]:
@@ -318,7 +321,8 @@ def main() -> None:
         numbers = " ".join(f"{value:8.3f}" for value in list(row.values())[1:])
         print(f"{name:58} {numbers}", flush=True)
         if arguments.out:
-            arguments.out.write_text(json.dumps({"images": found.samples, "rows": rows}, indent=1) + "\n")
+            document = {"images": found.samples, "calibration_images": len(setup.calibration.samples), "rows": rows}
+            arguments.out.write_text(json.dumps(document, indent=1) + "\n")
 
     points = tq.discover(setup.model, setup.calibration, setup.task)
     print(f"{'':58} {'AP':>8} {'AP50':>8} {'AP75':>8} {'w bits':>8} {'a bits':>8} {'MB':>8}")

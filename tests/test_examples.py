@@ -35,7 +35,7 @@ def fastestdet() -> ModuleType:
 def test_fastestdet_reproduces_its_published_weights_precision(fastestdet: ModuleType) -> None:
     """AP 17.3, AP50 31.8 and AP75 16.9 were measured with these weights on these images by another program."""
     setup = fastestdet.build(str(DATA), samples=1)
-    found = setup.task.evaluate(setup.model, setup.evaluation)
+    found = setup.task.evaluate(setup.model, fastestdet.Images(DATA))
     assert found.samples == 177
     assert round(found.metric, 1) == 17.3
     assert round(found.details["AP50"], 1) == 31.8

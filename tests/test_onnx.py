@@ -298,7 +298,21 @@ def resnet18() -> nn.Module:
     return torchvision.models.resnet18(weights=None, num_classes=5).eval()
 
 
+def frozen() -> nn.Module:
+    """Residual blocks as detectors have them, with BatchNorm of constants."""
+    operators = pytest.importorskip("torchvision.ops")
+    model = build(ResidualNet, dtype=torch.float32).eval()
+    for name, norm in list(model.named_modules()):
+        if isinstance(norm, nn.BatchNorm2d):
+            constant = operators.FrozenBatchNorm2d(norm.num_features, eps=1e-3)
+            constant.load_state_dict(norm.state_dict())
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, constant)
+    return model
+
+
 FUSING: dict[str, Callable[[], nn.Module]] = {
+    "frozen BatchNorm": frozen,
     "ResNet20": lambda: build(lambda: SmallResNet(3), dtype=torch.float32).eval(),
     "ResNet18": resnet18,
     "blocks": lambda: build(ResidualNet, dtype=torch.float32).eval(),
@@ -319,10 +333,10 @@ def test_every_convolution_runs_on_an_int8_kernel(name: str, bits: int, tmp_path
     found = operators(tmp_path / "model.onnx", tmp_path / "optimised.onnx")
     convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
     assert found.count("QLinearConv") == convolutions
-    assert not {"Conv", "FusedConv", "BatchNormalization"} & set(found)
+    assert not {"Conv", "FusedConv", "BatchNormalization", "Mul"} & set(found)
 
 
-@pytest.mark.parametrize("name", ["blocks", "Inception", "ShuffleNet"])
+@pytest.mark.parametrize("name", ["blocks", "frozen BatchNorm", "Inception", "ShuffleNet"])
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_rounded_outputs_are_the_same_in_the_runtime(name: str, bits: int, tmp_path: Path) -> None:
     """Ordinary and saturating inputs, behind trained scales, where clamps no longer end on a code."""

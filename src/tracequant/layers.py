@@ -368,7 +368,14 @@ def _normalized_by(modules: dict[str, nn.Module], flow: Flow, convolution: str) 
 
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a BatchNorm, which a runtime folds into the convolution before it."""
-    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) or is_frozen_norm(module)
+
+
+def is_frozen_norm(module: nn.Module) -> bool:
+    """Whether a module is a BatchNorm of constants, as detectors have: each library has a class of its own for it."""
+    buffers = {name for name, _ in module.named_buffers(recurse=False)} - {"num_batches_tracked"}
+    alone = not any(True for _ in module.children()) and not any(True for _ in module.parameters())
+    return alone and buffers == {"weight", "bias", "running_mean", "running_var"}
 
 
 def _count_out_proj(calls: _Calls, name: str) -> Callable[..., None]:

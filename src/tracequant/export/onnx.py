@@ -25,7 +25,7 @@ from tracequant.artifact import replace_file
 from tracequant.convert import to_float
 from tracequant.errors import ModelError, ResourceError
 from tracequant.export.packed import quantized_weights
-from tracequant.layers import replace_inputs
+from tracequant.layers import is_frozen_norm, replace_inputs
 from tracequant.model_state import frozen_evaluation
 from tracequant.packed_layout import state_name
 from tracequant.quantizer import ActivationQuantizer, Grid, input_quantizers, output_quantizers
@@ -168,6 +168,7 @@ def _traceable(quantized: nn.Module, profile: Profile) -> nn.Module:
             readers.setdefault(quantizer, []).append(name)
     outputs = output_quantizers(quantized)
     model = to_float(quantized).cpu().eval()
+    _thaw(model)
     if profile == "qdq":
         for name, output in outputs.items():
             traced = _TracedQuantizer(copy.deepcopy(output).cpu())
@@ -181,6 +182,17 @@ def _traceable(quantized: nn.Module, profile: Profile) -> nn.Module:
                 module.add_module("input_quantizer", traced)
                 module.register_forward_pre_hook(traced.before_forward, with_kwargs=True)
     return model
+
+
+def _thaw(model: nn.Module) -> None:
+    """Put BatchNorm in the place of its frozen kind, which would be traced as a product and a sum."""
+    for name, module in list(model.named_modules()):
+        if is_frozen_norm(module):
+            frozen: Any = module
+            norm = nn.BatchNorm2d(len(frozen.weight), getattr(frozen, "eps", 1e-5)).eval()
+            norm.load_state_dict(frozen.state_dict(), strict=False)  # without a count of batches
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, norm)
 
 
 def _arguments(example: Any, dynamic_batch: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
