@@ -12,8 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from test_cli import invoke
 from tracequant.errors import DataError, TaskError
-from tracequant.run import _ties
+from tracequant.layers import match_names
+from tracequant.run import Run, _with_blocks
 from tracequant.settings import TaskOptions
 
 pytest.importorskip("torchvision", reason="the detection task's networks are torchvision's")
@@ -23,6 +25,7 @@ from safetensors.torch import save_file
 from tracequant.tasks.coco import CocoImages, SameSizeBatches, collate, loader
 from tracequant.tasks.detection import build, retinanet
 
+MOBILE = "retinanet_mobilenet_v2_fpn"
 SIZES = {1: (20, 10), 2: (12, 16), 5: (20, 10)}
 
 
@@ -188,11 +191,11 @@ def test_the_task_reads_splits_and_finds_the_labels(tmp_path: Path, weights: dic
     ((images, (target,)),) = setup.evaluation
     assert len(images) == 1
     assert target["labels"].tolist() == [0, 1]
-    assert _ties(["fpn.*", "blocks"], setup) == ["fpn.*", *setup.blocks]
+    assert _with_blocks(["fpn.*", "blocks"], lambda: setup) == ["fpn.*", *setup.blocks]
     assert setup.blocks[-2:] == ("head.classification_head.*", "head.regression_head.*")
     setup.blocks = ()
     with pytest.raises(TaskError, match="does not say what its model's blocks are"):
-        _ties(["blocks"], setup)
+        _with_blocks(["blocks"], lambda: setup)
     assert not setup.model.training
     # More classes than the largest id: the labels are the ids, as in torchvision's networks for COCO.
     ((_, (target,)),) = build(options(tmp_path, weights[8])).evaluation
@@ -216,3 +219,41 @@ def test_what_the_task_needs(tmp_path: Path, weights: dict[int, Path]) -> None:
     save_file({"fc.weight": torch.zeros(2, 2)}, other)
     with pytest.raises(TaskError, match="is not of a torchvision RetinaNet"):
         build(options(tmp_path, other))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*trace of zero or less:UserWarning")
+def test_from_the_command_line_to_a_detector_in_onnx(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All stages with tied blocks and mixed activations, the paper's figures by blocks, and the file in a runtime."""
+    pytest.importorskip("onnxruntime", reason="ONNX files are run by the extra 'onnx'")
+    write(tmp_path / "data", content())
+    write(tmp_path / "data", content(), "instances_val.json")
+    torch.manual_seed(0)
+    save_file(retinanet(MOBILE, 2).state_dict(), tmp_path / "weights.safetensors")
+    run = tmp_path / "run"
+    asked = ["--task", "detection", "--model", MOBILE, "--data-dir", tmp_path / "data", "--weights"]
+    asked += [tmp_path / "weights.safetensors", "--samples", 2, "--batch-size", 2, "--image-size", 32, "--workers", 0]
+    limits = ["--bits", "2,4,8", "--activation-bits", "4,6,8", "--compression", 7, "--average-activation-bits", 6]
+    recipe = ["--tie", "blocks", "--draws", 1, "--no-eigenvalues", "--finetune-steps", 2, "--batchnorm", "freeze"]
+    assert invoke("run", *asked, *limits, *recipe, "--out", run, "-q") == 0
+    made = Run(run)
+    plan, setup = made.plan(), made.setup()
+    assert plan.compression >= 7
+    assert made.pack_result().file_bytes == plan.size_bytes
+    assert setup.model.transform.min_size == (32,)
+    assert setup.model.transform.max_size == 53
+    for block in setup.blocks:
+        assert len({plan.weight_bits[name] for name in match_names([block], list(plan.weight_bits), "block")}) == 1
+    assert invoke("figures", run, "--block", "blocks", "--figure", 7, "--figure", 8, "-q") == 0
+    drawn = json.loads((run / "paper" / "figure-7.json").read_text())["blocks"]
+    assert len(drawn) == len(setup.blocks) < len(plan.weight_bits)
+    assert invoke("export", run, "-q") == 0
+    capsys.readouterr()
+    assert invoke("verify", run, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["samples"] == 3
+    assert found["runtimes"][0]["metric"] == pytest.approx(found["metric"], abs=1)
+    heads = {kernel["layer"].partition(":")[0] for kernel in found["kernels"] if kernel["kernel"] != "QLinearConv"}
+    assert heads == {name for name in plan.weight_bits if name.endswith(("cls_logits", "bbox_reg"))}, (
+        "a convolution inside the network runs in float"
+    )

@@ -344,6 +344,49 @@ def test_from_analysis_to_a_packed_file_with_ties_and_mixed_activations(tmp_path
         assert all(torch.equal(outputs[name], again[name]) for name in outputs)
 
 
+def test_onnx_has_the_heads_for_images_of_any_size(tmp_path: Path) -> None:
+    """A runtime's heads in the place of the model's give the same outputs, losses and mAP."""
+    pytest.importorskip("onnxruntime", reason="ONNX files are run by the extra 'onnx'")
+    from tracequant.verification import verify
+
+    model = tiny_retinanet(dtype=torch.float32)
+    batches = [scenes(*SIZES, dtype=torch.float32), scenes((32, 16), (24, 24), dtype=torch.float32)]
+    points = tq.discover(model, batches, TASK)
+    curvature = tq.estimate_curvature(model, batches, TASK, "gauss_newton", points=points)
+    plan = tq.solve(tq.measure_sensitivity(model, curvature, batches, TASK, (4, 8), (8,)), average_bits=5)
+    quantized = tq.quantize(model, plan, batches, TASK).eval()
+    part = TASK.exported(quantized)
+    args, _ = part.arguments(batches[0])
+    tq.export_onnx(part.module, tmp_path / "model.onnx", args, dynamic_sizes=part.dynamic_sizes)
+    found = verify(tmp_path / "model.onnx", quantized, model, batches, TASK, 1000, repeats=1)
+    assert found.samples == 5
+    assert found.difference < 1e-5
+    assert found.runtimes[0].metric == pytest.approx(found.metric)
+    assert found.runtimes[0].equal_predictions is None
+    kernels = {kernel.layer: kernel for kernel in found.kernels}
+    assert kernels["backbone.stem"].kernel == "QLinearConv"
+    # Another network is noticed.
+    other = verify(tmp_path / "model.onnx", tiny_retinanet(1, torch.float32), model, batches, TASK, 1, repeats=1)
+    assert other.difference > 0.01
+
+
+def test_a_runtime_computes_the_heads_in_the_models_place() -> None:
+    class Shifted(nn.Module):
+        def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+            logits, boxes = part.module(images)
+            return logits + 1, 2 * boxes
+
+    model, batch = tiny_retinanet(), scenes(*SIZES)
+    part = TASK.exported(model)
+    outputs, replaced = TASK.outputs(model, batch), TASK.outputs(part.replaced(Shifted()), batch)
+    assert torch.equal(
+        replaced["cls_logits"], torch.where(outputs["level"][..., None] < 0, 0, outputs["cls_logits"] + 1)
+    )
+    assert torch.equal(replaced["bbox_regression"], 2 * outputs["bbox_regression"])
+    assert torch.equal(replaced["anchors"], outputs["anchors"])
+    assert TASK.outputs(model, batch)["cls_logits"].equal(outputs["cls_logits"]), "the model itself was changed"
+
+
 def test_blocks_cover_every_layer_once() -> None:
     with torch.device("meta"):
         model = retinanet("torchvision:retinanet_resnet50_fpn", 91)

@@ -426,6 +426,19 @@ def test_a_fixed_batch_is_fixed(tmp_path: Path) -> None:
     assert [dim.dim_value for dim in dims] == [1, 3, 8, 8]
 
 
+def test_sizes_stay_open_where_that_is_asked_for(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval()
+    inputs, others = torch.randn(2, 3, 8, 9), torch.randn(3, 3, 13, 7)
+    quantized = quantized_with(model, inputs, lambda i: 5)
+    tq.export_onnx(quantized, tmp_path / "model.onnx", inputs, dynamic_sizes=True)
+    assert difference(run(tmp_path / "model.onnx", others), quantized(others)) <= 1e-5
+    tq.export_onnx(quantized, tmp_path / "one.onnx", inputs, dynamic_batch=False, dynamic_sizes=True)
+    assert difference(run(tmp_path / "one.onnx", others[:2]), quantized(others[:2])) <= 1e-5
+    dims = onnx.load(tmp_path / "one.onnx").graph.input[0].type.tensor_type.shape.dim
+    assert [dim.dim_value for dim in dims] == [2, 3, 0, 0]
+
+
 def test_the_model_stays_as_it_was(tmp_path: Path) -> None:
     model, inputs = net("convolutions")
     quantized = quantized_with(model, inputs, lambda i: 3).train()

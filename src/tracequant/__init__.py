@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from tracequant.sensitivity_result import Sensitivity
     from tracequant.settings import WeightGrid
     from tracequant.tables import read_latency, read_sensitivity, write_latency
-    from tracequant.task import ClassificationTask, Evaluation, Task, TaskSetup
+    from tracequant.task import ClassificationTask, Evaluation, Exported, Task, TaskSetup
     from tracequant.tasks.detection import RetinaNetTask
 
 __version__ = "0.1.0"
@@ -74,16 +74,16 @@ _MODULES = {
     "tracequant.sensitivity_result": ("Sensitivity",),
     "tracequant.settings": ("WeightGrid",),
     "tracequant.tables": ("read_latency", "read_sensitivity", "write_latency"),
-    "tracequant.task": ("ClassificationTask", "Evaluation", "Task", "TaskSetup"),
+    "tracequant.task": ("ClassificationTask", "Evaluation", "Exported", "Task", "TaskSetup"),
     "tracequant.tasks.detection": ("RetinaNetTask",),
 }  # fmt: skip
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "AccuracySearch", "ActivationPoint", "ArtifactError", "BitPlan", "BudgetError", "Check", "ClassificationTask",
-    "Curvature", "DataError", "Density", "EvaluatedPlan", "Evaluation", "Evaluations", "Frontier", "Layer",
-    "ModelError", "OnnxFile", "OutputPoint", "Perturbation", "QuantizationPoints", "ResourceError", "RetinaNetTask",
-    "RunError", "Sensitivity", "Spectrum", "Task", "TaskError", "TaskSetup", "TraceEstimate", "TracequantError",
+    "Curvature", "DataError", "Density", "EvaluatedPlan", "Evaluation", "Evaluations", "Exported", "Frontier",
+    "Layer", "ModelError", "OnnxFile", "OutputPoint", "Perturbation", "QuantizationPoints", "ResourceError",
+    "RetinaNetTask", "RunError", "Sensitivity", "Spectrum", "Task", "TaskError", "TaskSetup", "TraceEstimate", "TracequantError",
     "WeightGrid", "check_metrics", "discover", "estimate_curvature", "export_onnx", "finetune", "frontier",
     "full_space", "load", "measure_latency", "measure_perturbation", "measure_sensitivity", "monotone_space", "pack",
     "quantize", "read_latency", "read_sensitivity", "solve", "solve_by_accuracy", "spectral_density", "to_float",

@@ -547,12 +547,15 @@ def export(
         typer.Option(help="qdq: integers throughout; weights-only: float activations, for transformers"),
     ] = "qdq",
     dynamic_batch: Annotated[bool, typer.Option(help="leave the batch size open")] = True,
+    dynamic_sizes: Annotated[
+        bool | None, typer.Option(help="leave heights, widths and lengths open [as the task does]", show_default=False)
+    ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Write the packed model to RUN/model.onnx, for ONNX Runtime and OpenVINO."""
     run = _open(run_path, quiet)
-    written = run.export(profile, dynamic_batch)
+    written = run.export(profile, dynamic_batch, dynamic_sizes)
     if as_json:
         _print_json(asdict(written))
     elif not quiet:
@@ -680,7 +683,8 @@ def figures(
         typer.Option(help="layers of Figures 2, 5 and 6; may be repeated [of largest, middle and smallest trace]"),
     ] = None,
     block: Annotated[
-        list[str] | None, typer.Option(help="layers matching this pattern are one bar; may be repeated")
+        list[str] | None,
+        typer.Option(help="layers matching this pattern are one bar; 'blocks': the task's own; may be repeated"),
     ] = None,
     grid: Annotated[int | None, typer.Option(min=3, help="points to a side of a loss landscape, odd [15]")] = None,
     radius: Annotated[

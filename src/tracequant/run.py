@@ -359,7 +359,8 @@ class Run:
             raise ModelError(
                 f"the model has {', '.join(sorted(other))} parameters; packing needs float32: model.float()"
             )
-        points = discover(model, batches, task, settings.include, settings.exclude, _ties(settings.ties, setup))
+        ties = _with_blocks(settings.ties, self.setup)
+        points = discover(model, batches, task, settings.include, settings.exclude, ties)
         self._say(
             f"analyze: {len(points.layers)} layers, {len(points.activations)} activations,"
             f" {sum(layer.numel for layer in points.layers):,} weights"
@@ -832,23 +833,25 @@ class Run:
         evaluation = setup.task.evaluate(load(path, setup.model), setup.evaluation, self._progress)
         return Measured(path.name, evaluation.metric, evaluation.loss, path.stat().st_size, math.nan)
 
-    def export(self, profile: Profile = "qdq", dynamic_batch: bool = True) -> OnnxFile:
-        """Write the packed model to `model.onnx`."""
+    def export(
+        self, profile: Profile = "qdq", dynamic_batch: bool = True, dynamic_sizes: bool | None = None
+    ) -> OnnxFile:
+        """Write the packed model to `model.onnx`; whether sizes stay open is the task's choice where it is None."""
         self._need("pack")
         from tracequant.export.onnx import export_onnx
         from tracequant.export.packed import load
-        from tracequant.verification import captured_call
 
         setup = self.setup()
-        quantized = load(self.path / "model.safetensors", setup.model)
-        args, kwargs = captured_call(quantized, setup.task, next(iter(setup.calibration)))
+        part = setup.task.exported(load(self.path / "model.safetensors", setup.model))
+        args, kwargs = part.arguments(next(iter(setup.calibration)))
         if args and kwargs:
             raise ModelError(
                 "the task calls the model with positional and keyword arguments, ONNX export needs one kind; pass all"
                 " by keyword in the task's `outputs`"
             )
         (self.path / "verify.json").unlink(missing_ok=True)  # of an earlier export
-        return export_onnx(quantized, self.path / "model.onnx", kwargs or args, profile, dynamic_batch)
+        sizes = part.dynamic_sizes if dynamic_sizes is None else dynamic_sizes
+        return export_onnx(part.module, self.path / "model.onnx", kwargs or args, profile, dynamic_batch, sizes)
 
     def verify(self) -> Verification:
         """Compare `model.onnx` with the packed model on the evaluation data."""
@@ -906,9 +909,11 @@ class Run:
     ) -> PaperFigures:
         """The paper's figures of this run, into RUN/paper unless `out` says where (`draw_figures`)."""
         self._need("analyze")
-        from tracequant.report.paper import draw_figures
+        from tracequant.report.paper import FigureOptions, draw_figures
 
-        return draw_figures(self, numbers, out, options)
+        options = options or FigureOptions()
+        blocks = _with_blocks(options.blocks, self.setup)
+        return draw_figures(self, numbers, out, replace(options, blocks=tuple(blocks)))
 
     def result_rows(self) -> list[Measured]:
         """All rows of the result table that exist so far."""
@@ -934,11 +939,14 @@ class Run:
         return quantize(setup.model, plan, setup.calibration, setup.task, self._progress)
 
 
-def _ties(patterns: Sequence[str], setup: TaskSetup) -> list[str]:
-    """The patterns, with the task's own blocks in the place of "blocks"."""
-    if "blocks" in patterns and not setup.blocks:
-        raise TaskError("the task does not say what its model's blocks are: give --tie patterns of layer names instead")
-    return [own for pattern in patterns for own in (setup.blocks if pattern == "blocks" else [pattern])]
+def _with_blocks(patterns: Sequence[str], setup: Callable[[], TaskSetup]) -> list[str]:
+    """The patterns, with the task's own blocks in the place of "blocks"; only for these the task is loaded."""
+    if "blocks" not in patterns:
+        return list(patterns)
+    blocks = setup().blocks
+    if not blocks:
+        raise TaskError("the task does not say what its model's blocks are: give patterns of layer names instead")
+    return [own for pattern in patterns for own in (blocks if pattern == "blocks" else [pattern])]
 
 
 def _device(name: Any) -> torch.device:

@@ -36,8 +36,8 @@ class TaskOptions:
     """What the command line passes on to a task; None where the user said nothing and the task's default holds.
 
     `samples` is the number of calibration inputs, `batch_size` that of calibration and fine-tuning batches, `workers`
-    that of processes that load data, `image_size` that of pixels of a side, cut from the centre of an image that is
-    larger by 1 / `crop_share`.
+    that of processes that load data, `image_size` that of pixels of a side: of what is cut from the centre of an image
+    that is larger by 1 / `crop_share`, or, in detection, of the shorter side.
     """
 
     data_dir: str | None = None

@@ -117,6 +117,10 @@ class Task(abc.ABC):
             f"{type(self).__name__} has no smoothing_loss(outputs); implement it or fine-tune without label_smoothing"
         )
 
+    def exported(self, model: nn.Module) -> Exported:
+        """What of `model` goes into an ONNX file: by default all of it, as `outputs` calls it."""
+        return Exported(model, self)
+
     def evaluate(self, model: nn.Module, batches: Batches, progress: bool = False) -> Evaluation:
         """Metric and loss of `model` over `batches`, in evaluation mode, the model left as it was."""
         metric_sum = loss_sum = 0.0
@@ -129,6 +133,43 @@ class Task(abc.ABC):
                 loss_sum += size * loss.item()
                 samples += size
         return Evaluation(self.metric_name, metric_sum / samples, loss_sum / samples, samples)
+
+
+class Exported:
+    """What an ONNX file holds of a model, `module`, and what a task does around it.
+
+    This is the whole of the model, called once by the task's `outputs`. A task whose `outputs` calls parts of the
+    model, or prepares inputs by code that no runtime has, returns one of a class of its own from `Task.exported`.
+    """
+
+    dynamic_sizes = False  # whether heights and widths, or lengths, are others from batch to batch
+
+    def __init__(self, module: nn.Module, task: Task) -> None:
+        self.module, self._task = module, task
+
+    def arguments(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments of the module for a batch."""
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.append((args, kwargs))
+
+        handle = self.module.register_forward_pre_hook(keep, prepend=True, with_kwargs=True)
+        try:
+            with frozen_evaluation(self.module), torch.no_grad():
+                self._task.outputs(self.module, batch)
+        finally:
+            handle.remove()
+        if len(calls) != 1:
+            raise DataError(
+                f"the task calls the model {len(calls)} times for a batch, an ONNX file needs exactly one call; give"
+                f" {type(self._task).__name__} an exported(model) that says what goes into the file"
+            )
+        return calls[0]
+
+    def replaced(self, runtime: nn.Module) -> nn.Module:
+        """A model for the task's `outputs` in which `runtime` computes what `module` does."""
+        return runtime
 
 
 class ClassificationTask(Task):

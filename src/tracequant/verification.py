@@ -6,7 +6,7 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,15 @@ from tracequant.artifact import Saveable
 from tracequant.errors import ArtifactError, DataError, ResourceError
 from tracequant.export.onnx import trace_float
 from tracequant.model_state import frozen_evaluation
-from tracequant.task import Batch, Batches, Task
+from tracequant.task import Batches, Exported, Task
 
 _INT8_KERNELS = ("QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulNBits")
 _PASSED_THROUGH = ("Relu", "Reshape", "Flatten", "Transpose")
 
 # Arrays by position in the model's inputs → arrays by position in its outputs.
 Session = Callable[[list[NDArray[Any]]], list[NDArray[Any]]]
+# Positional and keyword arguments.
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class RuntimeResult:
 
     Milliseconds of processor time, medians of interleaved runs on one sample and one thread, of this file and of the
     float32 model.
-    `equal_predictions` is None where the first output is not `[N, C, ...]`.
+    `equal_predictions` is None where the first output is not `[N, C, ...]` with several classes C.
     """
 
     runtime: str
@@ -94,7 +96,7 @@ def verify(
         import onnxruntime
     except ImportError as error:
         raise ResourceError(f"verifying needs more packages ({error}): pip install 'tracequant[onnx]'") from None
-    path, calls = Path(path), _Calls(quantized, task)
+    path, part = Path(path), task.exported(quantized)
     with tempfile.TemporaryDirectory() as folder:
         optimised = Path(folder) / "optimised.onnx"
         try:
@@ -103,9 +105,9 @@ def verify(
         except Exception as error:
             raise ArtifactError(f"{path} cannot be loaded by ONNX Runtime: {error}; export it again") from None
         kernels = _kernels(onnx.load(path).graph, onnx.load(optimised).graph)
-        sample = calls.one_sample(batches)
+        sample = _one_sample(part, task, batches)
         reference = Path(folder) / "float32.onnx"
-        trace_float(float_model, *sample, reference)
+        trace_float(task.exported(float_model).module, *sample, reference)
         runtimes = {"ONNX Runtime": (fused, _onnx_runtime(onnxruntime, reference, optimise=True, threads=1))}
         try:
             import openvino
@@ -120,15 +122,17 @@ def verify(
     equal = dict.fromkeys(runtimes, 0.0)
     predictions: int | None = 0
     differences = []
-    for batch in batches:
-        call = calls.inputs(batch)
-        given, (want, structure) = _arrays(call), calls.outputs(call)
+    for batch in (own for whole in batches for own in task.parts(whole)):
+        args, kwargs = part.arguments(batch)
+        with frozen_evaluation(part.module), torch.no_grad():
+            outputs = part.module(*args, **kwargs)
+        given, want, structure = _arrays((args, kwargs)), _arrays(outputs), pytree.tree_structure(outputs)
         got = exact(given)
         rows = np.max([_by_sample(a - b) for a, b in zip(got, want, strict=True)], axis=0)
         differences.append(rows)
         largest = max(largest, max(float(np.abs(a).max()) for a in want))
         count += len(rows)
-        if predictions is not None and want[0].ndim > 1:
+        if predictions is not None and part.module is quantized and want[0].ndim > 1 and want[0].shape[1] > 1:
             chosen = want[0].argmax(1)
             predictions += chosen.size
             for name, session, *_ in found:
@@ -142,7 +146,7 @@ def verify(
     results = tuple(
         RuntimeResult(
             name,
-            task.evaluate(_RuntimeModel(session, structure), batches).metric,
+            task.evaluate(part.replaced(_RuntimeModel(session, structure)), batches).metric,
             equal[name] / predictions if predictions else None,
             mine,
             other,
@@ -155,32 +159,15 @@ def verify(
     )
 
 
-class _Calls:
-    """How the task calls the model: the arguments of a batch, and the model's outputs as arrays."""
-
-    def __init__(self, model: nn.Module, task: Task) -> None:
-        self.model, self.task = model, task
-
-    def inputs(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional and keyword arguments."""
-        return captured_call(self.model, self.task, batch)
-
-    def one_sample(self, batches: Iterable[Batch]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments for the first sample alone."""
-        for batch in batches:
-            call = self.inputs(batch)
-            return pytree.tree_map(lambda leaf: leaf[:1] if isinstance(leaf, Tensor) and leaf.ndim else leaf, call)  # type: ignore[no-any-return]
-        raise DataError("there is no evaluation data; the task's `evaluation` must yield at least one batch")
-
-    def outputs(self, call: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[list[NDArray[Any]], pytree.TreeSpec]:
-        """The model's outputs, and the structure that they come in."""
-        with frozen_evaluation(self.model), torch.no_grad():
-            outputs = self.model(*call[0], **call[1])
-        return _arrays(outputs), pytree.tree_structure(outputs)
+def _one_sample(part: Exported, task: Task, batches: Batches) -> _Call:
+    """The arguments for the first sample alone."""
+    for batch in batches:
+        return part.arguments(task.select(batch, 0, 1))
+    raise DataError("there is no evaluation data; the task's `evaluation` must yield at least one batch")
 
 
 class _RuntimeModel(nn.Module):
-    """A runtime's session in the place of the model, so that the task evaluates both alike."""
+    """A runtime's session in the place of a module, so that the task evaluates both alike."""
 
     def __init__(self, session: Session, structure: pytree.TreeSpec) -> None:
         super().__init__()
@@ -189,24 +176,6 @@ class _RuntimeModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         outputs = [torch.from_numpy(array) for array in self._session(_arrays((args, kwargs)))]
         return pytree.tree_unflatten(outputs, self._structure)
-
-
-def captured_call(model: nn.Module, task: Task, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with which the task calls the model for a batch."""
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append((args, kwargs))
-
-    handle = model.register_forward_pre_hook(keep, prepend=True, with_kwargs=True)
-    try:
-        with frozen_evaluation(model), torch.no_grad():
-            task.outputs(model, batch)
-    finally:
-        handle.remove()
-    if len(calls) != 1:
-        raise DataError(f"the task calls the model {len(calls)} times for a batch; an ONNX file needs exactly one call")
-    return calls[0]
 
 
 def _arrays(tree: Any) -> list[NDArray[Any]]:

@@ -56,13 +56,15 @@ def export_onnx(
     example_inputs: Any,
     profile: Profile = "qdq",
     dynamic_batch: bool = True,
+    dynamic_sizes: bool = False,
 ) -> OnnxFile:
     """Write a fake-quantized model to `path` as ONNX (opset 21), whole or not at all; the model is untouched.
 
     `example_inputs` is what the model is called with: a tensor, a tuple of arguments, or a dictionary of keyword
-    arguments; values do not matter, shapes do, all but the first dimension of every tensor if `dynamic_batch`. With
-    profile "qdq" weights and activations are quantized as in the model; "weights-only" leaves activations in float,
-    for runtimes that multiply float activations with packed weights.
+    arguments; values do not matter, shapes do, all but the first dimension of every tensor if `dynamic_batch`, and all
+    but the second if `dynamic_sizes`, which leaves heights, widths and lengths open where the model does not fix them.
+    With profile "qdq" weights and activations are quantized as in the model; "weights-only" leaves activations in
+    float, for runtimes that multiply float activations with packed weights.
 
     Raises `ModelError` if the model is not quantized, has other weights than float32, cannot be traced, or takes more
     than the 2 GiB that an ONNX file can hold; `ResourceError` without the extra "onnx".
@@ -79,7 +81,7 @@ def export_onnx(
         weights.append(onnx_graph.StoredWeight(weight, codes.to(torch.uint8).cpu().numpy(), scale, zero_point))
     args, kwargs = _arguments(example_inputs, dynamic_batch)
     model = _traceable(quantized, profile)
-    program = _trace(model, args, kwargs, dynamic_batch)
+    program = _trace(model, args, kwargs, dynamic_batch, dynamic_sizes)
     graph_model = program.model
     names = {state_name(site): weight for weight in weights for site in weight.entry.sites}
     with _quiet("onnx_ir", "onnxscript"):
@@ -211,14 +213,24 @@ def _arguments(example: Any, dynamic_batch: bool) -> tuple[tuple[Any, ...], dict
 
 
 def _trace(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_batch: bool, optimize: bool = False
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_batch: bool,
+    dynamic_sizes: bool = False,
+    optimize: bool = False,
 ) -> Any:
-    shapes = None
-    if dynamic_batch:
+    shapes: Any = None
+    if dynamic_batch or dynamic_sizes:
         batch = torch.export.Dim("batch")
-        shapes = pytree.tree_map(
-            lambda leaf: {0: batch} if isinstance(leaf, Tensor) and leaf.ndim else None, (*args, *kwargs.values())
-        )
+
+        def open_dimensions(leaf: Any) -> dict[int, Any] | None:
+            if not isinstance(leaf, Tensor) or not leaf.ndim:
+                return None
+            sizes = dict.fromkeys(range(2, leaf.ndim), torch.export.Dim.AUTO) if dynamic_sizes else {}
+            return {0: batch} | sizes if dynamic_batch else sizes
+
+        shapes = pytree.tree_map(open_dimensions, (*args, *kwargs.values()))
         shapes = dict(zip(kwargs, shapes, strict=True)) if kwargs else shapes
     try:
         with _quiet("torch.onnx", "onnxscript"), frozen_evaluation(model), torch.no_grad():

@@ -55,10 +55,7 @@ def block_names(points: QuantizationPoints, patterns: Sequence[str]) -> dict[str
 
     Raises `RunError` for a pattern that matches no layer.
     """
-    names = list(points.by_name)
-    for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            raise RunError(f"block {pattern!r} matches no layer; layers are {', '.join(names[:6])}, ...")
+    refuse_idle(patterns, points, "block")
     found: dict[str, str] = {}
     for unit in points.weight_units:
         tied = _shared_name(unit)
@@ -67,7 +64,15 @@ def block_names(points: QuantizationPoints, patterns: Sequence[str]) -> dict[str
         for name in unit:
             own = next((pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)), None)
             found[name] = tied if own is None else own.removesuffix("*").removesuffix(".") or own
-    return {name: found[name] for name in names}
+    return {name: found[name] for name in points.by_name}
+
+
+def refuse_idle(patterns: Sequence[str], points: QuantizationPoints, purpose: str) -> None:
+    """`RunError` for a pattern that matches no layer; `purpose` is what it should have named."""
+    names = list(points.by_name)
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise RunError(f"{purpose} {pattern!r} matches no layer; layers are {', '.join(names[:6])}, ...")
 
 
 def _shared_name(unit: Sequence[str]) -> str:

@@ -19,7 +19,7 @@ from tracequant.errors import ModelError, RunError
 from tracequant.plan import MEGABYTE, BitPlan
 from tracequant.points import QuantizationPoints
 from tracequant.report import figures, paper_figures
-from tracequant.report.blocks import Block, activation_blocks, block_names, weight_blocks
+from tracequant.report.blocks import Block, activation_blocks, block_names, refuse_idle, weight_blocks
 from tracequant.report.frontiers import evaluated_plans, frontiers, markers
 
 if TYPE_CHECKING:
@@ -194,11 +194,8 @@ def _planned(run: Run, number: int) -> BitPlan:
 
 def _matching(points: QuantizationPoints, patterns: Sequence[str]) -> list[str]:
     """Layers that match, in the model's order; `RunError` for a pattern without one."""
-    names = list(points.by_name)
-    for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            raise RunError(f"{pattern!r} matches no layer; layers are {', '.join(names[:6])}, ...")
-    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    refuse_idle(patterns, points, "layer")
+    return [name for name in points.by_name if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def _extremes(curvature: Curvature, middle: bool) -> list[str]:

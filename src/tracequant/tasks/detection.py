@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import math
 import re
@@ -19,7 +20,7 @@ from tracequant.layers import quantizable_names
 from tracequant.model_state import frozen_evaluation
 from tracequant.progress import track
 from tracequant.settings import TaskOptions
-from tracequant.task import Batch, Batches, Evaluation, Task, TaskSetup, checked, forward
+from tracequant.task import Batch, Batches, Evaluation, Exported, Task, TaskSetup, checked, forward
 from tracequant.tasks.coco import CocoImages, Target, coco_metrics, loader
 from tracequant.tasks.weights import load_state, read_state
 
@@ -29,6 +30,7 @@ try:
     from torchvision.models.detection._utils import BoxCoder, Matcher, overwrite_eps
     from torchvision.models.detection.anchor_utils import AnchorGenerator
     from torchvision.models.detection.backbone_utils import mobilenet_backbone, resnet_fpn_backbone
+    from torchvision.models.detection.image_list import ImageList
     from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, sigmoid_focal_loss
     from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 except ImportError as error:
@@ -210,11 +212,12 @@ class RetinaNetTask(Task):
         distances: Tensor = (focal + confidence * boxes).sum(1) / confidence.sum(1).clamp_min(1)
         return distances.mean()
 
+    def exported(self, model: nn.Module) -> Exported:
+        """Backbone and heads: `RetinaNetHeads`, for images of any size that are scaled, normalised and padded."""
+        return _ExportedHeads(_retinanet(model), self)
+
     def _outputs(self, model: RetinaNet, images: list[Tensor]) -> dict[str, Tensor]:
-        # In evaluation mode, lest the size be drawn at random, another one for a student than for its teacher.
-        training = model.transform.training
-        prepared, _ = model.transform.eval()(images)
-        model.transform.train(training)
+        prepared = _prepared(model, images)
         features = model.backbone(prepared.tensors)
         levels = list(features.values()) if isinstance(features, Mapping) else [features]
         heads = model.head(levels)
@@ -262,6 +265,78 @@ class RetinaNetTask(Task):
         return result
 
 
+class RetinaNetHeads(nn.Module):
+    """What a runtime computes of a RetinaNet, whose backbone and heads these are, not copies.
+
+    From images `[N, 3, H, W]` as `model.transform` leaves them the raw `cls_logits` `[N, A, classes]` and
+    `bbox_regression` `[N, A, 4]` of all anchors, in the order of `model.anchor_generator`.
+    """
+
+    def __init__(self, model: RetinaNet) -> None:
+        super().__init__()
+        self.backbone, self.head = model.backbone, model.head
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """`cls_logits` and `bbox_regression`."""
+        features = self.backbone(images)
+        heads = self.head(list(features.values()) if isinstance(features, Mapping) else [features])
+        return heads["cls_logits"], heads["bbox_regression"]
+
+
+class _ExportedHeads(Exported):
+    dynamic_sizes = True
+
+    def __init__(self, model: RetinaNet, task: Task) -> None:
+        super().__init__(RetinaNetHeads(model), task)
+        self._model = model
+
+    def arguments(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The images of the batch, prepared."""
+        images, _ = _split(batch)
+        return (_prepared(self._model, images).tensors,), {}
+
+    def replaced(self, runtime: nn.Module) -> nn.Module:
+        """The model with the runtime's heads; its own backbone still tells the sizes of the features."""
+        backbone = _Remembering(self._model.backbone)
+        model: nn.Module = copy.copy(self._model)
+        model._modules = self._model._modules | {"backbone": backbone, "head": _HeadsOfImages(runtime, backbone)}
+        return model
+
+
+class _Remembering(nn.Module):
+    """A backbone that keeps the images it has seen last."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.images: Tensor | None = None
+
+    def forward(self, images: Tensor) -> Any:
+        self.images = images
+        return self.backbone(images)
+
+
+class _HeadsOfImages(nn.Module):
+    """Heads that are computed from the images, not from their features."""
+
+    def __init__(self, runtime: nn.Module, backbone: _Remembering) -> None:
+        super().__init__()
+        self.runtime, self.backbone = runtime, backbone
+
+    def forward(self, features: list[Tensor]) -> dict[str, Tensor]:
+        logits, boxes = self.runtime(self.backbone.images)
+        return {"cls_logits": logits, "bbox_regression": boxes}
+
+
+def _prepared(model: RetinaNet, images: Sequence[Tensor]) -> ImageList:
+    """Images scaled, normalised and padded to one tensor."""
+    # In evaluation mode, lest the size be drawn at random, another one for a student than for its teacher.
+    training = model.transform.training
+    prepared, _ = model.transform.eval()(list(images))
+    model.transform.train(training)
+    return prepared
+
+
 def build(options: TaskOptions) -> TaskSetup:
     """The RetinaNet that `--model` names with the weights of `--weights`, and the COCO-format data of `--data-dir`.
 
@@ -284,6 +359,9 @@ def build(options: TaskOptions) -> TaskSetup:
     with torch.random.fork_rng(devices=[]):
         model = retinanet(options.model, len(head) // _ANCHORS)
     _load(model, state, options.weights)
+    if options.image_size is not None:  # by torchvision's ratio of 800 pixels for the shorter side to 1333
+        longest = round(options.image_size * model.transform.max_size / model.transform.min_size[-1])
+        model.transform.min_size, model.transform.max_size = (options.image_size,), longest
     folder = Path(options.data_dir)
     train = CocoImages(*_split_of(folder, ("train",)), lambda ids: _labels(ids, len(head) // _ANCHORS))
     evaluation = CocoImages(*_split_of(folder, ("test", "val")), train.labels)
