@@ -84,10 +84,10 @@ __all__ = [
     "Curvature", "DataError", "Density", "EvaluatedPlan", "Evaluation", "Evaluations", "Exported", "Frontier",
     "Layer", "ModelError", "OnnxFile", "OutputPoint", "Perturbation", "QuantizationPoints", "ResourceError",
     "RetinaNetTask", "RunError", "Sensitivity", "Spectrum", "Task", "TaskError", "TaskSetup", "TraceEstimate",
-    "TracequantError", "WeightGrid", "check_metrics", "discover", "estimate_curvature", "export_onnx", "finetune", "frontier",
-    "full_space", "load", "measure_latency", "measure_perturbation", "measure_sensitivity", "monotone_space", "pack",
-    "quantize", "read_latency", "read_sensitivity", "solve", "solve_by_accuracy", "spectral_density", "to_float",
-    "top_eigenvalues", "uniform_plan", "write_latency",
+    "TracequantError", "WeightGrid", "check_metrics", "discover", "estimate_curvature", "export_onnx", "finetune",
+    "frontier", "full_space", "load", "measure_latency", "measure_perturbation", "measure_sensitivity",
+    "monotone_space", "pack", "quantize", "read_latency", "read_sensitivity", "solve", "solve_by_accuracy",
+    "spectral_density", "to_float", "top_eigenvalues", "uniform_plan", "write_latency",
 ]  # fmt: skip
 
 
