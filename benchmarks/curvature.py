@@ -39,6 +39,7 @@ import tracequant as tq
 from data import data_folder
 from tracequant.settings import TaskOptions
 from tracequant.tasks import load_task
+from tracequant.tasks.imagenet import DEVIATION, MEAN
 
 # Layer → its trace by every repetition; one value for each draw where draws are independent.
 Traces = dict[str, list[float]]
@@ -91,7 +92,7 @@ def photographs(images: int, size: int) -> tuple[Tensor, str]:
             with archive.open(name) as file, Image.open(file) as picture:
                 pixels = np.asarray(picture.convert("RGB").resize((size, size)))
             rows.append(torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255)
-    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    mean, deviation = torch.tensor(MEAN), torch.tensor(DEVIATION)
     return (torch.stack(rows) - mean.view(3, 1, 1)) / deviation.view(3, 1, 1), "ImageNet photographs"
 
 

@@ -19,12 +19,11 @@ from tracequant.errors import TaskError
 from tracequant.settings import TaskOptions
 from tracequant.task import Batch, ClassificationTask, TaskSetup
 from tracequant.tasks import refuse
+from tracequant.tasks.imagenet import DEVIATION, MEAN
 from tracequant.tasks.residual import SmallResNet
 from tracequant.tasks.weights import load_state, read_state
 
 DEPTHS = {"resnet20": 20, "resnet32": 32, "resnet44": 44, "resnet56": 56}
-# The networks in circulation were trained with ImageNet's constants.
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def build(options: TaskOptions) -> TaskSetup:
@@ -88,6 +87,7 @@ def load_images(folder: Path, train: bool) -> tuple[Tensor, Tensor]:
 
 def normalize(images: Tensor) -> Tensor:
     """Bytes to floats with the networks' mean and deviation."""
+    # The networks in circulation were trained with ImageNet's constants.
     mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1)
     deviation = torch.tensor(DEVIATION, device=images.device).view(3, 1, 1)
     return (images.float() / 255 - mean) / deviation
