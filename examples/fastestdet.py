@@ -197,10 +197,11 @@ class DetectionTask(tq.Task):
     def evaluate(self, model: nn.Module, batches: Any, progress: bool = False) -> tq.Evaluation:
         """COCO's mAP is one of a whole data set, in the pixels of its images."""
         truth, found, total = [], [], 0.0
-        training = model.training
+        training, device = model.training, next(model.parameters()).device
         model.eval()
         with torch.no_grad():
             for batch in batches:
+                batch = self.to_device(batch, device)
                 outputs = self.outputs(model, batch)
                 total += len(batch[1]) * sum(term.item() for term in self.loss(outputs, batch).values())
                 truth += [target | {"boxes": target["boxes"] * target["size"]} for target in batch[1]]

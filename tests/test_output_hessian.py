@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -82,6 +84,68 @@ def test_a_group_of_draws_is_exact(kind: str) -> None:
         for (u,), sign in hessian.draw(torch.Generator().manual_seed(5), number):
             drawn += sign * torch.einsum("ni,nj->nij", u, u) / 8
     assert torch.allclose(drawn, expected, rtol=1e-9, atol=1e-12)
+
+
+def coupled_boxes(z: Tensor, axis: int) -> Tensor:
+    """A loss whose Hessian has a block of both signs at every position."""
+    mixing = torch.tensor([[1.0, 0.5, 0.2], [-0.3, 1.0, 0.4], [0.1, -0.6, 1.0]], dtype=z.dtype)
+    mixed = torch.einsum("ij,njp->nip", mixing, z.movedim(axis, 1))
+    return (mixed.square().square() - 3 * mixed.prod(1, keepdim=True)).mean()
+
+
+def exact(loss: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """The Hessian of each sample's loss, `[N, D, D]`."""
+    hessians = [torch.autograd.functional.hessian(loss, z[n : n + 1].detach()) for n in range(len(z))]
+    return torch.stack([h.reshape(z[0].numel(), -1) for h in hessians]) / len(z)
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_blocks_at_every_position(axis: int) -> None:
+    torch.manual_seed(0)
+    outputs = torch.randn(2, 3, 50, dtype=torch.float64).movedim(1, axis).contiguous().requires_grad_()
+    task = tq.ClassificationTask(loss=lambda z, y: coupled_boxes(z, axis))
+    hessian = factor(task, outputs, (None, torch.zeros(2)), torch.Generator().manual_seed(1))
+    assert isinstance(hessian, OutputHessian)
+    assert (hessian.kind, hessian.axis) == ("blocks", axis)
+    expected = exact(lambda z: coupled_boxes(z, axis), outputs)
+    passes = list(hessian.columns())
+    assert {sign for _, sign in passes} == {1.0, -1.0}
+    found = sum(sign * torch.einsum("ni,nj->nij", u.flatten(1), u.flatten(1)) for (u,), sign in passes)
+    assert torch.allclose(found, expected, rtol=1e-9, atol=1e-12)
+    # As many draws as there are columns at a position leave no error there.
+    drawn = torch.zeros(2, 50, 3, 3, dtype=torch.float64)
+    for number in range(4):
+        for (u,), sign in hessian.draw(torch.Generator().manual_seed(5), number):
+            at = u.movedim(axis, 2)
+            drawn += sign * torch.einsum("npi,npj->npij", at, at) / 4
+    shape = (2, 3, 50, 3, 50) if axis == 1 else (2, 50, 3, 50, 3)
+    order = (0, 2, 4, 1, 3) if axis == 1 else (0, 1, 3, 2, 4)
+    blocks = expected.view(shape).permute(order).diagonal(dim1=1, dim2=2).permute(0, 3, 1, 2)
+    assert torch.allclose(drawn, blocks, rtol=1e-9, atol=1e-12)
+
+
+def test_classes_may_be_on_the_last_axis() -> None:
+    """As a language model has them."""
+    torch.manual_seed(0)
+    outputs = torch.randn(2, 7, 5, dtype=torch.float64, requires_grad=True)
+    task = tq.ClassificationTask(loss=lambda z, y: F.cross_entropy(z.mT, y))
+    hessian = factor(task, outputs, (None, torch.zeros(2, 7, dtype=torch.long)), torch.Generator())
+    assert isinstance(hessian, OutputHessian)
+    assert (hessian.kind, hessian.axis) == ("softmax", 2)
+    p = outputs.detach().softmax(2)
+    expected = (torch.diag_embed(p) - p.unsqueeze(3) * p.unsqueeze(2)) / 14
+    drawn = torch.zeros_like(expected)
+    for number in range(8):
+        for (u,), sign in hessian.draw(torch.Generator().manual_seed(5), number):
+            drawn += sign * torch.einsum("npi,npj->npij", u, u) / 8
+    assert torch.allclose(drawn, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_coupled_positions_are_refused() -> None:
+    outputs = torch.randn(2, 3, 50, dtype=torch.float64, requires_grad=True)
+    task = tq.ClassificationTask(loss=lambda z, y: z.sum((1, 2)).square().square().mean())
+    with pytest.raises(ModelError, match="those of different positions"):
+        factor(task, outputs, (None, torch.zeros(2)), torch.Generator())
 
 
 class Detector(tq.ClassificationTask):

@@ -4,12 +4,15 @@ With H_L = L S Lᵀ, S diagonal of signs, a layer's Gauss-Newton trace is Σ_k s
 expectation ‖Jᵀ L v‖² (for each sign) over random sign vectors v. The model takes no part here, so any number of
 derivatives is cheap.
 
-Three shapes of H_L are recognised from its products with random vectors, whatever the loss is called:
+Four shapes of H_L are recognised from its products with random vectors, whatever the loss is called:
 
 - softmax: α (diag(p) − p pᵀ) at every position, which cross-entropy has with any labels, label smoothing and class
   weights. L is its Cholesky factor with the classes in the order of their probabilities, which has a closed form;
 - diagonal: any sum over output elements (squared error, binary cross-entropy, focal, smooth-L1), columns √|h_i| e_i;
-- dense: anything else with at most `DENSE_LIMIT` outputs for each sample, by eigenvectors.
+- dense: anything else with at most `DENSE_LIMIT` outputs for each sample, by eigenvectors;
+- blocks: at every position a block of its own (a box whose four numbers the loss takes together), by eigenvectors.
+
+Positions are all axes but the samples' and the classes', which is the second or the last one.
 
 Of several output tensors between which the loss has no mixed derivatives (a detector's classes and boxes, say) each may
 have a shape of its own.
@@ -36,6 +39,8 @@ from tracequant.errors import ModelError
 from tracequant.task import Batch, Task, total_loss
 
 DENSE_LIMIT = 128
+# Elements of all blocks at all positions: 512 MiB in float64.
+BLOCKS_LIMIT = 2**26
 TOLERANCE = 1e-3
 # Draws whose signs are rows of one Hadamard matrix.
 GROUP = 64
@@ -48,13 +53,16 @@ Cotangents = tuple[list[Tensor], float]
 class OutputHessian:
     """A factored H_L. `tensors` are the model's outputs that the loss depends on; `kind` says which shape was found.
 
-    `first` and `second` are α and p (softmax), h (diagonal, in `first`), eigenvalues and eigenvectors (dense).
+    `first` and `second` are α and p (softmax), h (diagonal, in `first`), eigenvalues and eigenvectors (dense, and
+    blocks: `[N, C, ...]` and `[N, C, C, ...]`, positions last). With softmax and blocks the classes C are on axis 1
+    here and on `axis` of the tensor.
     """
 
     kind: str
     tensors: list[Tensor]
     first: list[Tensor]
     second: Tensor | None = None
+    axis: int = 1
 
     def draw(self, generator: torch.Generator, number: int = 0) -> Iterator[Cotangents]:
         """Random cotangents u with E[Σ sign · u uᵀ] = H_L: one pass, or two where H_L has both signs.
@@ -71,7 +79,7 @@ class OutputHessian:
         else:
             signs = [_signs(self.first[0], generator, row)]
             for sign in self._present_signs():
-                yield [self._dense((sign * self.first[0]).clamp_min(0).sqrt() * signs[0])], sign
+                yield [self._turned((sign * self.first[0]).clamp_min(0).sqrt() * signs[0])], sign
 
     def columns(self) -> Iterator[Cotangents]:
         """All columns of the factor, one backward pass each: the exact trace."""
@@ -96,7 +104,7 @@ class OutputHessian:
                     unit = [torch.zeros_like(other) for other in rows]
                     unit[k][:, i] = part
                     vectors = [u.view_as(h) for u, h in zip(unit, self.first, strict=True)]
-                    yield (vectors if self.kind == "diagonal" else [self._dense(vectors[0])]), sign
+                    yield (vectors if self.kind == "diagonal" else [self._turned(vectors[0])]), sign
 
     @property
     def _probabilities(self) -> Tensor:
@@ -117,11 +125,14 @@ class OutputHessian:
         beside = (p / before / safe).sqrt() * v * (tail > tiny)
         earlier = torch.cat([torch.zeros_like(beside[:, :1]), beside[:, :-1].cumsum(1)], 1)
         product = (p * tail / before).sqrt() * v - p * earlier
-        return self.first[0].sqrt() * torch.zeros_like(product).scatter(1, order, product)
+        columns = self.first[0].sqrt() * torch.zeros_like(product).scatter(1, order, product)
+        return columns.movedim(1, self.axis)
 
-    def _dense(self, v: Tensor) -> Tensor:
+    def _turned(self, v: Tensor) -> Tensor:
+        """The sum of the eigenvectors times v."""
         assert self.second is not None
-        return torch.einsum("nij,nj->ni", self.second, v).view_as(self.tensors[0])
+        product = torch.einsum("nij...,nj...->ni...", self.second, v)
+        return product.view_as(self.tensors[0]) if self.kind == "dense" else product.movedim(1, self.axis)
 
     def _present_signs(self) -> list[float]:
         largest = max(float(h.abs().max()) for h in self.first)
@@ -213,22 +224,32 @@ def factor(task: Task, outputs: Any, batch: Batch, generator: torch.Generator) -
 def _factor_one(tensor: Tensor, probe: Tensor, image: Tensor, product: Callable[[Tensor], Tensor]) -> OutputHessian:
     """The factored Hessian by one output tensor, `image` being its product with the random vector `probe`."""
     z = tensor.detach()
-    if z.ndim >= 2 and image.any():
-        p = z.softmax(1)
-        expected = p * probe - p * (p * probe).sum(1, keepdim=True)
-        scale = (image * expected).sum(1, keepdim=True) / (
-            expected.square().sum(1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
+    axes = [] if z.ndim < 2 else [1] if z.ndim == 2 else [1, z.ndim - 1]
+    for axis in axes if image.any() else []:
+        p = z.softmax(axis)
+        expected = p * probe - p * (p * probe).sum(axis, keepdim=True)
+        scale = (image * expected).sum(axis, keepdim=True) / (
+            expected.square().sum(axis, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
         )
         if bool((scale >= 0).all()) and _close([scale * expected], [image]):
-            return OutputHessian("softmax", [tensor], [scale], p)
+            return OutputHessian("softmax", [tensor], [scale.movedim(axis, 1)], p.movedim(axis, 1), axis)
     diagonal = product(torch.ones_like(z))
     if _close([diagonal * probe], [image]):
         return OutputHessian("diagonal", [tensor], [diagonal])
     if z.ndim >= 2 and z[0].numel() <= DENSE_LIMIT:
         return _dense([tensor], _rows(z, product), image, probe)
+    for axis in axes:
+        if z.shape[axis] <= DENSE_LIMIT and z.numel() * z.shape[axis] <= BLOCKS_LIMIT:
+            blocks = _blocks(z, axis, product)
+            if _close([torch.einsum("nij...,nj...->ni...", blocks, probe.movedim(axis, 1))], [image.movedim(axis, 1)]):
+                values, vectors = torch.linalg.eigh(blocks.movedim((1, 2), (-2, -1)))
+                return OutputHessian(
+                    "blocks", [tensor], [values.movedim(-1, 1)], vectors.movedim((-2, -1), (1, 2)), axis
+                )
     raise ModelError(
-        "the loss's Hessian with respect to the outputs is neither that of a softmax nor diagonal, and has more than"
-        f" {DENSE_LIMIT} rows for each sample; give the task an output_hessian, or use method='hutchinson'"
+        "the loss's Hessian with respect to the outputs is neither that of a softmax nor diagonal, it couples more than"
+        f" {DENSE_LIMIT} outputs of a sample, and those of different positions (or it is too large to try); give the"
+        " task an output_hessian, or use method='hutchinson'"
     )
 
 
@@ -282,6 +303,17 @@ def _rows(z: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
         unit[:, i] = 1
         rows.append(product(unit.view_as(z)).flatten(1))
     return torch.stack(rows, 1)
+
+
+def _blocks(z: Tensor, axis: int, product: Callable[[Tensor], Tensor]) -> Tensor:
+    """H_L's block at every position, `[N, C, C, ...]`, if it has no others: one product for each class."""
+    rows = []
+    for i in range(z.shape[axis]):
+        unit = torch.zeros_like(z)
+        unit.select(axis, i).fill_(1)
+        rows.append(product(unit).movedim(axis, 1))
+    found = torch.stack(rows, 1)
+    return (found + found.transpose(1, 2)) / 2
 
 
 def _dense(tensors: list[Tensor], blocks: Tensor, image: Tensor, probe: Tensor) -> OutputHessian:
