@@ -6,7 +6,7 @@ Data: BCCD (364 microscope images, three kinds of cells) from TRACEQUANT_DATA; t
 The network is torchvision's RetinaNet on a ResNet18 of a quarter of the width with BatchNorm, 320x240 pixels, random
 initial weights. Training takes about a quarter of an hour on one core and goes on from its checkpoint; so does every
 row, whose results are in benchmarks/results/bccd_retinanet.json as soon as they are there. A GPU is used if there is
-one. `--short` is a minute's rehearsal of everything, whose figures mean nothing, into DIR alone.
+one. `--short` is a minute's rehearsal of everything, whose figures mean nothing, into DIR/short.
 """
 
 from __future__ import annotations
@@ -149,10 +149,10 @@ def augment(pixels: Tensor, targets: list[Target]) -> tuple[list[Tensor], list[T
 
 
 def train(folder: Path, out: Path, epochs: int, device: torch.device) -> RetinaNet:
-    """The trained network, from `out/float.safetensors` if it is there; an interrupted training goes on."""
+    """The trained network, from its file in `out` if it is there; an interrupted training goes on."""
     torch.manual_seed(0)
     model = build_model().to(device)
-    path, checkpoint = out / "float.safetensors", out / "training.pt"
+    path, checkpoint = out / f"float-{epochs}.safetensors", out / f"training-{epochs}.pt"
     if path.is_file():
         model.load_state_dict(safetensors.torch.load_file(path))
         return model.eval()
@@ -213,17 +213,18 @@ class Settings:
     test_images: int | None = None
 
 
-def analyze(model: RetinaNet, images: Images, out: Path, settings: Settings) -> tq.Sensitivity:
-    """Traces and sensitivities from the first images as they are, kept in `out`."""
+def analyze(model: RetinaNet, images: Images, out: Path, settings: Settings) -> tuple[tq.Curvature, tq.Sensitivity]:
+    """Traces and sensitivities from the first images as they are, kept in `out` for this network."""
     batches = images.batches(count=settings.calibration_images)
-    path = out / f"sensitivity-{settings.calibration_images}.json"
-    if not path.is_file():
+    suffix = f"{settings.calibration_images}-{fingerprint(model)}.json"
+    curved, sensitive = out / f"curvature-{suffix}", out / f"sensitivity-{suffix}"
+    if not sensitive.is_file():
         task = tq.RetinaNetTask()
         curvature = tq.estimate_curvature(model, batches, task, checkpoint=out / "batches", progress=True)
         print(f"{curvature.method}: {curvature.reason}", flush=True)
-        curvature.save(out / f"curvature-{settings.calibration_images}.json")
-        tq.measure_sensitivity(model, curvature, batches, task, WEIGHT_BITS, ACTIVATION_BITS).save(path)
-    return tq.Sensitivity.load(path)
+        curvature.save(curved)
+        tq.measure_sensitivity(model, curvature, batches, task, WEIGHT_BITS, ACTIVATION_BITS).save(sensitive)
+    return tq.Curvature.load(curved), tq.Sensitivity.load(sensitive)
 
 
 def plans(sensitivity: tq.Sensitivity) -> dict[str, tq.BitPlan]:
@@ -262,16 +263,19 @@ class Results:
     """The table as a JSON file, written whenever a figure is there; figures of other settings are dropped."""
 
     def __init__(self, path: Path, context: dict[str, Any]) -> None:
-        self._path, self._context = path, context
+        self._path, self._context, self.folder = path, context, path.parent
         self.rows: dict[str, dict[str, Any]] = {}
         if path.is_file():
             found = json.loads(path.read_text())
             if found["context"] == context:
                 self.rows = found["rows"]
 
-    def row(self, name: str, **values: Any) -> dict[str, Any]:
-        """The row of this name, with these values."""
+    def row(self, name: str, plan: dict[str, dict[str, int]] | None = None, **values: Any) -> dict[str, Any]:
+        """The row of this name, with these values; what was measured with another plan is dropped."""
         own = self.rows.setdefault(name, {})
+        if plan is not None and own.get("plan") != plan:
+            own.clear()
+            own["plan"] = plan
         own.update(values)
         return own
 
@@ -301,12 +305,15 @@ class Results:
 
 
 def measure(model: RetinaNet, folder: Path, out: Path, results: Results, seeds: int, settings: Settings) -> None:
-    """All rows: float, then every plan calibrated, then fine-tuned seed by seed so that all rows have one first."""
+    """All rows: float, then every plan calibrated, then fine-tuned seed by seed so that all rows have one first.
+
+    At the end Figures 7 and 8 are drawn beside the results.
+    """
     task, device = tq.RetinaNetTask(), next(model.parameters()).device
     test = Images(folder, "test").batches(count=settings.test_images)
     training = Images(folder, "train", "val")
     calibration = training.batches(count=settings.calibration_images)
-    sensitivity = analyze(model, training, out, settings)
+    curvature, sensitivity = analyze(model, training, out, settings)
     chosen = plans(sensitivity)
     if "float32" not in results.rows:
         found = task.evaluate(model, test)
@@ -316,8 +323,10 @@ def measure(model: RetinaNet, folder: Path, out: Path, results: Results, seeds: 
         )  # fmt: skip
         results.save()
     for name, plan in chosen.items():
+        inner = {point: bits for point, bits in plan.activation_bits.items() if point != IMAGE_READER}
         row = results.row(
-            name, w_bits=spread(plan.weight_bits), a_bits=spread(plan.activation_bits), size_mb=plan.size_mb,
+            name, {"weight_bits": plan.weight_bits, "activation_bits": plan.activation_bits},
+            w_bits=spread(plan.weight_bits), a_bits=spread(inner), size_mb=plan.size_mb,
             **{"W-Comp": plan.compression, "A-Comp": activation_compression(sensitivity, plan)},
         )  # fmt: skip
         if "calibrated" not in row:
@@ -346,18 +355,17 @@ def measure(model: RetinaNet, folder: Path, out: Path, results: Results, seeds: 
             results.save()
             checkpoint.unlink()
             print(f"{name}, seed {seed}: mAP {found.metric:.2f} in {time.perf_counter() - start:.0f} s", flush=True)
+    draw(curvature, chosen["mixed weights and activations"], results.folder)
 
 
 def spread(bits: dict[str, int]) -> str:
-    """The bits that a plan uses, as "4" or "2-8 MP"; the image's do not count."""
-    used = sorted({b for name, b in bits.items() if name != IMAGE_READER})
+    """The bits that a plan uses, as "4" or "2-8 MP"."""
+    used = sorted(set(bits.values()))
     return str(used[0]) if len(used) == 1 else f"{used[0]}-{used[-1]} MP"
 
 
-def draw(out: Path, sensitivity: tq.Sensitivity, settings: Settings, folder: Path) -> None:
+def draw(curvature: tq.Curvature, plan: tq.BitPlan, folder: Path) -> None:
     """Figures 7 and 8: average traces and chosen bits of the network's blocks."""
-    curvature = tq.Curvature.load(out / f"curvature-{settings.calibration_images}.json")
-    plan = plans(sensitivity)["mixed weights and activations"]
     patterns = retinanet_blocks(build_model())
     figures = {
         "figure7": figure_7(weight_blocks(curvature, patterns, plan.weight_bits)),
@@ -374,22 +382,21 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--short", action="store_true", help="rehearse everything in a minute, results into --out")
+    parser.add_argument("--short", action="store_true", help="rehearse everything in a minute, into --out/short")
     given = parser.parse_args()
     data = data_folder("bccd")
     if data is None:
         print("skipped: TRACEQUANT_DATA does not hold bccd")
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings, epochs, seeds, place = Settings(given.steps), given.epochs, given.seeds, RESULTS
+    settings, epochs, seeds, out, place = Settings(given.steps), given.epochs, given.seeds, given.out, RESULTS
     if given.short:
-        settings, epochs, seeds, place = Settings(2, calibration_images=8, test_images=8), 1, 1, given.out
-    model = train(data / "bccd", given.out, epochs, device)
+        settings, epochs, seeds = Settings(2, calibration_images=8, test_images=8), 1, 1
+        out = place = given.out / "short"
+    model = train(data / "bccd", out, epochs, device)
     context = asdict(settings) | {"epochs": epochs, "fingerprint": fingerprint(model)}
     results = Results(place / "bccd_retinanet.json", context)
-    measure(model, data / "bccd", given.out, results, seeds, settings)
-    sensitivity = analyze(model, Images(data / "bccd", "train"), given.out, settings)
-    draw(given.out, sensitivity, settings, place)
+    measure(model, data / "bccd", out, results, seeds, settings)
     print(results.table())
 
 

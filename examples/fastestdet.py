@@ -209,7 +209,8 @@ class DetectionTask(tq.Task):
                 found += [o | {"boxes": o["boxes"] * target["size"]} for o, target in own]
         model.train(training)
         metrics = coco_metrics(truth, found, CLASSES)
-        return tq.Evaluation(self.metric_name, metrics["AP"], total / len(truth), len(truth), metrics)
+        details = {name: value for name, value in metrics.items() if value == value}  # NaN: no box of that size
+        return tq.Evaluation(self.metric_name, metrics["AP"], total / len(truth), len(truth), details)
 
 
 def decode(raw: Tensor) -> Tensor:

@@ -24,6 +24,21 @@ def search(case: tuple[tq.TaskSetup, tq.Sensitivity], **options: object) -> tq.A
     return tq.solve_by_accuracy(setup.model, table, setup.task, setup.calibration, setup.evaluation, **options)
 
 
+def test_a_metric_that_the_first_batch_has_not(case: tuple[tq.TaskSetup, tq.Sensitivity]) -> None:
+    """As mAP has no value on images without boxes."""
+
+    class Whole(type(case[0].task)):  # type: ignore[misc]
+        def evaluate(self, model: object, batches: object, progress: bool = False) -> tq.Evaluation:
+            if len(list(batches)) < 2:  # type: ignore[call-overload]
+                raise tq.DataError("no metric here")
+            return tq.Evaluation("mAP %", 50.0, 1.0, 2)
+
+    setup = case[0]
+    batch = next(iter(setup.evaluation))
+    found = accuracy.Evaluator(setup.model, Whole(), setup.calibration, [batch, batch]).results
+    assert (found.float_metric, found.metric_name) == (50.0, "mAP %")
+
+
 @pytest.mark.parametrize("threshold", [1_000, 1_003, 20_000, 54_321, 100_999])
 def test_bisection_finds_the_edge_to_its_resolution(threshold: int) -> None:
     sizes = np.arange(1_000, 101_000)

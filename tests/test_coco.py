@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def content() -> dict[str, Any]:
         ],
         "categories": [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}],
         "annotations": [
-            {"id": i, "image_id": image, "category_id": category, "bbox": box}
+            {"id": i, "image_id": image, "category_id": category, "bbox": box, "area": None}
             for i, (image, category, box) in enumerate(boxes)
         ],
     }
@@ -53,14 +54,21 @@ def write(folder: Path, data: dict[str, Any], name: str = "instances_train.json"
     return folder / name
 
 
-@pytest.mark.parametrize("zipped", [False, True])
-def test_images_and_targets(tmp_path: Path, zipped: bool) -> None:
-    annotations, images = write(tmp_path, content()), tmp_path / "images"
-    if zipped:
+@pytest.mark.parametrize("inside", [None, "", "images/"])
+@pytest.mark.parametrize("named", ["", "images/"])
+def test_images_and_targets(tmp_path: Path, inside: str | None, named: str) -> None:
+    """In a folder or a zip file; both the zip file and the annotations may repeat its name or leave it out."""
+    write(tmp_path, content())
+    images, given = tmp_path / "images", content()
+    for image in given["images"]:
+        image["file_name"] = named + image["file_name"]
+    annotations = tmp_path / "instances_train.json"
+    annotations.write_text(json.dumps(given))
+    if inside is not None:
         images = tmp_path / "images.zip"
         with zipfile.ZipFile(images, "w") as archive:
             for path in (tmp_path / "images").iterdir():
-                archive.write(path, path.name)
+                archive.write(path, inside + path.name)
     dataset = CocoImages(annotations, images)
     assert dataset.categories == {7: "dog", 3: "cat"}
     assert dataset.labels == {3: 0, 7: 1}
@@ -77,6 +85,11 @@ def test_images_and_targets(tmp_path: Path, zipped: bool) -> None:
     assert (empty["boxes"].shape, empty["labels"].shape) == ((0, 4), (0,))
     again, _ = pickle.loads(pickle.dumps(dataset))[0]
     assert torch.equal(again, image)
+
+
+def test_a_box_that_sticks_out_is_cut(tmp_path: Path) -> None:
+    dataset = CocoImages(write(tmp_path, broken("annotations", bbox=[12, 1, 12, 4])), tmp_path / "images")
+    assert dataset[0][1]["boxes"][0].tolist() == [12, 1, 20, 5]
 
 
 def test_given_labels(tmp_path: Path) -> None:
@@ -111,7 +124,7 @@ def broken(where: str, **change: Any) -> dict[str, Any]:
         (broken("annotations", image_id=9), "annotation 0 is of image 9, which 'images' does not list"),
         (broken("annotations", category_id=4), "annotation 0 is of category 4, which 'categories' does not list"),
         (broken("annotations", bbox=[1, 2, 3]), r"annotation 0 has bbox \[1, 2, 3\], expected four numbers"),
-        (broken("annotations", bbox=[5, 5, 19, 9]), "1 of 3 boxes lie outside their image.*corners"),
+        (broken("annotations", bbox=[5, 5, 19, 9]), "1 of 3 boxes lie mostly outside their image.*corners"),
         (broken("images", file_name="no.png"), "names 1 images that .* does not hold, no.png for one"),
         (content() | {"images": []}, "lists no images"),
         ({"images": []}, "must hold the lists images, annotations, categories"),
@@ -160,6 +173,10 @@ def test_the_loader_yields_images_and_targets(tmp_path: Path) -> None:
     batches = list(loader(dataset, dataset.sizes, 2))
     assert [[tuple(image.shape) for image in images] for images, _ in batches] == [[(3, 10, 20)] * 2, [(3, 16, 12)]]
     assert [[int(t["image_id"]) for t in targets] for _, targets in batches] == [[1, 5], [2]]
+    again = list(loader(dataset, dataset.sizes, 2, workers=1))
+    assert all(
+        torch.equal(a, b) for (x, _), (y, _) in zip(again, batches, strict=True) for a, b in zip(x, y, strict=True)
+    )
     images, targets = collate([dataset[0], dataset[1]])
     assert (len(images), len(targets)) == (2, 2)
 
@@ -215,6 +232,8 @@ def test_what_the_task_needs(tmp_path: Path, weights: dict[int, Path]) -> None:
         build(options(tmp_path, weights[2]))
     with pytest.raises(TaskError, match="does not fit this network"):
         build(options(tmp_path, weights[2], "retinanet_resnet34_fpn"))
+    with pytest.raises(TaskError, match="no use for --crop-share"):
+        build(replace(options(tmp_path, weights[2]), crop_share=0.9))
     other = tmp_path / "other.safetensors"
     save_file({"fc.weight": torch.zeros(2, 2)}, other)
     with pytest.raises(TaskError, match="is not of a torchvision RetinaNet"):

@@ -783,6 +783,22 @@ def test_bfloat16_does_not_take_rounding_for_weights_used_elsewhere(size: int) -
 
 
 @both
+def test_float32_is_float32(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself torch computes convolutions on a GPU in TF32."""
+    seen = []
+
+    class Watching(ClassificationTask):
+        def loss(self, outputs: Any, batch: Any) -> Any:
+            seen.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+            return super().loss(outputs, batch)
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    tq.estimate_curvature(gelu_mlp(), labelled(6), Watching(), method=method)
+    assert set(seen) == {(False, False)}
+    assert torch.backends.cudnn.allow_tf32
+
+
+@both
 def test_tf32_needs_a_gpu(method: str) -> None:
     with pytest.raises(ResourceError, match="precision='tf32' is for CUDA devices"):
         tq.estimate_curvature(gelu_mlp(), labelled(6), TASK, method=method, precision="tf32")

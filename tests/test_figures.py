@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -201,6 +201,15 @@ def test_bad_requests(
 ) -> None:
     assert invoke("figures", drawn, *options, "-q") == 2
     assert message in capsys.readouterr().err
+
+
+def test_blocks_that_the_task_names_need_not_all_be_analysed(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = ("conv1", "layer1.*", "excluded.*")
+    monkeypatch.setattr(Run, "setup", lambda run: SimpleNamespace(blocks=blocks))
+    assert invoke("figures", copy, "--figure", 7, "--block", "blocks", "-q") == 0
+    names = [block["name"] for block in data(copy, 7)["blocks"]]
+    assert names[:2] == ["conv1", "layer1"]
+    assert "excluded" not in names
 
 
 def test_a_run_is_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

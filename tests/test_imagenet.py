@@ -3,6 +3,7 @@
 import math
 import sys
 import urllib.error
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
     torch.manual_seed(1)
     state = torchvision.models.shufflenet_v2_x0_5(num_classes=3).state_dict()
     path = tmp_path_factory.mktemp("weights") / "three.pth"
-    torch.save({"epoch": 3, "state_dict": {f"module.{name}": value for name, value in state.items()}}, path)
+    wrapped = {f"module.{name}": value for name, value in state.items()}
+    torch.save({"epoch": 3, "args": Namespace(lr=0.1), "state_dict": wrapped}, path)
     return str(path)
 
 
@@ -58,11 +60,17 @@ def test_classes_are_numbered_as_in_train(tree: Path, weights: str) -> None:
 
 
 def test_a_list_of_classes_takes_the_place_of_the_folders(tmp_path: Path, weights: str) -> None:
-    tree = make_tree(tmp_path, {"cat": 2}, {"dog": 1, "cat": 1})
-    (tree / "classes.txt").write_text("dog\nemu\ncat\n")
+    tree = make_tree(tmp_path, {"tabby cat": 2}, {"dog": 1, "tabby cat": 1})
+    (tree / "classes.txt").write_text("dog\nemu\n\ntabby cat\n")
     setup = load_task("imagenet", options(tree, NETWORK, weights=weights))
     by_folder = {Path(path).parent.name: label for path, label in setup.evaluation.dataset.images}
-    assert by_folder == {"dog": 0, "cat": 2}
+    assert by_folder == {"dog": 0, "tabby cat": 2}
+
+
+def test_hidden_folders_are_no_classes(tmp_path: Path, weights: str) -> None:
+    tree = make_tree(tmp_path, {".checkpoints": 1, "a": 1, "b": 1, "c": 1}, {".checkpoints": 1, "a": 1})
+    setup = load_task("imagenet", options(tree, NETWORK, weights=weights))
+    assert [label for _, label in setup.evaluation.dataset.images] == [0]
 
 
 def test_calibration_images_are_drawn_by_the_seed(tree: Path, weights: str) -> None:
@@ -216,6 +224,12 @@ def test_no_network_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (NETWORK, {"weights": "number.pth"}, "holds no state dict"),
         ("torchvision:squeezenet1_1", {"weights": "three.pth"}, r"missing \['features.0.weight'"),
         (NETWORK, {"weights": "four.pth"}, r"fc.weight has shape \[4, 1024\], expected \[3, 1024\].*3 cl"),
+        (
+            NETWORK,
+            {"weights": "model.pth"},
+            r"more than tensors, a pathlib\S+ for one\); save model.state_dict",
+        ),
+        ("timm:vit_tiny_patch16_224", {"weights": "vit.pth", "image_size": 96}, "cannot take images of 96x96 pixels"),
         ("squeezenext:2.5", {"weights": "four.pth"}, "unknown width '2.5' of squeezenext; choose 1.0, 1.5 or 2.0"),
         ("squeezenext", {}, "no weights that can be fetched"),
     ],
@@ -232,6 +246,10 @@ def test_errors_say_what_is_wrong(
     monkeypatch.chdir(tmp_path)
     Path("text.pth").write_text("not weights")
     torch.save(3, "number.pth")
+    torch.save({"state_dict": {}, "from": Path("here")}, "model.pth")
+    if model is not None and "vit" in model:
+        timm = pytest.importorskip("timm")
+        torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=3).state_dict(), "vit.pth")
     Path("three.pth").write_bytes(Path(weights).read_bytes())
     torch.save(torchvision.models.shufflenet_v2_x0_5(num_classes=4).state_dict(), "four.pth")
     with pytest.raises(tq.TaskError, match=message):

@@ -478,6 +478,74 @@ def test_verification_finds_what_is_there(tmp_path: Path) -> None:
     assert "output of the model" in kernels["fc"].reason
 
 
+def test_outputs_that_are_no_tensors_are_left_alone(tmp_path: Path) -> None:
+    """A model that also returns None, and a task that takes the logits."""
+    from tracequant.verification import verify
+
+    class Several(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> dict[str, object]:
+            return {"extra": None, "logits": self.fc(x)}
+
+    torch.manual_seed(0)
+    task = tq.ClassificationTask(forward=lambda model, x: model(x)["logits"])
+    model, inputs = Several().eval(), torch.randn(6, 4)
+    batches = [(inputs, torch.arange(6) % 3)]
+    points = tq.discover(model, batches, task)
+    quantized = tq.quantize(model, by_hand({"fc": 8}, {"fc": 8}, SYMMETRIC), batches, task).eval()
+    assert [point.name for point in points.activations] == ["fc"]
+    tq.export_onnx(quantized, tmp_path / "model.onnx", inputs)
+    found = verify(tmp_path / "model.onnx", quantized, model, batches, task, 1, repeats=1)
+    assert found.difference <= 1e-5
+    assert found.runtimes[0].metric == found.metric
+
+
+def test_inputs_of_an_export_are_on_the_models_device() -> None:
+    class Elsewhere(tq.ClassificationTask):
+        def to_device(self, batch: Any, device: torch.device) -> Any:
+            moved.append(device)
+            return super().to_device(batch, device)
+
+    moved: list[torch.device] = []
+    model = nn.Linear(3, 2, device="meta")
+    args, _ = Elsewhere().exported(model).arguments((torch.zeros(1, 3), torch.zeros(1)))
+    assert moved == [torch.device("meta")]
+    assert args[0].device.type == "meta"
+
+
+class WithoutEpsilon(nn.Module):
+    """Frozen BatchNorm as some detectors have it, with statistics of images unless told otherwise."""
+
+    def __init__(self, channels: int, shape: tuple[int, ...] = (1, -1, 1, 1)) -> None:
+        super().__init__()
+        self.shape = shape
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.rand(channels) * 1e-4 + 1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight / self.running_var.sqrt()
+        return x * scale.view(self.shape) + (self.bias - self.running_mean * scale).view(self.shape)
+
+
+def test_frozen_batch_norm_is_what_it_computes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(2, 3, 8, 8)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), WithoutEpsilon(4), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    quantized = quantized_with(model, inputs, lambda i: 8)
+    tq.export_onnx(quantized, tmp_path / "model.onnx", inputs)
+    assert difference(run(tmp_path / "model.onnx", inputs), quantized(inputs)) <= 1e-5
+    assert "QLinearConv" in operators(tmp_path / "model.onnx", tmp_path / "optimised.onnx")
+    # What is none of images stays what it is.
+    lines = torch.randn(2, 3, 8)
+    model = nn.Sequential(nn.Conv1d(3, 4, 3), WithoutEpsilon(4, (1, -1, 1)), nn.ReLU(), nn.Conv1d(4, 2, 1)).eval()
+    quantized = quantized_with(model, lines, lambda i: 8)
+    tq.export_onnx(quantized, tmp_path / "lines.onnx", lines)
+    assert difference(run(tmp_path / "lines.onnx", lines), quantized(lines)) <= 1e-5
+
+
 def test_a_file_that_is_not_onnx_is_refused(tmp_path: Path) -> None:
     from tracequant.verification import verify
 

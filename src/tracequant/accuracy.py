@@ -16,7 +16,7 @@ from torch import nn
 from tracequant import allocation
 from tracequant.convert import quantize
 from tracequant.curvature.collect import digest
-from tracequant.errors import ArtifactError, BudgetError
+from tracequant.errors import ArtifactError, BudgetError, DataError
 from tracequant.evaluated import AccuracySearch, EvaluatedPlan, Evaluations
 from tracequant.model_state import fingerprint
 from tracequant.plan import BitPlan
@@ -49,8 +49,10 @@ class Evaluator:
         # The first batches stand for all: a loader that shuffles gives others, and nothing is taken from the file. The
         # task's loss and metric cannot be compared, but their values on such a batch can.
         first = [list(itertools.islice(batches, 1)) for batches in (self._calibration, self._evaluation)]
-        value = task.evaluate(model, first[1])
-        parts = [fingerprint(model), value.metric_name, f"{value.metric:.5g}", f"{value.loss:.5g}"]
+        parts = [fingerprint(model), task.metric_name]
+        with contextlib.suppress(DataError):  # one batch may have no metric (mAP of images without boxes)
+            value = task.evaluate(model, first[1])
+            parts += [f"{value.metric:.5g}", f"{value.loss:.5g}"]
         parts += [digest(batch) for batches in first for batch in batches]
         for batches in (self._calibration, self._evaluation):
             with contextlib.suppress(TypeError):

@@ -97,7 +97,9 @@ Weights = Annotated[
 ModelName = Annotated[
     str | None, typer.Option("--model", help="which of the task's models, e.g. resnet20, torchvision:resnet50")
 ]
-Samples = Annotated[int | None, typer.Option(min=1, help="calibration inputs for curvature and ranges [512]")]
+Samples = Annotated[
+    int | None, typer.Option(min=1, help="calibration inputs for curvature and ranges [512; detection 128]")
+]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="inputs in a batch, for analysis and fine-tuning")]
 Workers = Annotated[int | None, typer.Option(min=0, help="processes that load images, where the task has some [4]")]
 ImageSize = Annotated[

@@ -31,6 +31,7 @@ here imports torch until a stage needs the model.
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import itertools
 import json
@@ -912,7 +913,13 @@ class Run:
         from tracequant.report.paper import FigureOptions, draw_figures
 
         options = options or FigureOptions()
-        blocks = _with_blocks(options.blocks, self.setup)
+        layers = list(self.curvature().points.by_name)
+        # The task names all blocks of its model, the analysis may have left some out.
+        blocks = [
+            pattern
+            for pattern in _with_blocks(options.blocks, self.setup)
+            if pattern in options.blocks or fnmatch.filter(layers, pattern)
+        ]
         return draw_figures(self, numbers, out, replace(options, blocks=tuple(blocks)))
 
     def result_rows(self) -> list[Measured]:

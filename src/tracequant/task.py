@@ -148,7 +148,8 @@ class Exported:
         self.module, self._task = module, task
 
     def arguments(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional and keyword arguments of the module for a batch."""
+        """Positional and keyword arguments of the module for a batch, on the module's device."""
+        batch = self._task.to_device(batch, model_device(self.module))
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -126,7 +126,7 @@ def verify(
         args, kwargs = part.arguments(batch)
         with frozen_evaluation(part.module), torch.no_grad():
             outputs = part.module(*args, **kwargs)
-        given, want, structure = _arrays((args, kwargs)), _arrays(outputs), pytree.tree_structure(outputs)
+        given, want = _arrays((args, kwargs)), _arrays(outputs)
         got = exact(given)
         rows = np.max([_by_sample(a - b) for a, b in zip(got, want, strict=True)], axis=0)
         differences.append(rows)
@@ -146,7 +146,7 @@ def verify(
     results = tuple(
         RuntimeResult(
             name,
-            task.evaluate(part.replaced(_RuntimeModel(session, structure)), batches).metric,
+            task.evaluate(part.replaced(_RuntimeModel(session, outputs)), batches).metric,
             equal[name] / predictions if predictions else None,
             mine,
             other,
@@ -169,13 +169,16 @@ def _one_sample(part: Exported, task: Task, batches: Batches) -> _Call:
 class _RuntimeModel(nn.Module):
     """A runtime's session in the place of a module, so that the task evaluates both alike."""
 
-    def __init__(self, session: Session, structure: pytree.TreeSpec) -> None:
+    def __init__(self, session: Session, example: Any) -> None:
         super().__init__()
-        self._session, self._structure = session, structure
+        self._session, self._example = session, example
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        outputs = [torch.from_numpy(array) for array in self._session(_arrays((args, kwargs)))]
-        return pytree.tree_unflatten(outputs, self._structure)
+        arrays = iter(self._session(_arrays((args, kwargs))))
+        # None, which a model may return beside tensors, is not in the file.
+        return pytree.tree_map(
+            lambda leaf: torch.from_numpy(next(arrays)) if isinstance(leaf, Tensor) else leaf, self._example
+        )
 
 
 def _arrays(tree: Any) -> list[NDArray[Any]]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tracequant.curvature.hutchinson import draw_probe, first_derivatives, hessian_vector_product, require_grad
 from tracequant.curvature.output_hessian import factor, loss_hessian
+from tracequant.curvature.pieces import arithmetic
 from tracequant.errors import DataError, ModelError, SecondDerivativeError, TaskError
 from tracequant.model_state import double_backward, frozen_evaluation
 from tracequant.points import QuantizationPoints
@@ -42,7 +43,8 @@ def choose_method(
     generator = torch.Generator(model_device(model)).manual_seed(seed)
     try:
         batch = next(iter(checked(batches, task, model)))
-        defects = _defects(model, batch, task, points, generator)
+        with arithmetic("float32", model_device(model)):
+            defects = _defects(model, batch, task, points, generator)
     except SecondDerivativeError:
         return "gauss_newton", (
             "an operation has no second derivative, so that the Hessian cannot be had; these are Gauss-Newton traces,"

@@ -139,20 +139,20 @@ def _check_separable(task: Task, outputs: Sequence[Any], lengths: Sequence[int],
 
 @contextmanager
 def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Let float32 products of matrices be rounded to TF32 inside the block, where that is asked for."""
+    """Compute float32 products in TF32 inside the block where that is asked for, and else in float32.
+
+    torch takes TF32 for convolutions on a GPU unless it is told not to.
+    """
     if precision not in get_args(Precision):
         raise ResourceError(f"unknown precision {precision!r}; choose {', '.join(get_args(Precision))}")
-    if precision == "tf32":
-        if device.type != "cuda":
-            raise ResourceError("precision='tf32' is for CUDA devices; use float32 or bfloat16 here")
-        saved = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        try:
-            yield
-        finally:
-            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = saved
-        return
-    yield
+    if precision == "tf32" and device.type != "cuda":
+        raise ResourceError("precision='tf32' is for CUDA devices; use float32 or bfloat16 here")
+    saved = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = saved
 
 
 def available_bytes() -> int | None:

@@ -23,6 +23,7 @@ from tracequant.curvature.hutchinson import (
     hessian_vector_product,
     require_grad,
 )
+from tracequant.curvature.pieces import arithmetic
 from tracequant.curvature.result import Density
 from tracequant.errors import ModelError
 from tracequant.model_state import double_backward, frozen_evaluation
@@ -162,7 +163,7 @@ def _blocks(
     model: nn.Module, batches: Batches, task: Task, points: QuantizationPoints
 ) -> Iterator[Callable[[list[str]], tuple[_Operator, Tensor]]]:
     """Yield a function from layer names to the operator of their joint block and a vector of its size."""
-    with frozen_evaluation(model), double_backward():
+    with frozen_evaluation(model), double_backward(), arithmetic("float32", model_device(model)):
         parameters = require_grad(model, points)
         data = list(checked(reusable(batches), task, model))
         total = sum(task.batch_size(batch) for batch in data)

@@ -189,12 +189,31 @@ def _traceable(quantized: nn.Module, profile: Profile) -> nn.Module:
 def _thaw(model: nn.Module) -> None:
     """Put BatchNorm in the place of its frozen kind, which would be traced as a product and a sum."""
     for name, module in list(model.named_modules()):
-        if is_frozen_norm(module):
-            frozen: Any = module
-            norm = nn.BatchNorm2d(len(frozen.weight), getattr(frozen, "eps", 1e-5)).eval()
-            norm.load_state_dict(frozen.state_dict(), strict=False)  # without a count of batches
+        norm = _as_batch_norm(module) if is_frozen_norm(module) else None
+        if norm is not None:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, norm)
+
+
+def _as_batch_norm(frozen: nn.Module) -> nn.BatchNorm2d | None:
+    """A BatchNorm of images that computes the same, None where there is none.
+
+    By what it makes of zeros and ones: libraries differ in where, and whether, they add an epsilon.
+    """
+    channels = next(frozen.buffers()).numel()
+    zeros = torch.zeros(1, channels, 1, 1, dtype=torch.float64)
+    try:
+        with torch.no_grad():
+            shift, sum_of_both, other = (copy.deepcopy(frozen).double()(zeros + x) for x in (0, 1, 3))
+    except RuntimeError:
+        return None
+    factor = sum_of_both - shift
+    if shift.shape != zeros.shape or not torch.allclose(other, 3 * factor + shift):
+        return None
+    norm = nn.BatchNorm2d(channels, eps=0.0).eval()
+    norm.weight.data.copy_(factor.flatten())
+    norm.bias.data.copy_(shift.flatten())
+    return norm
 
 
 def _arguments(example: Any, dynamic_batch: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:

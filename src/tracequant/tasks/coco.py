@@ -25,7 +25,7 @@ from tracequant.task import Batch
 
 # Names of COCO's summary, in the order of `COCOeval.stats`.
 METRICS = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large")
-# Share of boxes outside their image from which on the file must mean something else by its numbers.
+# Share of boxes mostly outside their image from which on the file must mean something else by its numbers.
 OUTSIDE_LIMIT = 0.1
 
 Target = dict[str, Tensor]
@@ -75,7 +75,7 @@ class CocoImages(Dataset[tuple[Tensor, Target]]):
             raise DataError(f"{self._annotations}: categories {without[:5]} have no label")
         self.records = self._records(content)
         self._archive: tuple[int, zipfile.ZipFile] | None = None
-        self._check_files()
+        self._paths = self._locate()
 
     def __len__(self) -> int:
         return len(self.records)
@@ -130,7 +130,7 @@ class CocoImages(Dataset[tuple[Tensor, Target]]):
                     f"{self._annotations}: annotation {annotation.get('id')} is of category"
                     f" {annotation['category_id']}, which 'categories' does not list"
                 )
-        areas = [float(a.get("area", a["bbox"][2] * a["bbox"][3])) for a in annotations]
+        areas = [float(a["bbox"][2] * a["bbox"][3] if a.get("area") is None else a["area"]) for a in annotations]
         return Record(
             image_id=int(image["id"]),
             file_name=str(image["file_name"]),
@@ -151,7 +151,8 @@ class CocoImages(Dataset[tuple[Tensor, Target]]):
             )
         return box
 
-    def _check_files(self) -> None:
+    def _locate(self) -> dict[str, str]:
+        """The path of every image inside the folder or zip file, which may repeat its own name or leave it out."""
         if self._images.is_dir():
             present = {path.relative_to(self._images).as_posix() for path in self._images.rglob("*") if path.is_file()}
         elif zipfile.is_zipfile(self._images):
@@ -159,14 +160,23 @@ class CocoImages(Dataset[tuple[Tensor, Target]]):
                 present = set(archive.namelist())
         else:
             raise DataError(f"{self._images} is neither a folder of images nor a zip file")
-        missing = [record.file_name for record in self.records if record.file_name not in present]
+        own = f"{self._images.stem}/"
+        found, missing = {}, []
+        for name in (record.file_name for record in self.records):
+            path = next((path for path in (name, own + name, name.removeprefix(own)) if path in present), None)
+            if path is None:
+                missing.append(name)
+            else:
+                found[name] = path
         if missing:
             raise DataError(
                 f"{self._annotations} names {len(missing)} images that {self._images} does not hold, {missing[0]} for"
                 " one"
             )
+        return found
 
     def _open(self, name: str) -> Any:
+        name = self._paths[name]
         if self._images.is_dir():
             return (self._images / name).open("rb")
         # A loader's worker must not share the file's position with its parent.
@@ -204,10 +214,15 @@ class SameSizeBatches:
 
 
 def loader(
-    dataset: Dataset[tuple[Tensor, Target]], sizes: Sequence[tuple[int, int]], batch_size: int, shuffle: bool = False
+    dataset: Dataset[tuple[Tensor, Target]],
+    sizes: Sequence[tuple[int, int]],
+    batch_size: int,
+    shuffle: bool = False,
+    workers: int = 0,
 ) -> DataLoader[tuple[Tensor, Target]]:
     """Batches `(images, targets)`, both lists, of images of one size each; `sizes` are all images' (width, height)."""
-    return DataLoader(dataset, batch_sampler=SameSizeBatches(sizes, batch_size, shuffle), collate_fn=collate)
+    batches = SameSizeBatches(sizes, batch_size, shuffle)
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers)
 
 
 def collate(samples: Sequence[tuple[Tensor, Target]]) -> Batch:
@@ -298,13 +313,14 @@ def _within_margins(records: list[Record], path: Path) -> list[Record]:
     for record in records:
         limits = torch.tensor([record.width, record.height] * 2, dtype=torch.float32)
         boxes = torch.minimum(record.boxes.clamp_min(0), limits)
-        outside += int(((boxes - record.boxes).abs() > 1).any(1).sum())
+        inside, whole = ((own[:, 2:] - own[:, :2]).clamp_min(0).prod(1) for own in (boxes, record.boxes))
+        outside += int((inside < whole / 2).sum())
         total += len(boxes)
         cut.append(replace(record, boxes=boxes))
     if outside > OUTSIDE_LIMIT * total:
         raise DataError(
-            f"{path}: {outside} of {total} boxes lie outside their image; COCO's bbox is [x, y, width, height] in"
-            " pixels: are these corners [x1, y1, x2, y2], or boxes of images of another size?"
+            f"{path}: {outside} of {total} boxes lie mostly outside their image; COCO's bbox is [x, y, width, height]"
+            " in pixels: are these corners [x1, y1, x2, y2], or boxes of images of another size?"
         )
     return cut
 

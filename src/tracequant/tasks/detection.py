@@ -20,7 +20,8 @@ from tracequant.layers import quantizable_names
 from tracequant.model_state import frozen_evaluation
 from tracequant.progress import track
 from tracequant.settings import TaskOptions
-from tracequant.task import Batch, Batches, Evaluation, Exported, Task, TaskSetup, checked, forward
+from tracequant.task import Batch, Batches, Evaluation, Exported, Task, TaskSetup, checked, forward, model_device
+from tracequant.tasks import refuse
 from tracequant.tasks.coco import CocoImages, Target, coco_metrics, loader
 from tracequant.tasks.weights import load_state, read_state
 
@@ -292,7 +293,7 @@ class _ExportedHeads(Exported):
 
     def arguments(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The images of the batch, prepared."""
-        images, _ = _split(batch)
+        images, _ = _split(self._task.to_device(batch, model_device(self._model)))
         return (_prepared(self._model, images).tensors,), {}
 
     def replaced(self, runtime: nn.Module) -> nn.Module:
@@ -352,6 +353,7 @@ def build(options: TaskOptions) -> TaskSetup:
         raise TaskError(f"the detection task needs --model: {_MODELS}")
     if options.weights is None:
         raise TaskError("the detection task needs --weights: a file with the trained network's state dict")
+    refuse(options, "detection", "crop_share")
     state = {n: t for n, t in read_state(options.weights).items() if not n.endswith("num_batches_tracked")}
     head = state.get("head.classification_head.cls_logits.weight")
     if head is None:
@@ -366,21 +368,21 @@ def build(options: TaskOptions) -> TaskSetup:
     train = CocoImages(*_split_of(folder, ("train",)), lambda ids: _labels(ids, len(head) // _ANCHORS))
     evaluation = CocoImages(*_split_of(folder, ("test", "val")), train.labels)
     count = min(options.samples or DEFAULT_SAMPLES, len(train))
-    batch_size = options.batch_size or DEFAULT_BATCH_SIZE
+    batch_size, workers = options.batch_size or DEFAULT_BATCH_SIZE, options.workers or 0
     sizes = train.sizes
     chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(options.seed))[:count].tolist()
     return TaskSetup(
         model=model.eval(),
         task=RetinaNetTask(),
-        calibration=loader(Subset(train, chosen), [sizes[i] for i in chosen], batch_size),
-        train=loader(train, sizes, batch_size, shuffle=True),
-        evaluation=loader(evaluation, evaluation.sizes, batch_size),
+        calibration=loader(Subset(train, chosen), [sizes[i] for i in chosen], batch_size, workers=workers),
+        train=loader(train, sizes, batch_size, shuffle=True, workers=workers),
+        evaluation=loader(evaluation, evaluation.sizes, batch_size, workers=workers),
         blocks=retinanet_blocks(model),
     )
 
 
 def retinanet(name: str, classes: int) -> RetinaNet:
-    """An untrained RetinaNet with frozen BatchNorm in its backbone, by a name such as retinanet_resnet18_fpn.
+    """An untrained RetinaNet by a name such as retinanet_resnet18_fpn; BatchNorm is frozen but in `_fpn_v2`.
 
     torchvision's own two, and the first of them on its other residual networks and MobileNets. `torchvision:` in front
     is allowed. Raises `TaskError` for other names.

@@ -70,6 +70,8 @@ def build(options: TaskOptions) -> TaskSetup:
             model, transforms = _squeezenext(options.model, options, len(classes))
         else:
             raise TaskError(f"unknown model {options.model!r}; choose {KINDS}")
+    if options.image_size is not None:
+        _try_size(model.eval(), options.image_size, options.model)
     return image_folder(model, transforms, options)
 
 
@@ -137,14 +139,19 @@ def class_names(folder: str | Path) -> list[str]:
             raise TaskError(f"{folder} has no folder {name!r}; expected train/<class>/*.jpg and val/<class>/*.jpg")
     listed = folder / "classes.txt"
     if listed.is_file():
-        names = listed.read_text().split()
+        names = [line.strip() for line in listed.read_text().splitlines() if line.strip()]
         if not names or len(set(names)) != len(names):
             raise TaskError(f"{listed} must have the folder of one class in each line, each once")
         return names
-    names = sorted(entry.name for entry in os.scandir(folder / "train") if entry.is_dir())
+    names = _folders(folder / "train")
     if not names:
         raise TaskError(f"{folder / 'train'} holds no class folders; expected train/<class>/*.jpg")
     return names
+
+
+def _folders(root: Path) -> list[str]:
+    """Names of the folders in a folder, hidden ones left out, sorted."""
+    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
 
 
 class ImageTree(Dataset[tuple[Tensor, int]]):
@@ -157,7 +164,7 @@ class ImageTree(Dataset[tuple[Tensor, int]]):
     def __init__(self, root: Path, classes: Sequence[str], transform: Transform) -> None:
         from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-        strange = sorted({entry.name for entry in os.scandir(root) if entry.is_dir()} - set(classes))
+        strange = sorted(set(_folders(root)) - set(classes))
         if strange:
             raise TaskError(
                 f"{root} has {len(strange)} folders that are none of the {len(classes)} classes:"
@@ -265,6 +272,17 @@ def _squeezenext(spec: str, options: TaskOptions, classes: int) -> tuple[nn.Modu
     model = squeezenext.SqueezeNext(float(width or 2.0), version, classes)
     _load(model, file, options, classes)
     return model, standard_transforms(options.image_size or 224, options.crop_share or 0.875)
+
+
+def _try_size(model: nn.Module, size: int, name: str) -> None:
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, 3, size, size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise TaskError(
+            f"{name} cannot take images of {size}x{size} pixels ({str(error).splitlines()[0]}); give another"
+            " --image-size, or leave it out for that of the weights"
+        ) from None
 
 
 def _weights_file(options: TaskOptions) -> str | None:

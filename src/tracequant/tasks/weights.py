@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,22 +31,36 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         raise TaskError(f"weights file {path} does not exist")
     if path.suffix == ".safetensors":
         try:
-            return safetensors.torch.load_file(path)
+            return _plain_names(safetensors.torch.load_file(path))
         except (safetensors.SafetensorError, OSError) as error:
             raise TaskError(f"weights file {path} cannot be read as safetensors: {error}") from None
     try:
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+        # The options of a training script, which many keep beside the weights; a class of plain data.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            found: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         raise TaskError(
-            f"weights file {path} cannot be read as a state dict ({str(error).splitlines()[0]}); save"
-            " model.state_dict() with torch.save, or as safetensors"
+            f"weights file {path} cannot be read as a state dict ({_reason(error)}); save model.state_dict() with"
+            " torch.save, or as safetensors"
         ) from None
     for name in WRAPPERS:
         if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
             found = found[name]
     if not isinstance(found, Mapping) or not found or not all(isinstance(value, Tensor) for value in found.values()):
         raise TaskError(f"weights file {path} holds no state dict; save model.state_dict()")
-    return {name.removeprefix("module."): tensor for name, tensor in found.items()}
+    return _plain_names(found)
+
+
+def _plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def _reason(error: Exception) -> str:
+    """Why torch does not read a file, in a few words: its own advice would be to trust the file."""
+    forbidden = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+    if forbidden:
+        return f"it holds more than tensors, a {forbidden[1]} for one"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], path: str | Path, hint: str) -> None:
