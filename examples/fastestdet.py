@@ -277,7 +277,7 @@ def plans(setup: tq.TaskSetup) -> Iterator[tuple[str, tq.BitPlan]]:
     curvature = tq.estimate_curvature(setup.model, *data)
     print(f"{curvature.method}: {curvature.reason}")
     eight = {"*": (8,)}
-    for metric in ("trace", "first+quadratic", "l2"):
+    for metric in ("trace", "l2", "quadratic", "first+quadratic"):
         sensitivity = tq.measure_sensitivity(setup.model, curvature, *data, (2, 3, 4, 5, 6, 8), (4, 5, 6, 8), metric)
         if metric == "trace":
             for bits in (8, 6, 5, 4):

@@ -7,6 +7,7 @@ import math
 import pytest
 import scipy.stats
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from models import conv_net, images, residual_net, snapshot
@@ -20,6 +21,7 @@ from tracequant import (
     discover,
     measure_perturbation,
 )
+from tracequant.check import _load
 from tracequant.evaluated import spearman
 from tracequant.layers import weight_parameter
 from tracequant.quantizer import choose_weight_grid
@@ -152,6 +154,13 @@ def test_nothing_is_measured_twice(tmp_path) -> None:
     assert check_metrics(model, made_up(points), other, TASK, BITS, plans=4, cache=tmp_path).layers != first.layers
     first.save(tmp_path / "check.json")
     assert Check.load(tmp_path / "check.json") == first
+
+
+def test_what_was_kept_comes_back_on_the_models_device(tmp_path) -> None:
+    save_file({"000000": torch.ones(2, 3)}, tmp_path / "x.safetensors", {"losses": "[0.5]"})
+    losses, (outputs,) = _load(tmp_path / "x.safetensors", torch.device("meta"))
+    assert losses == [0.5]
+    assert outputs.device.type == "meta"
 
 
 def test_bits_that_were_not_measured_are_refused() -> None:

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections import UserDict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from models import (
 )
 from tracequant import ClassificationTask, Curvature, DataError, ModelError, ResourceError, Task, cli
 from tracequant.curvature import pieces
-from tracequant.curvature.collect import MEMORY_SHARE
+from tracequant.curvature.collect import MEMORY_SHARE, digest
 from tracequant.curvature.gauss_newton import LEAST_SAMPLES, _GaussNewton
 from tracequant.curvature.hutchinson import LEAST_DRAWS, _Hutchinson
 
@@ -782,20 +783,61 @@ def test_bfloat16_does_not_take_rounding_for_weights_used_elsewhere(size: int) -
     assert "a backward pass for each sample" not in found.reason
 
 
+@pytest.mark.parametrize("precision", ["float32", "tf32"])
+def test_float32_is_float32(precision: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself torch computes convolutions on a GPU in TF32, and recurrent networks without a backward pass."""
+    switches = pieces._tf32_switches()
+
+    def now() -> list[Any]:
+        return [getattr(backend, name) for backend, name, _, _ in switches]
+
+    monkeypatch.setattr(pieces, "model_device", lambda model: torch.device("cuda"))
+    before = now()
+    with pieces.arithmetic(precision, nn.Linear(1, 1)):
+        assert now() == [on if precision == "tf32" else off for _, _, on, off in switches]
+        assert torch.backends.cudnn.enabled
+    assert now() == before
+    with suppress(ZeroDivisionError), pieces.arithmetic(precision, nn.Sequential(nn.LSTM(2, 2))):
+        assert not torch.backends.cudnn.enabled
+        raise ZeroDivisionError
+    assert now() == before
+    assert torch.backends.cudnn.enabled
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "GET was unable to find an engine to execute this computation",
+    ],
+)  # fmt: skip
+def test_memory_errors_in_other_words(text: str) -> None:
+    assert pieces.out_of_memory(RuntimeError(text))
+    assert not pieces.out_of_memory(ValueError(text))
+
+
+def test_digests_do_not_depend_on_threads() -> None:
+    batch = torch.randn(300_000, generator=torch.Generator().manual_seed(0))
+    found = digest(batch)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert digest(batch) == found
+    finally:
+        torch.set_num_threads(threads)
+    assert digest(batch + 1e-6) != found
+    for dtype in (torch.float64, torch.float16, torch.bool, torch.int64):
+        assert digest(batch[:9].to(dtype)) != digest((batch[:9] > 0).to(dtype))
+
+
 @both
-def test_float32_is_float32(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By itself torch computes convolutions on a GPU in TF32."""
-    seen = []
-
-    class Watching(ClassificationTask):
-        def loss(self, outputs: Any, batch: Any) -> Any:
-            seen.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
-            return super().loss(outputs, batch)
-
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    tq.estimate_curvature(gelu_mlp(), labelled(6), Watching(), method=method)
-    assert set(seen) == {(False, False)}
-    assert torch.backends.cudnn.allow_tf32
+def test_batches_made_without_gradients_in_mind(method: str) -> None:
+    with torch.inference_mode():
+        made = [tuple(part.clone() for part in batch) for batch in labelled(6)]
+    assert made[0][0].is_inference()
+    found = tq.estimate_curvature(gelu_mlp(), made, TASK, method=method)
+    assert found.weights == tq.estimate_curvature(gelu_mlp(), labelled(6), TASK, method=method).weights
 
 
 @both

@@ -323,3 +323,25 @@ def test_waiting_for_a_slow_process_has_no_end() -> None:
             pass
     assert seen[0] is not None
     assert seen[0].total_seconds() >= 24 * 3600
+
+
+@pytest.mark.parametrize(
+    ("device", "backend"), [("auto", "cpu:gloo,cuda:nccl"), ("cuda", "cpu:gloo,cuda:nccl"), ("cpu", "gloo")]
+)
+def test_processes_meet_where_they_are_told_to_work(device: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, chosen = [], []
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(dist, "init_process_group", lambda *arguments, **options: seen.extend(arguments))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    with distributed.process_group(device):
+        assert seen == [backend]
+    assert chosen == ([] if device == "cpu" else [1])
+    with (
+        pytest.raises(tq.RunError, match="--device cuda:0 would put all processes on one GPU"),
+        distributed.process_group("cuda:0"),
+    ):
+        pass

@@ -24,7 +24,14 @@ from models import (
     tied_net,
     token_batch,
 )
-from tracequant import ClassificationTask, DataError, ModelError, QuantizationPoints, discover
+from tracequant import (
+    ClassificationTask,
+    DataError,
+    ModelError,
+    QuantizationPoints,
+    discover,
+    estimate_curvature,
+)
 from tracequant.layers import match_names, quantizable_names, reading, weight_parameter
 
 TASK = ClassificationTask()
@@ -510,3 +517,23 @@ def test_weights_are_found_again_by_their_layer():
     other.hidden = nn.Linear(4, 9)
     with pytest.raises(ModelError, match=r"layer hidden: .*the model has \[9, 4\]"):
         weight_parameter(other, points.by_name["hidden"])
+
+
+def test_layers_without_weights_are_left_out() -> None:
+    """A Linear of no inputs, which some configurations leave behind."""
+
+    class Empty(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch warns that there is nothing to initialise
+                self.none = nn.Linear(0, 3)
+            self.some = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.as_tensor(self.some(x) + self.none(x[:, :0]))
+
+    batches = [(torch.randn(5, 4), torch.arange(5) % 3)]
+    points = discover(Empty(), batches, TASK)
+    assert [layer.name for layer in points.layers] == ["some"]
+    assert set(estimate_curvature(Empty(), batches, TASK, "gauss_newton").weights) == {"some"}

@@ -182,7 +182,21 @@ def test_onnx_runtime_computes_the_same(kind: str, grid: str, tmp_path: Path) ->
             assert difference(got[k], want[k]) <= 1e-5, f"{k + 1} bits"
 
 
+class TwoNames(nn.Module):
+    """A convolution under two names, the second of which is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.features = nn.Sequential(self.conv, nn.ReLU())
+        self.head = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.head(self.features(x)))
+
+
 NETS: dict[str, tuple[type[nn.Module], tuple[int, ...]]] = {
+    "two names": (TwoNames, (3, 8, 8)),
     "convolutions": (ConvNet, (3, 8, 8)),
     "residual": (ResidualNet, (3, 8, 8)),
     "shared head": (SharedHeadNet, (3, 8, 8)),

@@ -94,6 +94,20 @@ class Attention(nn.Module):
         return torch.as_tensor(self.head(y.mean(1)))
 
 
+class TwoNames(nn.Module):
+    """Modules that are attributes and also parts of a sequence, as some libraries register them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
+        self.features = nn.Sequential(self.conv, self.norm, nn.ReLU())
+        self.head = nn.Linear(4, 4)
+        self.again = self.head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.again(self.features(x).mean((2, 3))))
+
+
 @dataclass(frozen=True)
 class Case:
     """A model with batches that fit it."""
@@ -113,6 +127,7 @@ CASES = {
         lambda: nn.Sequential(OrderedDict({'größe "1"': nn.Linear(3, 5), "层\\": nn.Linear(5, 4)})),
         lambda g: torch.randn(6, 3, generator=g),
     ),
+    "two names": Case(TwoNames, lambda g: torch.randn(6, 1, 6, 6, generator=g)),
     "single layer": Case(lambda: nn.Linear(3, 4), lambda g: torch.randn(6, 3, generator=g)),
 }
 GRIDS = {

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tracequant as tq
+from tracequant.curvature import identity
 from tracequant.curvature.identity import choose_method
 from tracequant.task import Batch
 
@@ -172,3 +173,13 @@ def test_retinanet_is_recognised() -> None:
     targets = [{"boxes": boxes, "labels": torch.tensor([1, 2])} for _ in range(2)]
     method, reason = chosen(model, [([torch.rand(3, 64, 64) for _ in range(2)], targets)], RetinaNetTask())
     assert (method, reason.startswith("Hessian and Gauss-Newton products agree")) == ("gauss_newton", True), reason
+
+
+def test_lack_of_memory_is_no_reason_for_the_dearer_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(identity, "block_differences", full)
+    model, batches = nn.Linear(3, 2), [(torch.randn(2, 3), torch.tensor([0, 1]))]
+    with pytest.raises(tq.ResourceError, match="memory does not suffice to compare estimators"):
+        tq.estimate_curvature(model, batches, tq.ClassificationTask())

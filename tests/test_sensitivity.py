@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,6 +35,8 @@ from tracequant import (
     estimate_curvature,
     measure_sensitivity,
 )
+from tracequant import sensitivity as sensitivity_module
+from tracequant.curvature.spectrum import top_eigenvalues
 from tracequant.quantizer import Grid, choose_weight_grid
 from tracequant.sensitivity import calibrate
 
@@ -358,3 +361,39 @@ def test_from_curvature_to_table_and_file(tmp_path):
             assert omega == max(estimate.average_trace, 0) * result.activation_errors[name][num_bits]
     result.save(tmp_path / "sensitivity.json")
     assert Sensitivity.load(tmp_path / "sensitivity.json") == result
+
+
+def test_eigenvalues_on_as_many_samples_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph for second derivatives takes more memory than the traces did."""
+    tried = []
+
+    def limited(model: nn.Module, batches: list[tuple[Tensor, Tensor]], *rest: object, **options: object) -> object:
+        tried.append(len(batches[0][0]))
+        if tried[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return top_eigenvalues(model, batches, *rest, **options)
+
+    monkeypatch.setattr(sensitivity_module, "top_eigenvalues", limited)
+    model, batches = gelu_mlp(), labelled(6, sizes=(9,))
+    curvature = estimate_curvature(model, batches, TASK, "hutchinson", 1)
+    found = sensitivity_module.with_eigenvalues(model, curvature, batches, TASK)
+    assert tried == [9, 4, 2]
+    few = [tuple(part[:2] for part in batches[0])]
+    expected = top_eigenvalues(model, few, TASK, curvature.points, seed=0)
+    assert found.top_eigenvalues == {name: values[0] for name, values in expected.items()}
+    monkeypatch.setattr(sensitivity_module, "top_eigenvalues", lambda *a, **o: limited(model, [(torch.ones(9),)]))
+    with pytest.raises(torch.OutOfMemoryError):
+        sensitivity_module.with_eigenvalues(model, curvature, batches, TASK)
+
+
+def test_a_gradient_that_praises_coarse_rounding_is_told() -> None:
+    """Where most layers have the least Ω at few bits, and below zero, the loss is not the one of the training."""
+    good, bad = {2: 3.0, 8: -0.1}, {2: -3.0, 8: 0.1}
+    with pytest.warns(UserWarning, match="fewer bits lower the loss in 2 of 4 layers"):
+        sensitivity_module._warn_of_falling_losses(table({"a": good, "b": bad, "c": good, "d": bad}))
+    sensitivity_module._warn_of_falling_losses(table({"a": good, "b": bad, "c": good, "d": good}))
+
+
+def table(omega: dict[str, dict[int, float]]) -> Sensitivity:
+    """Ω by layer and bits, of the layers of nothing."""
+    return SimpleNamespace(metric="first+quadratic", weight_omega=omega)  # type: ignore[return-value]

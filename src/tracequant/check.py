@@ -27,7 +27,7 @@ from tracequant.quantizer import choose_weight_grid
 from tracequant.sensitivity import measure_weight_errors
 from tracequant.sensitivity_result import Sensitivity, combine
 from tracequant.settings import CROSS_METRICS, EXPANSIONS, Metric, WeightGrid
-from tracequant.task import Batch, Batches, Task, checked, checked_loss, reusable, total_loss
+from tracequant.task import Batch, Batches, Task, checked, checked_loss, model_device, reusable, total_loss
 
 # Elements of all layers' changes of the outputs together, above which they are not kept and "response" is left out.
 RESPONSE_ELEMENTS = 1 << 25
@@ -162,7 +162,7 @@ class _Bench:
         if self._folder is not None:
             name = hashlib.sha256(json.dumps(sorted(bits.items())).encode()).hexdigest()[:16]
             path = self._folder / f"{name}-{'outputs' if outputs else 'loss'}.safetensors"
-            if (found := _load(path)) is not None:
+            if (found := _load(path, model_device(self._model))) is not None:
                 return found
         for option in bits.items():
             if option not in self._rounded:
@@ -193,14 +193,14 @@ class _Bench:
         return iter(checked(self._batches, self._task, self._model))
 
 
-def _load(path: Path) -> _Measured | None:
-    """What was saved, None where there is nothing, or it is damaged."""
+def _load(path: Path, device: torch.device) -> _Measured | None:
+    """What was saved, on a device; None where there is nothing, or it is damaged."""
     if not path.is_file():
         return None
     try:
         with safetensors.safe_open(path, "pt") as file:
             losses = [float(x) for x in json.loads(file.metadata()["losses"])]
-            return losses, [file.get_tensor(name) for name in sorted(file.keys())]
+            return losses, [file.get_tensor(name).to(device) for name in sorted(file.keys())]
     except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError):
         return None
 

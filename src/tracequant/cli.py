@@ -504,7 +504,7 @@ def finetune(
     from tracequant import distributed
 
     run, recipe = _open(run_path, quiet), _recipe(locals())
-    with distributed.process_group():
+    with distributed.process_group(run.settings().analyze.device):
         first = distributed.rank() == 0
         if not first:
             run.be_silent()
@@ -843,7 +843,7 @@ def _run_stages(
     from tracequant import distributed
 
     allocation.check(plan)  # a bad budget should not cost an analysis
-    with distributed.process_group():
+    with distributed.process_group(analyze.device):
         first = _analyze_together(run, analyze, plan, finetune if finetune.steps else None)
         if first:
             solved = run.solve(plan)  # a budget that cannot be met leaves the run as it was
@@ -871,7 +871,7 @@ def _analyze_together(
     """Analyze, along with the other processes under `torchrun`. Whether this one is the first, which plans alone."""
     from tracequant import distributed
 
-    with distributed.process_group():
+    with distributed.process_group(analyze.device):
         first = distributed.rank() == 0
         if first:
             run.adopt(analyze)

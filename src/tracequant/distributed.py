@@ -96,6 +96,7 @@ def own_share(batches: Iterable[T], seed: int) -> Iterable[T]:
         return batches
     torch.manual_seed(seed)
     if isinstance(batches, DataLoader) and isinstance(batches.sampler, DistributedSampler):
+        batches.sampler.set_epoch(seed)  # or every pass would have the order of the first
         return batches
     if type(batches) is not DataLoader or isinstance(batches.dataset, IterableDataset) or batches.batch_sampler is None:
         return _every(batches)
@@ -124,13 +125,18 @@ def _every(batches: Iterable[T]) -> Iterator[T]:
 
 
 @contextmanager
-def process_group() -> Iterator[None]:
-    """Join the other processes that `torchrun` has started, if it has; gloo on CPUs, NCCL between GPUs."""
+def process_group(device: str = "auto") -> Iterator[None]:
+    """Join the other processes that `torchrun` has started, if it has; gloo on CPUs, NCCL between GPUs.
+
+    `device` is what the command line was given: with "cpu" GPUs are left alone, and a single one cannot be named.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ or _initialized():
         yield
         return
-    cuda = torch.cuda.is_available()
+    cuda = torch.cuda.is_available() and device.partition(":")[0] in ("auto", "cuda")
     if cuda:
+        if ":" in device:
+            raise RunError(f"--device {device} would put all processes on one GPU; give --device cuda, or none")
         local, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if local >= devices:
             raise ResourceError(

@@ -20,7 +20,6 @@ from tracequant.layers import replace_inputs
 from tracequant.model_state import frozen_evaluation
 from tracequant.progress import track
 from tracequant.quantizer import (
-    SMALLEST_SCALE,
     LearnedScales,
     Quantizer,
     WeightQuantizer,
@@ -30,6 +29,8 @@ from tracequant.quantizer import (
 )
 from tracequant.task import Batch, Batches, Task, check_finite, model_device, reusable, total_loss
 
+# Scales learn down to this share of what they were calibrated to.
+SCALE_FLOOR = 0.01
 Order = Literal["all", "sensitive_first", "sensitive_last"]
 
 
@@ -114,7 +115,9 @@ def finetune(
         stream = _BatchStream(reusable(batches), seed)
         settings = _settings(locals()) | {"bits": [quantizer.num_bits for quantizer in quantizers]}
         losses = _Losses(_losses_at_a_time(device))
-        start = _resume(checkpoint, model, trainer, average, stream, losses, settings)
+        # A step of plain SGD may carry a small scale across zero, from where nothing brings it back.
+        floors = [SCALE_FLOOR * quantizer.scale.detach() for quantizer in quantizers]
+        start = _resume(checkpoint, model, trainer, average, floors, stream, losses, settings)
         # Calibration in one process need not give the last bits of that in another.
         distributed.broadcast([*model.parameters(), *model.buffers()])
         # What was switched on before the checkpoint is on; what is due at this very step is switched on by the loop.
@@ -144,14 +147,14 @@ def finetune(
             distributed.average_gradients(model.parameters())
             trainer.step()
             with torch.no_grad():
-                for quantizer in quantizers:
-                    quantizer.scale.clamp_(min=SMALLEST_SCALE)
+                for quantizer, smallest in zip(quantizers, floors, strict=True):
+                    quantizer.scale.clamp_(min=smallest)
             if average is not None:
                 average.update()
             done = step + 1
             if checkpoint is not None and (done % checkpoint_every == 0 or done == steps):
                 _average_statistics(model)
-                _save(checkpoint, model, trainer, average, stream, losses, settings)
+                _save(checkpoint, model, trainer, average, floors, stream, losses, settings)
         if average is not None and steps > 0:
             average.replace()
         if batchnorm == "reestimate" and steps > 0:
@@ -248,10 +251,6 @@ class _Objective(AbstractContextManager["_Objective"]):
             (own.float() - taught.float()).square().mean() / taught.float().square().mean() for own, taught in pairs
         ]
         return torch.stack(terms).mean()
-
-
-def _distance(own: Tensor, taught: Tensor) -> Tensor:
-    return (own - taught).square().mean() / taught.square().mean()
 
 
 @contextmanager
@@ -352,11 +351,14 @@ def _given_back(model: nn.Module, quantizers: Sequence[Quantizer]) -> Iterator[N
 
 @contextmanager
 def _channels_last(model: nn.Module) -> Iterator[None]:
-    model.to(memory_format=torch.channels_last)
+    images = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.ndim == 4]
     try:
+        for tensor in images:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
         yield
     finally:
-        model.to(memory_format=torch.contiguous_format)
+        for tensor in images:
+            tensor.data = tensor.data.contiguous()
 
 
 @contextmanager
@@ -397,8 +399,14 @@ def _reestimate_batchnorm(model: nn.Module, task: Task, batches: Iterable[Batch]
 
 
 def _average_statistics(model: nn.Module) -> None:
-    """Give all processes the mean of their running statistics."""
-    distributed.average(buffer for buffer in model.buffers() if buffer.is_floating_point())
+    """Give all processes the mean of their running statistics; grids are the same, and whole numbers, in all."""
+    distributed.average(
+        buffer
+        for module in model.modules()
+        if not isinstance(module, Quantizer)
+        for buffer in module.buffers(recurse=False)
+        if buffer.is_floating_point()
+    )
 
 
 def _full_precision(outputs: Any) -> Any:
@@ -571,11 +579,12 @@ def _save(
     model: nn.Module,
     trainer: torch.optim.Optimizer,
     average: _Average | None,
+    floors: Sequence[Tensor],
     stream: _BatchStream,
     losses: _Losses,
     settings: dict[str, Any],
 ) -> None:
-    generators = distributed.gather(torch.get_rng_state())
+    generators = distributed.gather(_random_state(model_device(model)))
     if distributed.rank() != 0:
         return
     state = {
@@ -585,10 +594,22 @@ def _save(
         "rng": generators,
         "losses": losses.read(),
         "average": average.values if average is not None else [],
+        "floors": list(floors),
         "settings": settings,
     }
     with replace_file(path) as temporary:
         torch.save(state, temporary)
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    """The state of the CPU's generator, and of the GPU's where the model is on one."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _set_random_state(states: Sequence[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
 
 
 def _resume(
@@ -596,6 +617,7 @@ def _resume(
     model: nn.Module,
     trainer: torch.optim.Optimizer,
     average: _Average | None,
+    floors: Sequence[Tensor],
     stream: _BatchStream,
     losses: _Losses,
     settings: dict[str, Any],
@@ -604,12 +626,13 @@ def _resume(
     if path is None or not Path(path).exists():
         return 0
     try:
-        state = torch.load(path, map_location=model_device(model), weights_only=True)
+        # On the CPU: it is copied into tensors that are where they belong, and AdamW counts its steps there.
+        state = torch.load(path, map_location="cpu", weights_only=True)
         found = dict(state["settings"])
         epoch, position = (int(part) for part in state["stream"])
         earlier = [float(loss) for loss in state["losses"]]
-        generators = [generator.cpu() for generator in state["rng"]]
-        parts = (state["model"], state["optimizer"], state["average"])
+        generators = [list(own) for own in state["rng"]]
+        parts = (state["model"], state["optimizer"], state["average"], state["floors"])
     except Exception as error:
         raise ArtifactError(
             f"checkpoint {path} cannot be read ({error!r}); delete it to start fine-tuning anew"
@@ -624,8 +647,10 @@ def _resume(
         trainer.load_state_dict(parts[1])
         if average is not None:
             average.restore(parts[2])
+        for floor, saved in zip(floors, parts[3], strict=True):
+            floor.copy_(saved)
         stream.seek(epoch, position)
-        torch.set_rng_state(generators[distributed.rank()])
+        _set_random_state(generators[distributed.rank()], model_device(model))
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(
             f"checkpoint {path} is of another model or plan, or damaged ({error}); delete it to start anew"

@@ -238,6 +238,8 @@ def _candidate_weights(model: nn.Module) -> dict[str, tuple[tuple[str, str], ...
     for name, module_name, parameter, weight in found:
         if isinstance(weight, nn.parameter.UninitializedParameter):
             raise ModelError(f"layer {name} is lazy and has no weight yet; run the model once on real data first")
+        if weight.numel() == 0:
+            continue
         if not isinstance(weight, nn.Parameter):
             raise ModelError(
                 f"layer {name} computes its weight from other parameters (old-style weight normalisation?); call"
@@ -256,7 +258,7 @@ def _unsupported(model: nn.Module, candidates: dict[str, tuple[tuple[str, str], 
         for name, module in model.named_modules()
         if not isinstance(module, nn.LayerNorm)
         and any(
-            "weight" in parameter and weight.ndim > 1 and (name, parameter) not in known
+            "weight" in parameter and weight.ndim > 1 and weight.numel() > 0 and (name, parameter) not in known
             for parameter, weight in module.named_parameters(recurse=False)
         )
     ]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tracequant.curvature.perturbation import measure_perturbation
+from tracequant.curvature.pieces import out_of_memory
 from tracequant.curvature.result import Curvature, Perturbation
 from tracequant.curvature.spectrum import top_eigenvalues
 from tracequant.errors import ModelError
@@ -86,15 +87,32 @@ def measure_sensitivity(
         perturbation = measure_perturbation(
             model, batches, task, points, weight_bits, weight_grid, seed=seed, progress=progress
         )
-    return combine(curvature, weight_errors, activation_errors, weight_grid, metric, perturbation, seed)
+    found = combine(curvature, weight_errors, activation_errors, weight_grid, metric, perturbation, seed)
+    _warn_of_falling_losses(found)
+    return found
 
 
 def with_eigenvalues(
     model: nn.Module, curvature: Curvature, batches: Batches, task: Task, seed: int = 0, progress: bool = False
 ) -> Curvature:
-    """The curvature with the largest eigenvalue of every layer's block, on the first of `batches`."""
-    first = list(itertools.islice(batches, 1))
-    found = top_eigenvalues(model, first, task, curvature.points, seed=seed, progress=progress)
+    """The curvature with the largest eigenvalue of every layer's block, on the first of `batches`.
+
+    Or on as many of its samples as fit into memory, halved until they do.
+    """
+    (batch,) = itertools.islice(batches, 1)
+    size = task.batch_size(batch)
+    found = None
+    while found is None:
+        try:
+            found = top_eigenvalues(model, [batch], task, curvature.points, seed=seed, progress=progress)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error) or size == 1:
+                raise
+        if found is None:  # here the failed attempt's tensors are gone, which the exception had kept
+            size //= 2
+            batch = task.select(batch, 0, size)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
     return replace(curvature, top_eigenvalues={name: values[0] for name, values in found.items()})
 
 
@@ -229,6 +247,20 @@ def _warn_of_flat_layers(curvature: Curvature, metric: str) -> None:
             f"{len(flat)} of {len(curvature.weights)} layers have a trace of zero or less"
             f" ({', '.join(flat[:3])}{', ...' if len(flat) > 3 else ''})"
             " and count as insensitive; use more samples or draws, check that the model is trained, or use metric='l2'",
+            stacklevel=3,
+        )
+
+
+def _warn_of_falling_losses(sensitivity: Sensitivity) -> None:
+    """First-order terms that promise much from coarse rounding belong to a model that this loss has not trained."""
+    table = sensitivity.weight_omega
+    falling = [name for name, omega in table.items() if min(omega.values()) < min(0.0, omega[max(omega)])]
+    if 4 * len(falling) > len(table):
+        warnings.warn(
+            f"by metric={sensitivity.metric!r} fewer bits lower the loss in {len(falling)} of {len(table)} layers"
+            f" ({', '.join(falling[:3])}, ...): the model is not at a minimum of this loss, and its gradient says"
+            " little about steps as long as rounding's; see that the task's loss is the one that the model was trained"
+            " by, or use metric='trace' or 'quadratic'",
             stacklevel=3,
         )
 

@@ -64,7 +64,17 @@ class Task(abc.ABC):
     def to_device(self, batch: Batch, device: torch.device) -> Batch:
         """The batch with every tensor in it moved to `device`."""
         # Not only tensors: batches of other libraries have a method of this name too.
-        return pytree.tree_map(lambda x: x.to(device) if hasattr(x, "to") else x, batch)
+        # And the host need not wait for a copy to a GPU out of pinned memory.
+        return pytree.tree_map(
+            lambda x: (
+                x.to(device, non_blocking=device.type == "cuda")
+                if isinstance(x, Tensor)
+                else x.to(device)
+                if hasattr(x, "to")
+                else x
+            ),
+            batch,
+        )
 
     def select(self, batch: Batch, start: int, stop: int) -> Batch:
         """Samples `start` to `stop` of a batch, as a batch: how one that does not fit into memory is divided.
@@ -349,7 +359,7 @@ def checked(batches: Batches, task: Task, model: nn.Module) -> Iterable[Batch]:
     def generate() -> Iterator[Batch]:
         count = 0
         for batch in batches:
-            moved = task.to_device(batch, device)
+            moved = pytree.tree_map(_ordinary, task.to_device(batch, device))
             if task.batch_size(moved) == 0:
                 raise DataError(f"batch {count} has no samples")
             check_finite(moved, count)
@@ -359,6 +369,11 @@ def checked(batches: Batches, task: Task, model: nn.Module) -> Iterable[Batch]:
             raise DataError("the loader yielded no batches; pass at least one batch (is the data set empty?)")
 
     return _Sized(generate, batches)
+
+
+def _ordinary(leaf: Any) -> Any:
+    """A tensor made under `torch.inference_mode` as one that can be differentiated."""
+    return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
 
 
 def check_finite(batch: Batch, index: int) -> None:

@@ -135,7 +135,7 @@ def collect(
     def summary() -> Result:
         return estimator.summarize(_merged(done))
 
-    with frozen_evaluation(model), pieces.arithmetic(precision, model_device(model)):
+    with frozen_evaluation(model), pieces.arithmetic(precision, model):
         try:
             estimator.prepare()
         except TracequantError as error:
@@ -310,6 +310,10 @@ def _merged(done: dict[tuple[int, int], Part]) -> list[Part]:
     return merged
 
 
+# Bytes of a number → integers of as many.
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 def digest(batch: Batch) -> str:
     """A hash of a batch's sums and of some of its values, which tells batches apart."""
     found = hashlib.sha256()
@@ -319,7 +323,8 @@ def digest(batch: Batch) -> str:
             # At random places: a fixed stride might see nothing but the margin of every picture.
             places = np.random.default_rng(0).integers(0, max(1, flat.numel()), min(flat.numel(), 2048))
             some = flat[torch.from_numpy(places).to(flat.device)]
-            total = flat.to(torch.float64 if leaf.is_floating_point() else torch.int64).sum()
+            # A sum of integers has no order: of floats it would depend on the number of threads.
+            total = (flat.view(_BITS[leaf.itemsize]) if leaf.is_floating_point() else flat).to(torch.int64).sum()
             found.update(f"{tuple(leaf.shape)}{leaf.dtype}{total.item()}".encode())
             found.update(some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         elif isinstance(leaf, (str, bytes, int, float)):

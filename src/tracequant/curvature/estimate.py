@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from tracequant import distributed
 from tracequant.curvature.gauss_newton import gauss_newton
 from tracequant.curvature.hutchinson import hutchinson
 from tracequant.curvature.identity import choose_method
@@ -59,7 +60,8 @@ def estimate_curvature(
         known = set().union(*(_own_options(name, options) for name in ESTIMATORS))
         if unknown := options.keys() - known:
             raise ModelError(f"there is no option {', '.join(sorted(unknown))}")
-        method, why = choose_method(model, batches, task, points, seed)
+        # Of several processes all must take the same, whatever their own batch and memory would choose.
+        method, why = distributed.gather(choose_method(model, batches, task, points, seed))[0]
         if method == "gauss_newton":
             try:
                 return _call(method, why, model, batches, task, points, draws, seed, _own_options(method, options))

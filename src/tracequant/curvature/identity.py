@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from tracequant.curvature.hutchinson import draw_probe, first_derivatives, hessian_vector_product, require_grad
 from tracequant.curvature.output_hessian import factor, loss_hessian
-from tracequant.curvature.pieces import arithmetic
-from tracequant.errors import DataError, ModelError, SecondDerivativeError, TaskError
+from tracequant.curvature.pieces import arithmetic, out_of_memory
+from tracequant.errors import DataError, ModelError, ResourceError, SecondDerivativeError, TaskError
 from tracequant.model_state import double_backward, frozen_evaluation
 from tracequant.points import QuantizationPoints
 from tracequant.task import Batch, Batches, Task, checked, forward, model_device
@@ -43,7 +43,7 @@ def choose_method(
     generator = torch.Generator(model_device(model)).manual_seed(seed)
     try:
         batch = next(iter(checked(batches, task, model)))
-        with arithmetic("float32", model_device(model)):
+        with arithmetic("float32", model):
             defects = _defects(model, batch, task, points, generator)
     except SecondDerivativeError:
         return "gauss_newton", (
@@ -51,6 +51,11 @@ def choose_method(
             " which may differ from it"
         )
     except (ModelError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise ResourceError(
+                f"memory does not suffice to compare estimators on {CHECKED_SAMPLES} samples ({error}); name one"
+                " (method='gauss_newton'), or use smaller inputs or another device"
+            ) from None
         return "hutchinson", f"Gauss-Newton cannot be compared with the Hessian ({error})"
     name = max(defects, key=lambda layer: defects[layer])
     if defects[name] <= TOLERANCE:

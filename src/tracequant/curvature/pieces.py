@@ -138,21 +138,43 @@ def _check_separable(task: Task, outputs: Sequence[Any], lengths: Sequence[int],
 
 
 @contextmanager
-def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Compute float32 products in TF32 inside the block where that is asked for, and else in float32.
+def arithmetic(precision: Precision, model: nn.Module) -> Iterator[None]:
+    """On a GPU compute float32 products in TF32 inside the block where that is asked for, and else in float32.
 
-    torch takes TF32 for convolutions on a GPU unless it is told not to.
+    torch takes TF32 for convolutions unless it is told not to. And recurrent networks are computed by torch's own
+    kernels: cuDNN's have no backward pass in evaluation mode.
     """
+    device = model_device(model)
     if precision not in get_args(Precision):
         raise ResourceError(f"unknown precision {precision!r}; choose {', '.join(get_args(Precision))}")
     if precision == "tf32" and device.type != "cuda":
         raise ResourceError("precision='tf32' is for CUDA devices; use float32 or bfloat16 here")
-    saved = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    if device.type != "cuda":
+        yield
+        return
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    switches = _tf32_switches()
+    before = [getattr(backend, name) for backend, name, _, _ in switches]
+    enabled = torch.backends.cudnn.enabled
     try:
+        for backend, name, on, off in switches:
+            setattr(backend, name, on if precision == "tf32" else off)
+        torch.backends.cudnn.enabled = enabled and not recurrent
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = saved
+        for (backend, name, _, _), value in zip(switches, before, strict=True):
+            setattr(backend, name, value)
+        torch.backends.cudnn.enabled = enabled
+
+
+def _tf32_switches() -> list[tuple[Any, str, Any, Any]]:
+    """What decides about TF32: an object, the name of its attribute, the values for TF32 and for float32."""
+    cudnn: Any = torch.backends.cudnn
+    if hasattr(cudnn, "conv") and hasattr(cudnn.conv, "fp32_precision"):
+        # Where these are, the older ones cannot always be read.
+        backends = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
+        return [(backend, "fp32_precision", "tf32", "ieee") for backend in backends]
+    return [(backend, "allow_tf32", True, False) for backend in (torch.backends.cuda.matmul, cudnn)]
 
 
 def available_bytes() -> int | None:
@@ -197,13 +219,17 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error)
-    # "could not create a primitive" and the like are oneDNN's words for it.
+    # "could not create a primitive" and the like are oneDNN's words for it, "unable to find an engine" cuDNN's.
     return isinstance(error, RuntimeError) and any(
         part in text
         for part in (
             "can't allocate memory",
             "not enough memory",
             "CUDA out of memory",
+            "CUDA error: out of memory",
+            "STATUS_ALLOC_FAILED",
+            "DEVICE_ALLOCATION_FAILED",
+            "unable to find an engine to execute this computation",
             "std::bad_alloc",
             "could not create",
         )

@@ -163,7 +163,7 @@ def _blocks(
     model: nn.Module, batches: Batches, task: Task, points: QuantizationPoints
 ) -> Iterator[Callable[[list[str]], tuple[_Operator, Tensor]]]:
     """Yield a function from layer names to the operator of their joint block and a vector of its size."""
-    with frozen_evaluation(model), double_backward(), arithmetic("float32", model_device(model)):
+    with frozen_evaluation(model), double_backward(), arithmetic("float32", model):
         parameters = require_grad(model, points)
         data = list(checked(reusable(batches), task, model))
         total = sum(task.batch_size(batch) for batch in data)

@@ -24,7 +24,7 @@ from tracequant import __version__
 from tracequant.artifact import replace_file
 from tracequant.convert import to_float
 from tracequant.errors import ModelError, ResourceError
-from tracequant.export.packed import quantized_weights
+from tracequant.export.packed import all_sites, quantized_weights
 from tracequant.layers import is_frozen_norm, replace_inputs
 from tracequant.model_state import frozen_evaluation
 from tracequant.packed_layout import state_name
@@ -83,7 +83,7 @@ def export_onnx(
     model = _traceable(quantized, profile)
     program = _trace(model, args, kwargs, dynamic_batch, dynamic_sizes)
     graph_model = program.model
-    names = {state_name(site): weight for weight in weights for site in weight.entry.sites}
+    names = {state_name(site): weight for weight in weights for site in all_sites(quantized, weight.entry.sites)}
     with _quiet("onnx_ir", "onnxscript"):
         code_bytes = onnx_graph.rewrite(graph_model, names, weights_only=profile == "weights-only")
     stored = sum(value.const_value.nbytes for value in graph_model.graph.initializers.values() if value.const_value)

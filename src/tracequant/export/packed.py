@@ -7,7 +7,7 @@ bit for bit. The size on disk is the size that the plan promised, to the byte.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -187,7 +187,8 @@ def _consumers(model: nn.Module, quantizer: ActivationQuantizer) -> tuple[str, .
 
 def _float_state(model: nn.Module, weights: list[PackedWeight]) -> Iterator[tuple[str, Tensor]]:
     """State that is not quantized, tied tensors once, in the order and under the names of the float model's."""
-    quantized = {state_name(site) for weight in weights for site in weight.sites}
+    # A module may be registered under several names, of which a weight's sites have the first.
+    quantized = {state_name(site) for weight in weights for site in all_sites(model, weight.sites)}
     kept = model.state_dict(keep_vars=True)
     seen: set[int] = set()
     for name, tensor in dequantized_state(model).items():
@@ -195,6 +196,14 @@ def _float_state(model: nn.Module, weights: list[PackedWeight]) -> Iterator[tupl
             continue
         seen.add(id(kept.get(name)))
         yield name, tensor
+
+
+def all_sites(model: nn.Module, sites: Iterable[Sequence[str]]) -> list[tuple[str, str]]:
+    """The sites of a weight with all names that the model has for their modules."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return [(name, parameter) for owner, parameter in sites for name in names[model.get_submodule(owner)]]
 
 
 def _float_tensors(contents: PackedFile) -> dict[str, Tensor]:
