@@ -286,13 +286,13 @@ def plans(setup: tq.TaskSetup) -> Iterator[tuple[str, tq.BitPlan]]:
         for bits in (6, 5, 4):
             plan = tq.solve(sensitivity, average_bits=bits, allowed_activation_bits=eight)
             yield f"mixed weights, {metric}, {bits} bits on average", plan
-        if metric == "trace":
-            for bits in (6, 5):
-                given = uniform_activations(curvature.points, bits)
+        for bits in (6, 5):
+            given = uniform_activations(curvature.points, bits)
+            if metric == "trace":
                 yield f"uniform {bits}-bit activations", tq.uniform_plan(sensitivity, 8, activation_bits=given)
-                mean = average_activation_bits(curvature.points, given)
-                plan = tq.solve(sensitivity, allowed_bits=eight, average_activation_bits=mean)
-                yield f"mixed activations, trace, as many bits as uniform {bits}", plan
+            mean = average_activation_bits(curvature.points, given)
+            plan = tq.solve(sensitivity, allowed_bits=eight, average_activation_bits=mean)
+            yield f"mixed activations, {metric}, as many bits as uniform {bits}", plan
 
 
 def uniform_activations(points: tq.QuantizationPoints, bits: int) -> dict[str, int]:

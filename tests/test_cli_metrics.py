@@ -91,6 +91,7 @@ def test_a_metric_that_was_not_measured_says_how_to(analysed: Path, capsys: pyte
     assert "tracequant check" in capsys.readouterr().err.replace("\n", " ")
 
 
+@pytest.mark.filterwarnings("ignore:.*fewer bits lower the loss:UserWarning")
 def test_analyze_by_an_expansion(tmp_path: Path) -> None:
     path = tmp_path / "run"
     arguments = ("--task", TASK, "--no-eigenvalues", "--activation-bits", "none", "--metric", "first+quadratic")

@@ -54,7 +54,7 @@ def test_fastestdet_is_quantized_by_every_method(
     fastestdet.main()
     assert "gauss_newton: Hessian and Gauss-Newton products agree" in capsys.readouterr().out
     rows = {row["name"]: row for row in json.loads(out.read_text())["rows"]}
-    assert len(rows) == 1 + 4 + 4 * 3 + 4
+    assert len(rows) == 1 + 4 + 2 + 4 * (3 + 2)
     assert rows["uniform 8-bit weights"]["AP"] > 0.8 * rows["float32"]["AP"]
     for bits in (4, 5, 6):
         mixed = rows[f"mixed weights, trace, {bits} bits on average"]

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,17 +38,22 @@ from tracequant import (
     WeightGrid,
     cost,
     discover,
+    estimate_curvature,
     frontier,
     measure_perturbation,
     measure_sensitivity,
     solve,
 )
+from tracequant.calibration import calibrate
 from tracequant.curvature import collect
-from tracequant.layers import weight_parameter
+from tracequant.curvature.output_hessian import loss_hessian
+from tracequant.layers import reading, weight_parameter
+from tracequant.model_state import frozen_evaluation
 from tracequant.quantizer import choose_weight_grid
 from tracequant.sensitivity import measure_weight_errors
 from tracequant.sensitivity_result import combine
 from tracequant.settings import EXPANSIONS, METRICS
+from tracequant.task import total_loss
 
 TASK = ClassificationTask()
 BITS = (2, 4)
@@ -156,6 +162,104 @@ def test_against_jacobian_and_hessian_of_the_outputs(name: str) -> None:
     )
     torch.testing.assert_close(square(result), second, rtol=1e-8, atol=1e-10 * float(second.abs().max()))
     assert result.samples == sum(task.batch_size(batch) for batch in batches)
+
+
+@pytest.mark.parametrize("draws", ["exact", 64])
+@pytest.mark.parametrize("name", [name for name in CASES if name != "tied"])
+def test_activations_against_derivatives_along_their_rounding(name: str, draws: Any) -> None:
+    """Of outputs and loss with t Δa added to what all consumers of an activation read, by t at 0."""
+    make, batches, task = CASES[name]
+    model = make()
+    points = discover(model, batches, task)
+    result = measure_perturbation(model, batches, task, points, (4,), activation_bits=(3, 2), draws=draws)
+    grids = calibrate(model, batches, task, points, {p.name: [2, 3, 8] for p in points.activations})
+    total = sum(task.batch_size(batch) for batch in batches)
+    assert set(result.activation_second) == {point.name for point in points.activations}
+    for point in points.activations:
+        assert list(result.activation_second[point.name]) == ([8] if point.is_model_input else [2, 3])
+        for bits in result.activation_second[point.name]:
+            first = second = 0.0
+            for batch in batches:
+
+                def outputs(t: Tensor, grid: Any = grids[point.name][bits], batch: Any = batch) -> Tensor:
+                    moved: dict[int, tuple[Tensor, Tensor]] = {}
+
+                    def read(own: str, a: Tensor) -> Tensor | None:
+                        if own != point.name:  # noqa: B023 - called at once
+                            return None
+                        return moved.setdefault(id(a), (a, a + t * (grid.round(a) - a).detach()))[1]
+
+                    with frozen_evaluation(model), reading(model, points, read):
+                        return torch.as_tensor(task.outputs(model, batch))
+
+                zero = torch.zeros((), dtype=torch.float64)
+                z = outputs(zero).detach().requires_grad_()
+                along = torch.autograd.functional.jacobian(outputs, zero)
+                (slope,) = torch.autograd.grad(total_loss(task, z, batch), z)
+                _, product = loss_hessian(task, z, batch)
+                share = task.batch_size(batch) / total
+                first += share * float((slope * along).sum())
+                second += share * 0.5 * float((along * product([along])[0]).sum())
+            assert result.activation_first[point.name][bits] == pytest.approx(first, rel=1e-8, abs=1e-12)
+            # 64 signs of one group are exact where there are no more columns.
+            assert result.activation_second[point.name][bits] == pytest.approx(second, rel=1e-8, abs=1e-12)
+    assert any(value > 1e-8 for own in result.activation_second.values() for value in own.values())
+
+
+@pytest.mark.filterwarnings("ignore:.*fewer bits lower the loss:UserWarning")
+def test_the_expansion_of_activations_is_their_omega(tmp_path: Path) -> None:
+    model, batches = conv_net(), images((4, 3))
+    curvature = estimate_curvature(model, batches, TASK, "gauss_newton")
+    tables = {
+        metric: measure_sensitivity(model, curvature, batches, TASK, BITS, (2, 4), metric)
+        for metric in ("trace", "quadratic", "first+quadratic")
+    }
+    expansion = measure_perturbation(model, batches, TASK, curvature.points, BITS, activation_bits=(2, 4))
+    assert tables["quadratic"].activation_omega == expansion.activation_second
+    for name, own in tables["first+quadratic"].activation_omega.items():
+        assert own == {b: expansion.activation_second[name][b] + expansion.activation_first[name][b] for b in own}
+    expansion.save(tmp_path / "perturbation.json")
+    assert Perturbation.load(tmp_path / "perturbation.json") == expansion
+    # One without activations gives them half of the trace's.
+    weights_only = measure_perturbation(model, batches, TASK, curvature.points, BITS)
+    table = combine(
+        curvature,
+        tables["trace"].weight_errors,
+        tables["trace"].activation_errors,
+        WeightGrid(),
+        "quadratic",
+        weights_only,
+    )
+    for name, own in table.activation_omega.items():
+        assert own == pytest.approx({b: x / 2 for b, x in tables["trace"].activation_omega[name].items()})
+
+
+@pytest.mark.parametrize("draws", ["exact", 4])
+def test_activations_of_processes_and_pieces_add_up(draws: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three processes have some of the draws each, and memory for two samples at a time takes nothing away."""
+    model, batches = conv_net(), images((6,))
+    points = discover(model, batches, TASK)
+
+    def measured() -> Perturbation:
+        return measure_perturbation(model, batches, TASK, points, BITS, activation_bits=(2, 4), draws=draws)
+
+    def assert_close(found: Perturbation) -> None:
+        for one, other in (
+            (found.activation_second, alone.activation_second),
+            (found.activation_first, alone.activation_first),
+        ):
+            for name, own in one.items():
+                assert own == pytest.approx(other[name], rel=1e-9, abs=1e-14)
+
+    alone = measured()
+    with monkeypatch.context() as patch:
+        patch.setattr(collect, "_shares", lambda *given: 3)
+        assert_close(measured())
+    if draws == "exact":  # other samples' signs would be others
+        monkeypatch.setattr(collect._Collector, "_expected_count", lambda collector, whole: 3)
+        found = measured()
+        assert "batches cut to 2 samples" in found.reason
+        assert_close(found)
 
 
 def test_attention_and_tied_weights_take_the_slow_way_and_say_so() -> None:

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from tracequant.calibration import calibrate
 from tracequant.errors import ModelError
 from tracequant.layers import discover, quantizable_names, weight_parameter
 from tracequant.plan import BitPlan
 from tracequant.points import OUTPUT_BITS, OutputPoint
 from tracequant.quantizer import ActivationQuantizer, Grid, OutputQuantizer, WeightQuantizer, choose_weight_grid
-from tracequant.sensitivity import calibrate
 from tracequant.task import Batches, Task, reusable
 
 # The children by which a module of a quantized model rounds what it reads and what it returns.

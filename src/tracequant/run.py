@@ -436,6 +436,7 @@ class Run:
             points,
             settings.weight_bits,
             settings.weight_grid,
+            settings.activation_bits,
             seed=settings.options.seed,
             checkpoint=self.path / "batches",
             precision=settings.precision,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tracequant.calibration import activation_options, calibrate
 from tracequant.curvature.perturbation import measure_perturbation
 from tracequant.curvature.pieces import out_of_memory
 from tracequant.curvature.result import Curvature, Perturbation
@@ -18,15 +18,12 @@ from tracequant.curvature.spectrum import top_eigenvalues
 from tracequant.errors import ModelError
 from tracequant.layers import reading, weight_parameter
 from tracequant.model_state import frozen_evaluation
-from tracequant.points import OUTPUT_BITS, OutputPoint, QuantizationPoints
+from tracequant.points import QuantizationPoints
 from tracequant.progress import track
-from tracequant.quantizer import Grid, check_bits, choose_grid, choose_weight_grid
-from tracequant.sensitivity_result import MODEL_INPUT_BITS, Sensitivity, combine
+from tracequant.quantizer import Grid, check_bits, choose_weight_grid
+from tracequant.sensitivity_result import Sensitivity, combine
 from tracequant.settings import EXPANSIONS, Metric, WeightGrid
-from tracequant.task import Batches, Task, checked, model_device, reusable
-
-# Values kept of each batch to choose an activation's range from; the error at that range is measured on all values.
-RANGE_SAMPLE = 1 << 16
+from tracequant.task import Batches, Task, checked, reusable
 
 
 def measure_sensitivity(
@@ -75,17 +72,14 @@ def measure_sensitivity(
         weight_errors = measure_weight_errors(model, points, weight_bits, weight_grid)
     activation_errors: dict[str, dict[int, float]] = {}
     if activation_bits:
-        options = {
-            point.name: [MODEL_INPUT_BITS] if point.is_model_input else list(activation_bits)
-            for point in points.activations
-        }
+        options = activation_options(points, activation_bits)
         grids = calibrate(model, batches, task, points, options, progress=progress)
         activation_errors = _activation_errors(model, batches, task, points, grids, progress)
     if metric.startswith("eigenvalue") and curvature.top_eigenvalues is None:
         curvature = with_eigenvalues(model, curvature, batches, task, seed, progress)
     if metric in EXPANSIONS and perturbation is None:
         perturbation = measure_perturbation(
-            model, batches, task, points, weight_bits, weight_grid, seed=seed, progress=progress
+            model, batches, task, points, weight_bits, weight_grid, activation_bits, seed=seed, progress=progress
         )
     found = combine(curvature, weight_errors, activation_errors, weight_grid, metric, perturbation, seed)
     _warn_of_falling_losses(found)
@@ -137,80 +131,6 @@ def measure_weight_errors(
     return result
 
 
-def calibrate(
-    model: nn.Module,
-    batches: Batches,
-    task: Task,
-    points: QuantizationPoints,
-    bits: dict[str, list[int]],
-    outputs: Sequence[OutputPoint] = (),
-    progress: bool = False,
-) -> dict[str, dict[int, Grid]]:
-    """Grids for activation points and outputs, name → bits → grid, from one pass over `batches`.
-
-    Ranges are those of least squared error on a sample of the values that contains the extremes. A tensor that is never
-    negative gets the full grid above 0; outputs are clipped to their point's limits first.
-    """
-    device = model_device(model)
-    samples = {name: _RangeSample(name) for name in bits}
-    # Of their own random numbers: the ranges of inputs do not depend on the outputs asked for.
-    results = [(point, _RangeSample(point.name)) for point in outputs]
-    generators = [torch.Generator(device).manual_seed(0) for _ in range(2)]
-
-    def read(name: str, tensor: Tensor) -> None:
-        if name in samples:
-            samples[name].add(tensor, generators[0])
-
-    def returned(sample: _RangeSample, point: OutputPoint) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            sample.add(output.clamp(point.low, point.high), generators[1])
-
-        return hook
-
-    handles = []
-    try:
-        for point, sample in results:
-            handles.append(model.get_submodule(point.module).register_forward_hook(returned(sample, point)))
-        with frozen_evaluation(model), torch.no_grad():
-            for batch in track(checked(batches, task, model), "Activation ranges", progress):
-                with reading(model, points, read):
-                    task.outputs(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    grids = {name: sample.grids(bits[name]) for name, sample in samples.items()}
-    return grids | {point.name: sample.grids([OUTPUT_BITS]) for point, sample in results}
-
-
-class _RangeSample:
-    """Values of a tensor, at most `RANGE_SAMPLE` of each batch and its extremes, to choose a range from."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._parts: list[Tensor] = []
-
-    def add(self, tensor: Tensor, generator: torch.Generator) -> None:
-        if tensor.numel() == 0:
-            return
-        flat = tensor.detach().flatten()
-        values = flat
-        if flat.numel() > RANGE_SAMPLE:
-            # At random: a fixed stride would meet the same few channels again and again.
-            chosen = torch.randint(flat.numel(), (RANGE_SAMPLE,), generator=generator, device=flat.device)
-            values = flat[chosen]
-        self._parts.append(torch.cat([values, flat.amin()[None], flat.amax()[None]]))
-
-    def grids(self, bits: Sequence[int]) -> dict[int, Grid]:
-        if not self._parts:
-            raise ModelError(
-                f"activation of layer {self._name} was never seen: the layer is not called on these batches; exclude it"
-            )
-        values = torch.cat(self._parts)
-        if not torch.isfinite(values).all():
-            raise ModelError(f"the input of layer {self._name} is NaN or infinite on some batch")
-        return {num_bits: choose_grid(values, num_bits, symmetric=False) for num_bits in bits}
-
-
 def _activation_errors(
     model: nn.Module,
     batches: Batches,
@@ -255,7 +175,7 @@ def _warn_of_falling_losses(sensitivity: Sensitivity) -> None:
     """First-order terms that promise much from coarse rounding belong to a model that this loss has not trained."""
     table = sensitivity.weight_omega
     falling = [name for name, omega in table.items() if min(omega.values()) < min(0.0, omega[max(omega)])]
-    if 4 * len(falling) > len(table):
+    if 2 * len(falling) > len(table):
         warnings.warn(
             f"by metric={sensitivity.metric!r} fewer bits lower the loss in {len(falling)} of {len(table)} layers"
             f" ({', '.join(falling[:3])}, ...): the model is not at a minimum of this loss, and its gradient says"

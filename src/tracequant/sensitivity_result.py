@@ -79,8 +79,9 @@ def combine(
     - "inverted": "trace" with the traces handed out in reverse order, the least to the layer that has the largest
       (Table 3a); "random": the traces dealt out at random, by `seed`.
 
-    Activations have the trace's Ω (the mean over samples of ‖Δa‖²), inverted or dealt out among them as well, alone for
-    "l2", and halved for the expansions, which are in units of the loss. A negative trace or eigenvalue, possible by
+    Activations have the same with the mean over samples of ‖Δa‖², or the expansion in their own rounding, without
+    products. Where that was not measured the expansions give them half of the trace's Ω, which is in units of the loss
+    too; the eigenvalues' metrics give them the trace's. A negative trace or eigenvalue, possible by
     noise or away from a minimum, counts as zero: more bits must never look worse. Only first-order terms may be
     negative. Raises `ModelError` for a metric whose ingredients are not there.
     """
@@ -99,6 +100,7 @@ def combine(
     elif metric in EXPANSIONS:
         activation_factors = {name: 0.5 * trace for name, trace in activation_traces.items()}
     weight_omega = _weighted(weight_errors, weight_factors)
+    activation_omega = _weighted(activation_errors, activation_factors)
     interactions = None
     if metric in EXPANSIONS:
         if perturbation is None:
@@ -112,12 +114,16 @@ def combine(
                 f"the perturbation was measured at {list(perturbation.weight_bits)} bits for other layers, bits or"
                 " another weight grid than the sensitivity; measure it again for these"
             )
-        weight_omega = perturbation.omega(first_order=metric.startswith("first+"))
+        first_order = metric.startswith("first+")
+        weight_omega = perturbation.omega(first_order)
+        expanded = perturbation.activation_omega(first_order)
+        if {n: set(own) for n, own in expanded.items()} == {n: set(own) for n, own in activation_errors.items()}:
+            activation_omega = expanded
         interactions = perturbation.products if metric in CROSS_METRICS else None
     return Sensitivity(
         points=curvature.points,
         weight_omega=weight_omega,
-        activation_omega=_weighted(activation_errors, activation_factors),
+        activation_omega=activation_omega,
         weight_errors=weight_errors,
         activation_errors=activation_errors,
         average_traces={layer.name: traces[layer.name] for layer in curvature.points.layers},

@@ -428,17 +428,31 @@ class Sweep:
 
     def collect(self, vectors: list[Tensor]) -> dict[str, list[gradient_norms.Call]]:
         """(input, output gradient) of all calls of every layer."""
+        return self.collect_with(vectors, [])[0]
+
+    def collect_with(
+        self, vectors: list[Tensor], tensors: Sequence[Tensor]
+    ) -> tuple[dict[str, list[gradient_norms.Call]], list[Tensor | None]]:
+        """The same, and the gradients of `tensors`, from one pass."""
         edges = [(name, a, edge) for name, calls in self._calls.items() for a, edge, _ in calls]
-        if not edges:
-            return {}
-        found = torch.autograd.grad(
-            self.outputs, [edge for _, _, edge in edges], vectors, retain_graph=True, allow_unused=True
-        )
+        inputs: list[Any] = [*(edge for _, _, edge in edges), *tensors]
+        if not inputs:
+            return {}, []
+        found = torch.autograd.grad(self.outputs, inputs, vectors, retain_graph=True, allow_unused=True)
         collected: dict[str, list[gradient_norms.Call]] = {}
-        for (name, a, _), d in zip(edges, found, strict=True):
+        for (name, a, _), d in zip(edges, found, strict=False):
             if d is not None:
                 collected.setdefault(name, []).append((a, d))
-        return collected
+        return collected, list(found[len(edges) :])
+
+    def by_sample(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor of an activation point, or its gradient, as `[samples, elements]`."""
+        if len(tensor) % self.samples:
+            raise ModelError(
+                f"the input of layer {name} has {len(tensor)} rows for {self.samples} samples; use batches of one"
+                " sample"
+            )
+        return tensor.reshape(self.samples, -1)
 
     def regular(self, name: str) -> bool:
         """Whether rows of every call belong to samples, and all sites of the weight are of one supported kind."""
@@ -464,12 +478,7 @@ class Sweep:
         return gradient_norms.squared_norms(self.module(name), calls, self.samples)
 
     def _activation_squares(self, name: str, gradient: Tensor) -> Tensor:
-        if len(gradient) % self.samples:
-            raise ModelError(
-                f"the input of layer {name} has {len(gradient)} rows for {self.samples} samples; use batches of one"
-                " sample"
-            )
-        norms: Tensor = torch.linalg.vector_norm(gradient.reshape(self.samples, -1), dim=1)
+        norms: Tensor = torch.linalg.vector_norm(self.by_sample(name, gradient), dim=1)
         return norms.double().square()
 
     def _slow_squares(self, name: str, vectors: list[Tensor], keep: bool) -> Tensor:

@@ -13,18 +13,23 @@ layers included.
 u_n · ΔW takes no gradient of a sample: it is the gradient at the layer's output times what the layer makes of its input
 with ΔW as its weight (`gradient_norms.responses`). The latter is the same for all columns, so that a batch costs a
 forward pass, a backward pass for each column, and a layer's forward pass for each layer and bit width.
+
+Activations are expanded in the same way, each alone: u_n · Δa_n is the gradient at the tensor times its own rounding,
+another one for every sample. What this knows and the trace does not is that rounding is no random direction: values
+that are cut off, or lie in few codes, all move to one side.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from tracequant.calibration import activation_options, calibrate
 from tracequant.curvature import gradient_norms
 from tracequant.curvature.collect import Part, collect, together
 from tracequant.curvature.gauss_newton import Passes, Sweep
@@ -34,9 +39,9 @@ from tracequant.curvature.result import Perturbation
 from tracequant.errors import ModelError
 from tracequant.layers import idle_layers, weight_parameter
 from tracequant.points import QuantizationPoints
-from tracequant.quantizer import check_bits, choose_weight_grid
+from tracequant.quantizer import Grid, check_bits, choose_weight_grid
 from tracequant.settings import WeightGrid
-from tracequant.task import Batches, Task
+from tracequant.task import Batches, Task, reusable
 
 # Backward passes that a batch is given at most unless told otherwise: as many random vectors, or all columns.
 DEFAULT_DRAWS = 16
@@ -49,6 +54,7 @@ def measure_perturbation(
     points: QuantizationPoints,
     weight_bits: Sequence[int] = (2, 3, 4, 8),
     weight_grid: WeightGrid | None = None,
+    activation_bits: Sequence[int] = (),
     draws: int | Literal["exact"] | None = None,
     seed: int = 0,
     checkpoint: str | Path | None = None,
@@ -56,6 +62,8 @@ def measure_perturbation(
     progress: bool = False,
 ) -> Perturbation:
     """First- and second-order terms of the loss for the rounding of every layer of `points` at `weight_bits`.
+
+    And of every activation at `activation_bits` (the model's input at 8 bits only), with ranges chosen on `batches`.
 
     `batches` are labelled samples. `draws` random vectors stand for the columns of L, "exact" takes all of them, and
     None all where the outputs have at most 16 elements for each sample, else 16 draws. The second-order term is the
@@ -71,9 +79,14 @@ def measure_perturbation(
     widths = tuple(sorted(set(weight_bits)))
     if not widths:
         raise ModelError("weight_bits is empty; name at least one bit width from 1 to 8")
-    for num_bits in widths:
+    for num_bits in (*widths, *activation_bits):
         check_bits(num_bits)
-    estimator = _Perturbations(model, task, points, widths, weight_grid or WeightGrid(), draws, seed)
+    grids: dict[str, dict[int, Grid]] = {}
+    if activation_bits:
+        batches = reusable(batches)
+        options = activation_options(points, activation_bits)
+        grids = calibrate(model, batches, task, points, options, progress=progress)
+    estimator = _Perturbations(model, task, points, widths, weight_grid or WeightGrid(), grids, draws, seed)
     return collect(estimator, model, batches, task, checkpoint, None, precision, progress)
 
 
@@ -87,14 +100,16 @@ class _Perturbations(Passes):
         points: QuantizationPoints,
         weight_bits: tuple[int, ...],
         weight_grid: WeightGrid,
+        activation_grids: dict[str, dict[int, Grid]],
         draws: int | Literal["exact"] | None,
         seed: int,
     ) -> None:
-        super().__init__(model, task, replace(points, activations=()), draws or DEFAULT_DRAWS, seed, False)
-        self._all_points, self._widths, self._grid = points, weight_bits, weight_grid
+        super().__init__(model, task, points, draws or DEFAULT_DRAWS, seed, bool(activation_grids))
+        self._widths, self._grid, self._activation_grids = weight_bits, weight_grid, activation_grids
         self._choose = draws is None
-        # What every layer makes of its input, once for each width, beside what the pass itself keeps.
-        self.memory = 2.0 + len(weight_bits)
+        # What every layer makes of its input, and every activation's rounding, once for each width, beside what the
+        # pass itself keeps.
+        self.memory = 2.0 + len(weight_bits) + max((len(own) for own in activation_grids.values()), default=0)
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -104,6 +119,7 @@ class _Perturbations(Passes):
             "model": self._points.fingerprint,
             "layers": [layer.name for layer in self._points.layers],
             "bits": self._widths,
+            "activation_bits": [sorted(own) for own in self._activation_grids.values()],
             "grid": [self._grid.per_channel, self._grid.symmetric, self._grid.range],
         }
 
@@ -117,10 +133,13 @@ class _Perturbations(Passes):
 
     def measure(self, piece: Piece, draws: Sequence[int]) -> Part:
         """Sums over the piece's samples, in units of the batch's mean loss times its size."""
-        sweep, hessian, loss, _ = self.open(piece)
+        sweep, hessian, loss, variables = self.open(piece)
         names = list(self._parameters)
         parameters = list(self._parameters.values())
-        slopes = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        moved = self._moved(sweep, variables)
+        targets = [*parameters, *(move.tensor for move in moved)]
+        found = torch.autograd.grad(loss, targets, retain_graph=True, allow_unused=True)
+        slopes, activation_slopes = found[: len(parameters)], found[len(parameters) :]
         if idle := [name for name, slope in zip(names, slopes, strict=True) if slope is None]:
             raise idle_layers(idle)
         first = [
@@ -136,18 +155,27 @@ class _Perturbations(Passes):
             ((0, column) for column in hessian.columns()) if exact else self.cotangents(hessian, piece.index, draws)
         )
         products: Tensor | None = None
+        second = {name: torch.zeros(len(own), dtype=torch.float64) for name, own in self._activation_grids.items()}
         seen: dict[str, list[Tensor]] = {}
         for _, (vectors, sign) in passes:
-            inner = self._inner_products(sweep, vectors, seen)
+            calls, gradients = sweep.collect_with(vectors, [move.tensor for move in moved])
+            inner = self._inner_products(sweep, vectors, calls, seen)
             product = sign * share * inner.T @ inner
             products = product if products is None else products + product
+            for name, own in _activation_products(sweep, moved, gradients).items():
+                second[name] += (0.5 * sign * share * own.square().sum(0)).cpu()
         assert products is not None
+        slope = {name: torch.zeros_like(values) for name, values in second.items()}
+        for name, own in _activation_products(sweep, moved, activation_slopes).items():
+            slope[name] += own.sum(0).cpu()
         text = "exact sum over outputs" if exact else f"{self.draws} draws for each sample"
         return Part(
             piece.samples,
             {
                 "first": torch.stack(first)[None].cpu() * piece.size,
                 "products": products.cpu() * piece.size,
+                **{f"slope:{name}": values[None] * piece.size for name, values in slope.items()},
+                **{f"second:{name}": values[None] * piece.size for name, values in second.items()},
             },
             {},
             (text, *self.notes(sweep, hessian)),
@@ -160,33 +188,53 @@ class _Perturbations(Passes):
 
     def summarize(self, parts: Sequence[Part]) -> Perturbation:
         size = len(self._parameters) * len(self._widths)
-        # Where several processes shared a batch's draws, each has its rows: the first term of them all is the same.
+
+        def of_all_processes(name: str, values: Tensor) -> Tensor:
+            # Where several processes shared a batch's draws, each has its rows: the first term of them all is the same.
+            if name == "products":
+                return values.view(-1, size, size).sum(0)
+            return values.sum(0) if name.startswith("second:") else values[0]
+
         whole = self.add(
-            [
-                replace(
-                    part,
-                    values={
-                        "first": part.values["first"][0],
-                        "products": part.values["products"].view(-1, size, size).sum(0),
-                    },
-                )
-                for part in parts
-            ]
+            [replace(part, values={n: of_all_processes(n, v) for n, v in part.values.items()}) for part in parts]
         )
         means = {name: (values / whole.samples).tolist() for name, values in whole.values.items()}
         return Perturbation(
-            points=self._all_points,
+            points=self._points,
             weight_bits=self._widths,
             weight_grid=self._grid,
             first_order=tuple(means["first"]),
             products=tuple(tuple(row[: i + 1]) for i, row in enumerate(means["products"])),
             samples=whole.samples,
             reason=", ".join(whole.notes),
+            activation_first=self._by_bits(means, "slope"),
+            activation_second=self._by_bits(means, "second"),
         )
 
-    def _inner_products(self, sweep: Sweep, vectors: list[Tensor], seen: dict[str, list[Tensor]]) -> Tensor:
+    def _by_bits(self, means: dict[str, list[float]], order: str) -> dict[str, dict[int, float]]:
+        return {
+            name: dict(zip(grids, means[f"{order}:{name}"], strict=True))
+            for name, grids in self._activation_grids.items()
+        }
+
+    def _moved(self, sweep: Sweep, variables: dict[str, list[Tensor]]) -> list[_Move]:
+        """The activations of a batch that are to be rounded, and where to."""
+        found = []
+        for name, tensors in variables.items():
+            for tensor in tensors if name in self._activation_grids else ():
+                values = tensor.detach().float() if tensor.dtype == torch.bfloat16 else tensor.detach()
+                moves = [sweep.by_sample(name, g.round(values) - values) for g in self._activation_grids[name].values()]
+                found.append(_Move(name, tensor, torch.stack(moves, 1)))
+        return found
+
+    def _inner_products(
+        self,
+        sweep: Sweep,
+        vectors: list[Tensor],
+        calls: dict[str, list[gradient_norms.Call]],
+        seen: dict[str, list[Tensor]],
+    ) -> Tensor:
         """u_n · ΔW of every layer and width, float64 `[samples, layers · widths]`; `seen` keeps the responses."""
-        calls = sweep.collect(vectors)
         slow = {layer.name for layer in sweep.slow}
         columns = []
         for name, moves in self._moves.items():
@@ -204,6 +252,26 @@ class _Perturbations(Passes):
                 total += torch.matmul(kept[number], gradient)[:, :, 0].double()
             columns.append(total)
         return torch.cat(columns, 1)
+
+
+@dataclass(frozen=True)
+class _Move:
+    """A tensor that consumers of an activation point read, and its rounding `[samples, widths, elements]`."""
+
+    name: str
+    tensor: Tensor
+    moves: Tensor
+
+
+def _activation_products(sweep: Sweep, moved: Sequence[_Move], gradients: Sequence[Tensor | None]) -> dict[str, Tensor]:
+    """u_n · Δa_n by activation, float64 `[samples, widths]`; several tensors of a point move together."""
+    products: dict[str, Tensor] = {}
+    for move, gradient in zip(moved, gradients, strict=True):
+        if gradient is not None:
+            rows = sweep.by_sample(move.name, gradient).to(move.moves.dtype)
+            product = torch.matmul(move.moves, rows[:, :, None])[:, :, 0].double()
+            products[move.name] = products.get(move.name, 0) + product
+    return products
 
 
 def _few_columns(hessian: Factored) -> bool:

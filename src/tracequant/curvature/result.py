@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tracequant.artifact import Saveable
 from tracequant.points import QuantizationPoints
@@ -76,7 +76,9 @@ class Perturbation(Saveable):
 
     Options are the pairs (layer, bits), layers in the order of `points` and for each of them the bits in increasing
     order. `first_order[a]` is E[g · ΔW_a], in units of the loss, and `products[a][b]`, b ≤ a, is E[Σ_k s_k (u_k · ΔW_a)
-    (u_k · ΔW_b)], of which the halves on the diagonal are the second-order terms of single layers.
+    (u_k · ΔW_b)], of which the halves on the diagonal are the second-order terms of single layers. Of activations,
+    where they were measured, `activation_first` and `activation_second` have E[g · Δa] and ½ E[(u · Δa)²] by point and
+    bits.
     """
 
     points: QuantizationPoints
@@ -86,6 +88,15 @@ class Perturbation(Saveable):
     products: tuple[tuple[float, ...], ...]
     samples: int
     reason: str
+    activation_first: dict[str, dict[int, float]] = field(default_factory=dict)
+    activation_second: dict[str, dict[int, float]] = field(default_factory=dict)
+
+    def activation_omega(self, first_order: bool) -> dict[str, dict[int, float]]:
+        """½ E[(u · Δa)²] by activation and bits, with E[g · Δa] added where that is asked for."""
+        return {
+            name: {b: value + (self.activation_first[name][b] if first_order else 0.0) for b, value in options.items()}
+            for name, options in self.activation_second.items()
+        }
 
     def omega(self, first_order: bool) -> dict[str, dict[int, float]]:
         """½ E[(u · ΔW)²] by layer and bits, with E[g · ΔW] added where that is asked for."""
