@@ -217,6 +217,7 @@ class Settings:
 
     steps: int
     learning_rate: float = 5e-4
+    distillation: float = 1.0
     calibration_images: int = 128
     test_images: int | None = None
 
@@ -329,10 +330,12 @@ class Results:
         return "\n".join(lines)
 
 
-def measure(model: RetinaNet, folder: Path, out: Path, results: Results, seeds: int, settings: Settings) -> None:
-    """All rows: float, then every plan calibrated, then fine-tuned seed by seed so that all rows have one first.
+def measure(
+    model: RetinaNet, folder: Path, out: Path, results: Results, names: list[str], seeds: int, settings: Settings
+) -> None:
+    """All rows, or those named: float, then every plan calibrated, then fine-tuned, all of them by one seed first.
 
-    At the end Figures 7 and 8 are drawn beside the results.
+    Figures 7 and 8 are drawn beside the results.
     """
     task, device = tq.RetinaNetTask(), next(model.parameters()).device
     test = Images(folder, "test").batches(count=settings.test_images)
@@ -340,6 +343,8 @@ def measure(model: RetinaNet, folder: Path, out: Path, results: Results, seeds: 
     calibration = training.batches(count=settings.calibration_images)
     curvature, tables = analyze(model, training, out, settings)
     sensitivity, chosen = tables["trace"], plans(tables)
+    draw(curvature, chosen["mixed weights and activations"], results.folder)
+    chosen = {name: plan for name, plan in chosen.items() if not names or name in names}
     if "float32" not in results.rows:
         found = task.evaluate(model, test)
         results.row(
@@ -368,8 +373,8 @@ def measure(model: RetinaNet, folder: Path, out: Path, results: Results, seeds: 
             checkpoint = out / f"{name.replace(' ', '-')}-{settings.steps}-{seed}.pt"
             tq.finetune(
                 quantized, AugmentedBatches(training), task, settings.steps, settings.learning_rate, "adamw",
-                teacher=model, batchnorm="freeze", seed=seed, checkpoint=checkpoint, checkpoint_every=50,
-                progress=True,
+                teacher=model, distillation=settings.distillation, batchnorm="freeze", seed=seed,
+                checkpoint=checkpoint, checkpoint_every=50, progress=True,
             )  # fmt: skip
             packed = out / f"{name.replace(' ', '-')}.safetensors"
             tq.pack(quantized, packed)
@@ -380,7 +385,6 @@ def measure(model: RetinaNet, folder: Path, out: Path, results: Results, seeds: 
             results.save()
             checkpoint.unlink()
             print(f"{name}, seed {seed}: mAP {found.metric:.2f} in {time.perf_counter() - start:.0f} s", flush=True)
-    draw(curvature, chosen["mixed weights and activations"], results.folder)
 
 
 def check(model: RetinaNet, images: Images, out: Path, results: Results, settings: Settings) -> None:
@@ -420,6 +424,7 @@ def spread(bits: dict[str, int]) -> str:
 
 def draw(curvature: tq.Curvature, plan: tq.BitPlan, folder: Path) -> None:
     """Figures 7 and 8: average traces and chosen bits of the network's blocks."""
+    folder.mkdir(parents=True, exist_ok=True)
     patterns = retinanet_blocks(build_model())
     figures = {
         "figure7": figure_7(weight_blocks(curvature, patterns, plan.weight_bits)),
@@ -436,6 +441,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--rows", nargs="*", default=[], help="measure only these [all]", metavar="NAME")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where to write figures")
     parser.add_argument("--check", action="store_true", help="compare metrics with measured losses")
     parser.add_argument("--short", action="store_true", help="rehearse everything in a minute, into --out/short")
     given = parser.parse_args()
@@ -444,14 +451,14 @@ def main() -> None:
         print("skipped: TRACEQUANT_DATA does not hold bccd")
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings, epochs, seeds, out, place = Settings(given.steps), given.epochs, given.seeds, given.out, RESULTS
+    settings, epochs, seeds, out, place = Settings(given.steps), given.epochs, given.seeds, given.out, given.results
     if given.short:
         settings, epochs, seeds = Settings(2, calibration_images=8, test_images=8), 1, 1
         out = place = given.out / "short"
     model = train(data / "bccd", out, epochs, device)
     context = asdict(settings) | {"epochs": epochs, "fingerprint": fingerprint(model)}
     results = Results(place / "bccd_retinanet.json", context)
-    measure(model, data / "bccd", out, results, seeds, settings)
+    measure(model, data / "bccd", out, results, given.rows, seeds, settings)
     print(results.table())
     if given.check:
         check(model, Images(data / "bccd", "train", "val"), out, results, settings)
