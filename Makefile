@@ -28,6 +28,8 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/convergence.py
 	$(BIN)/python benchmarks/metrics.py
 	$(BIN)/python benchmarks/imagenet_small.py --mobilenet
+	$(BIN)/python benchmarks/bccd_retinanet.py --check
+	$(BIN)/python examples/fastestdet.py --out benchmarks/results/fastestdet.json
 	$(BIN)/python benchmarks/finetuning_step.py
 	$(BIN)/python benchmarks/cifar10_resnet20.py --short
 	$(BIN)/python benchmarks/deployment.py
