@@ -370,7 +370,7 @@ def measure(
                 continue
             start = time.perf_counter()
             quantized = tq.quantize(model, plan, calibration, task)
-            checkpoint = out / f"{name.replace(' ', '-')}-{settings.steps}-{seed}.pt"
+            checkpoint = out / f"{name.replace(' ', '-')}-{settings.steps}-{settings.distillation:g}-{seed}.pt"
             tq.finetune(
                 quantized, AugmentedBatches(training), task, settings.steps, settings.learning_rate, "adamw",
                 teacher=model, distillation=settings.distillation, batchnorm="freeze", seed=seed,
@@ -441,6 +441,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument(
+        "--distillation", type=float, default=1.0, help="share of the float model's outputs in the loss"
+    )
     parser.add_argument("--rows", nargs="*", default=[], help="measure only these [all]", metavar="NAME")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where to write figures")
     parser.add_argument("--check", action="store_true", help="compare metrics with measured losses")
@@ -451,7 +454,13 @@ def main() -> None:
         print("skipped: TRACEQUANT_DATA does not hold bccd")
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings, epochs, seeds, out, place = Settings(given.steps), given.epochs, given.seeds, given.out, given.results
+    settings, epochs, seeds, out, place = (
+        Settings(given.steps, distillation=given.distillation),
+        given.epochs,
+        given.seeds,
+        given.out,
+        given.results,
+    )
     if given.short:
         settings, epochs, seeds = Settings(2, calibration_images=8, test_images=8), 1, 1
         out = place = given.out / "short"
