@@ -26,6 +26,7 @@ from models import (
 from tracequant import (
     ClassificationTask,
     Curvature,
+    DataError,
     ModelError,
     QuantizationPoints,
     Sensitivity,
@@ -373,16 +374,20 @@ def test_eigenvalues_on_as_many_samples_as_fit(monkeypatch: pytest.MonkeyPatch) 
             raise torch.OutOfMemoryError("CUDA out of memory")
         return top_eigenvalues(model, batches, *rest, **options)
 
-    monkeypatch.setattr(sensitivity_module, "top_eigenvalues", limited)
     model, batches = gelu_mlp(), labelled(6, sizes=(9,))
     curvature = estimate_curvature(model, batches, TASK, "hutchinson", 1)
-    found = sensitivity_module.with_eigenvalues(model, curvature, batches, TASK)
+    with pytest.raises(DataError, match="yielded no batches"):
+        sensitivity_module.with_eigenvalues(model, curvature, [], TASK)
+    monkeypatch.setattr(sensitivity_module, "top_eigenvalues", limited)
+    with pytest.warns(UserWarning, match="do not fit into memory, and are taken of") as told:
+        found = sensitivity_module.with_eigenvalues(model, curvature, batches, TASK)
     assert tried == [9, 4, 2]
+    assert len(told) == 2
     few = [tuple(part[:2] for part in batches[0])]
     expected = top_eigenvalues(model, few, TASK, curvature.points, seed=0)
     assert found.top_eigenvalues == {name: values[0] for name, values in expected.items()}
     monkeypatch.setattr(sensitivity_module, "top_eigenvalues", lambda *a, **o: limited(model, [(torch.ones(9),)]))
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.warns(UserWarning, match="do not fit"), pytest.raises(torch.OutOfMemoryError):
         sensitivity_module.with_eigenvalues(model, curvature, batches, TASK)
 
 

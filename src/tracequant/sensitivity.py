@@ -91,22 +91,24 @@ def with_eigenvalues(
 ) -> Curvature:
     """The curvature with the largest eigenvalue of every layer's block, on the first of `batches`.
 
-    Or on as many of its samples as fit into memory, halved until they do.
+    Or, with a warning, on as many of its samples as fit into memory, halved until they do.
     """
-    (batch,) = itertools.islice(batches, 1)
-    size = task.batch_size(batch)
-    found = None
-    while found is None:
+    first = list(itertools.islice(batches, 1))
+    while True:
         try:
-            found = top_eigenvalues(model, [batch], task, curvature.points, seed=seed, progress=progress)
+            found = top_eigenvalues(model, first, task, curvature.points, seed=seed, progress=progress)
+            break
         except (RuntimeError, MemoryError) as error:
+            size = task.batch_size(first[0])
             if not out_of_memory(error) or size == 1:
                 raise
-        if found is None:  # here the failed attempt's tensors are gone, which the exception had kept
-            size //= 2
-            batch = task.select(batch, 0, size)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        # Here the failed attempt's tensors are gone, which the exception had kept.
+        warnings.warn(
+            f"eigenvalues of {size} samples do not fit into memory, and are taken of {size // 2}", stacklevel=2
+        )
+        first = [task.select(first[0], 0, size // 2)]
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     return replace(curvature, top_eigenvalues={name: values[0] for name, values in found.items()})
 
 

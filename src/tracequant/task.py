@@ -63,18 +63,15 @@ class Task(abc.ABC):
 
     def to_device(self, batch: Batch, device: torch.device) -> Batch:
         """The batch with every tensor in it moved to `device`."""
-        # Not only tensors: batches of other libraries have a method of this name too.
-        # And the host need not wait for a copy to a GPU out of pinned memory.
-        return pytree.tree_map(
-            lambda x: (
-                x.to(device, non_blocking=device.type == "cuda")
-                if isinstance(x, Tensor)
-                else x.to(device)
-                if hasattr(x, "to")
-                else x
-            ),
-            batch,
-        )
+
+        def moved(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor):
+                # The host need not wait for a copy to a GPU out of pinned memory.
+                return leaf.to(device, non_blocking=device.type == "cuda")
+            # Batches of other libraries have a method of this name too.
+            return leaf.to(device) if hasattr(leaf, "to") else leaf
+
+        return pytree.tree_map(moved, batch)
 
     def select(self, batch: Batch, start: int, stop: int) -> Batch:
         """Samples `start` to `stop` of a batch, as a batch: how one that does not fit into memory is divided.
