@@ -332,10 +332,10 @@ class Results:
 
 def measure(
     model: RetinaNet, folder: Path, out: Path, results: Results, names: list[str], seeds: int, settings: Settings
-) -> None:
+) -> Tables:
     """All rows, or those named: float, then every plan calibrated, then fine-tuned, all of them by one seed first.
 
-    Figures 7 and 8 are drawn beside the results.
+    Figures 7 and 8 are drawn beside the results. Returns the sensitivities that the plans rest on.
     """
     task, device = tq.RetinaNetTask(), next(model.parameters()).device
     test = Images(folder, "test").batches(count=settings.test_images)
@@ -385,11 +385,11 @@ def measure(
             results.save()
             checkpoint.unlink()
             print(f"{name}, seed {seed}: mAP {found.metric:.2f} in {time.perf_counter() - start:.0f} s", flush=True)
+    return tables
 
 
-def check(model: RetinaNet, images: Images, out: Path, results: Results, settings: Settings) -> None:
+def check(model: RetinaNet, images: Images, tables: Tables, results: Results, settings: Settings) -> None:
     """Print how every metric ranks activations by what rounding each alone does to the loss, all else at 8 bits."""
-    _, tables = analyze(model, images, out, settings)
     task, batches = tq.RetinaNetTask(), images.batches(count=settings.calibration_images)
     points = tables["trace"].points
     plain = tq.uniform_plan(tables["trace"], 8, activation_bits={point.name: 8 for point in points.activations})
@@ -467,10 +467,10 @@ def main() -> None:
     model = train(data / "bccd", out, epochs, device)
     context = asdict(settings) | {"epochs": epochs, "fingerprint": fingerprint(model)}
     results = Results(place / "bccd_retinanet.json", context)
-    measure(model, data / "bccd", out, results, given.rows, seeds, settings)
+    tables = measure(model, data / "bccd", out, results, given.rows, seeds, settings)
     print(results.table())
     if given.check:
-        check(model, Images(data / "bccd", "train", "val"), out, results, settings)
+        check(model, Images(data / "bccd", "train", "val"), tables, results, settings)
 
 
 if __name__ == "__main__":

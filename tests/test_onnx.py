@@ -218,6 +218,15 @@ def test_whole_networks(name: str, tmp_path: Path) -> None:
         assert difference(run(tmp_path / "model.onnx", given), quantized(given)) <= 1e-5
 
 
+def test_a_module_under_two_names_is_stored_in_its_bits(tmp_path: Path) -> None:
+    model, inputs = net("two names")
+    quantized = quantized_with(model, inputs, lambda i: 4)
+    written = tq.export_onnx(quantized, tmp_path / "model.onnx", inputs)
+    assert written.code_bytes == sum(layer.numel for layer in tq.discover(model, [(inputs,)], TASK).layers) // 2
+    stored = onnx.load(tmp_path / "model.onnx").graph.initializer
+    assert not [x.name for x in stored if x.data_type == onnx.TensorProto.FLOAT and len(x.dims) == 4]
+
+
 def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
     model, tokens = build(TiedNet, dtype=torch.float32).eval(), torch.randint(0, 7, (3, 5))
     quantized = quantized_with(model, tokens, lambda i: 3)

@@ -220,7 +220,7 @@ class RetinaNetTask(Task):
     def _outputs(self, model: RetinaNet, images: list[Tensor]) -> dict[str, Tensor]:
         prepared = _prepared(model, images)
         features = model.backbone(prepared.tensors)
-        levels = list(features.values()) if isinstance(features, Mapping) else [features]
+        levels = _levels(features)
         heads = model.head(levels)
         # Of the levels nothing but shapes is needed; they may be bfloat16, too coarse for an anchor's pixels.
         shapes = [level.new_empty(level.shape, dtype=prepared.tensors.dtype) for level in levels]
@@ -280,7 +280,7 @@ class RetinaNetHeads(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """`cls_logits` and `bbox_regression`."""
         features = self.backbone(images)
-        heads = self.head(list(features.values()) if isinstance(features, Mapping) else [features])
+        heads = self.head(_levels(features))
         return heads["cls_logits"], heads["bbox_regression"]
 
 
@@ -327,6 +327,11 @@ class _HeadsOfImages(nn.Module):
     def forward(self, features: list[Tensor]) -> dict[str, Tensor]:
         logits, boxes = self.runtime(self.backbone.images)
         return {"cls_logits": logits, "bbox_regression": boxes}
+
+
+def _levels(features: Any) -> list[Tensor]:
+    """What a backbone returns, one tensor or several by name, as torchvision's heads take it."""
+    return list(features.values()) if isinstance(features, Mapping) else [features]
 
 
 def _prepared(model: RetinaNet, images: Sequence[Tensor]) -> ImageList:
