@@ -23,7 +23,7 @@ from tracequant import (
 )
 from tracequant.check import _load
 from tracequant.evaluated import spearman
-from tracequant.layers import weight_parameter
+from tracequant.hooks import weight_parameter
 from tracequant.quantizer import choose_weight_grid
 
 TASK = ClassificationTask()

@@ -15,7 +15,7 @@ from PIL import Image
 
 from test_cli import invoke
 from tracequant.errors import DataError, TaskError
-from tracequant.layers import match_names
+from tracequant.match import match_names
 from tracequant.run import Run, _with_blocks
 from tracequant.settings import TaskOptions
 

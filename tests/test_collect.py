@@ -1,4 +1,4 @@
-"""Going through batches: in pieces, from checkpoints, up to a stopping rule, at a lower precision."""
+"""Going through batches: in microbatches, from checkpoints, up to a stopping rule, at a lower precision."""
 
 import copy
 import dataclasses
@@ -36,8 +36,8 @@ from models import (
     tied_net,
     token_batch,
 )
-from tracequant import ClassificationTask, Curvature, DataError, ModelError, ResourceError, Task, cli
-from tracequant.curvature import pieces
+from tracequant import ClassificationTask, Curvature, DataError, ModelError, ResourceError, Task, cli, device, memory
+from tracequant.curvature import microbatch
 from tracequant.curvature.collect import MEMORY_SHARE, digest
 from tracequant.curvature.gauss_newton import LEAST_SAMPLES, _GaussNewton
 from tracequant.curvature.hutchinson import LEAST_DRAWS, _Hutchinson
@@ -53,10 +53,10 @@ def relu_mlp() -> nn.Module:
 
 
 def cut_into(count: int, size: int, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pretend that so little memory is free that a batch of `size` is cut into `count` pieces."""
+    """Pretend that so little memory is free that a batch of `size` is cut into `count` microbatches."""
     needed = 1000 * size * ESTIMATORS[method].memory
-    monkeypatch.setattr(pieces, "saved_bytes", lambda run: 2000)  # of two samples
-    monkeypatch.setattr(pieces, "available_bytes", lambda: int(needed / MEMORY_SHARE / (count - 0.5)))
+    monkeypatch.setattr(memory, "saved_bytes", lambda run: 2000)  # of two samples
+    monkeypatch.setattr(memory, "available_bytes", lambda: int(needed / MEMORY_SHARE / (count - 0.5)))
 
 
 def assert_close(found: Curvature, expected: Curvature, tolerance: float = 1e-10) -> None:
@@ -114,7 +114,7 @@ LOSSES: dict[str, Callable[[Any, Any], Tensor]] = {
 @both
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("count", [2, 3, 6])
-def test_pieces_give_what_the_whole_batch_gives(
+def test_microbatches_give_what_the_whole_batch_gives(
     method: str, loss: str, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the same draws; losses that weigh samples by the batch they are in count those of the whole batch."""
@@ -147,7 +147,7 @@ def test_pieces_give_what_the_whole_batch_gives(
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_pieces_of_other_networks(
+def test_microbatches_of_other_networks(
     method: str, make: Callable[[], nn.Module], batch: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Convolutions, a layer called twice, layers that take a pass for each sample, tied weights and tokens."""
@@ -182,7 +182,7 @@ NESTINGS = {
 
 @both
 @pytest.mark.parametrize("nesting", NESTINGS)
-def test_pieces_of_nested_outputs(method: str, nesting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_microbatches_of_nested_outputs(method: str, nesting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batches, task = relu_mlp(), labelled(6, sizes=(6,)), NESTINGS[nesting].task()
     whole = tq.estimate_curvature(model, batches, task, method=method, draws=3)
     cut_into(3, 6, method, monkeypatch)
@@ -190,7 +190,7 @@ def test_pieces_of_nested_outputs(method: str, nesting: str, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("kind", [list, tuple])
-def test_pieces_of_outputs_with_an_entry_for_each_sample(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_microbatches_of_outputs_with_an_entry_for_each_sample(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
     task = AnyTask(
         lambda model, batch: kind(model(x[None])[0] for x in batch[0]),
         lambda outputs, batch: F.cross_entropy(torch.stack(list(outputs)), batch[1]),
@@ -209,13 +209,13 @@ def test_joined_outputs_keep_their_type() -> None:
         def __getattr__(self, name: str) -> Any:
             return self[name]
 
-    joined = pieces.join([Output(logits=torch.zeros(2, 3)), Output(logits=torch.ones(1, 3))], [2, 1])
+    joined = microbatch.join([Output(logits=torch.zeros(2, 3)), Output(logits=torch.ones(1, 3))], [2, 1])
     assert type(joined) is Output
     assert joined.logits.tolist() == [[0] * 3, [0] * 3, [1] * 3]
 
 
 def test_outputs_that_cannot_be_joined_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A number made of the whole batch is not to be had from pieces."""
+    """A number made of the whole batch is not to be had from microbatches."""
 
     def outputs(model: nn.Module, batch: Any) -> dict[str, Tensor]:
         return {"z": model(batch[0]), "size": model[0](batch[0]).square().mean()}
@@ -229,7 +229,7 @@ def test_outputs_that_cannot_be_joined_are_refused(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_loss_that_couples_samples_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As contrastive losses do: the pieces' Hessians do not add up to the batch's."""
+    """As contrastive losses do: the microbatches' Hessians do not add up to the batch's."""
 
     def loss(z: Tensor, y: Tensor) -> Tensor:
         z = F.normalize(z)
@@ -270,7 +270,7 @@ MEMORY_ERRORS = [
 def test_a_batch_that_does_not_fit_is_cut_and_so_are_those_after_it(
     method: str, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pieces, "available_bytes", lambda: None)
+    monkeypatch.setattr(memory, "available_bytes", lambda: None)
     net, batches = relu_mlp() if method == "gauss_newton" else gelu_mlp(), labelled(6, sizes=(8, 8))
     model = Limited(net, 2, error)
     before = snapshot(model)
@@ -284,7 +284,7 @@ def test_a_batch_that_does_not_fit_is_cut_and_so_are_those_after_it(
 
 @pytest.mark.parametrize("text", ["could not create a primitive", "could not create a memory object"])
 def test_convolutions_have_words_of_their_own_for_a_lack_of_memory(text: str) -> None:
-    assert pieces.out_of_memory(RuntimeError(text))
+    assert memory.out_of_memory(RuntimeError(text))
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
@@ -296,7 +296,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
 @both
 def test_one_sample_that_does_not_fit_is_an_error(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Limited(relu_mlp(), 0, MEMORY_ERRORS[1])
-    monkeypatch.setattr(pieces, "available_bytes", lambda: None)
+    monkeypatch.setattr(memory, "available_bytes", lambda: None)
     with pytest.raises(ResourceError, match=r"does not suffice for one sample of batch 0 .*can't allocate"):
         tq.estimate_curvature(model, labelled(6), TASK, method=method)
 
@@ -304,7 +304,7 @@ def test_one_sample_that_does_not_fit_is_an_error(method: str, monkeypatch: pyte
 @both
 def test_a_batch_that_cannot_be_divided_says_what_to_do(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here a batch that holds its size as a number."""
-    monkeypatch.setattr(pieces, "available_bytes", lambda: None)
+    monkeypatch.setattr(memory, "available_bytes", lambda: None)
     task = AnyTask(lambda model, batch: model(batch["x"]), lambda z, batch: z.square().sum(1).mean())
     task.batch_size = lambda batch: batch["size"]
     model = Limited(relu_mlp(), 2, MEMORY_ERRORS[0])
@@ -354,7 +354,7 @@ import resource, sys
 import torch
 from torch import nn
 import tracequant as tq
-from tracequant.curvature import pieces
+from tracequant import memory
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -371,12 +371,12 @@ assert "cut" not in whole.reason, whole.reason
 used = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if "VmSize" in line)
 resource.setrlimit(resource.RLIMIT_AS, (used + 100 * 2**20,) * 2)
 failed = []
-noticed = pieces.out_of_memory
-pieces.out_of_memory = lambda error: noticed(error) and (failed.append(str(error)) or True)
+noticed = memory.out_of_memory
+memory.out_of_memory = lambda error: noticed(error) and (failed.append(str(error)) or True)
 foreseen = measure()
 assert "cut" in foreseen.reason, foreseen.reason
 failed.clear()
-pieces.available_bytes = lambda: None
+memory.available_bytes = lambda: None
 suffered = measure()
 assert failed and "cut" in suffered.reason, suffered.reason
 for found in (foreseen, suffered):
@@ -684,7 +684,7 @@ def test_cut_batches_stop_drawing_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {e.draws for e in [*found.weights.values(), *found.activations.values()]} == {LEAST_DRAWS}
 
 
-def test_all_pieces_of_a_batch_have_the_draws_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_microbatches_of_a_batch_have_the_draws_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each layer as many as it took there, and the whole batch's values by those draws."""
     model, batches = gelu_mlp(), labelled(6, sizes=(6,))
     options = {"method": "hutchinson"}
@@ -786,18 +786,18 @@ def test_bfloat16_does_not_take_rounding_for_weights_used_elsewhere(size: int) -
 @pytest.mark.parametrize("precision", ["float32", "tf32"])
 def test_float32_is_float32(precision: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """By itself torch computes convolutions on a GPU in TF32, and recurrent networks without a backward pass."""
-    switches = pieces._tf32_switches()
+    switches = device._tf32_switches()
 
     def now() -> list[Any]:
         return [getattr(backend, name) for backend, name, _, _ in switches]
 
-    monkeypatch.setattr(pieces, "model_device", lambda model: torch.device("cuda"))
+    monkeypatch.setattr(device, "model_device", lambda model: torch.device("cuda"))
     before = now()
-    with pieces.arithmetic(precision, nn.Linear(1, 1)):
+    with device.arithmetic(precision, nn.Linear(1, 1)):
         assert now() == [on if precision == "tf32" else off for _, _, on, off in switches]
         assert torch.backends.cudnn.enabled
     assert now() == before
-    with suppress(ZeroDivisionError), pieces.arithmetic(precision, nn.Sequential(nn.LSTM(2, 2))):
+    with suppress(ZeroDivisionError), device.arithmetic(precision, nn.Sequential(nn.LSTM(2, 2))):
         assert not torch.backends.cudnn.enabled
         raise ZeroDivisionError
     assert now() == before
@@ -813,8 +813,8 @@ def test_float32_is_float32(precision: Any, monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )  # fmt: skip
 def test_memory_errors_in_other_words(text: str) -> None:
-    assert pieces.out_of_memory(RuntimeError(text))
-    assert not pieces.out_of_memory(ValueError(text))
+    assert memory.out_of_memory(RuntimeError(text))
+    assert not memory.out_of_memory(ValueError(text))
 
 
 def test_digests_do_not_depend_on_threads() -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import tracequant as tq
-from tracequant.task import Batch
+from tracequant.batches import Batch
 
 torchvision = pytest.importorskip("torchvision", reason="the families are torchvision's, timm's and transformers'")
 

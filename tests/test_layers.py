@@ -32,7 +32,9 @@ from tracequant import (
     discover,
     estimate_curvature,
 )
-from tracequant.layers import match_names, quantizable_names, reading, weight_parameter
+from tracequant.discover import quantizable_names
+from tracequant.hooks import reading, weight_parameter
+from tracequant.match import match_names
 
 TASK = ClassificationTask()
 

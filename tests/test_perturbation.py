@@ -47,7 +47,7 @@ from tracequant import (
 from tracequant.calibration import calibrate
 from tracequant.curvature import collect
 from tracequant.curvature.output_hessian import loss_hessian
-from tracequant.layers import reading, weight_parameter
+from tracequant.hooks import reading, weight_parameter
 from tracequant.model_state import frozen_evaluation
 from tracequant.quantizer import choose_weight_grid
 from tracequant.sensitivity import measure_weight_errors
@@ -235,7 +235,7 @@ def test_the_expansion_of_activations_is_their_omega(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("draws", ["exact", 4])
-def test_activations_of_processes_and_pieces_add_up(draws: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_activations_of_processes_and_microbatches_add_up(draws: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three processes have some of the draws each, and memory for two samples at a time takes nothing away."""
     model, batches = conv_net(), images((6,))
     points = discover(model, batches, TASK)
@@ -291,8 +291,8 @@ def test_a_plan_has_the_square_of_the_sum(first_order: bool) -> None:
         assert abs(table.interaction(plan)) > 1e-6 * abs(got)  # without them the equality would fail
 
 
-def test_draws_and_division_into_batches_and_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """64 draws cancel all products of 5 columns; a batch cut in pieces, or in two, is the same samples."""
+def test_draws_and_division_into_batches_and_microbatches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 draws cancel all products of 5 columns; a batch cut into microbatches, or in two, is the same samples."""
     model = conv_net()
     points = discover(model, images((6,)), TASK)
     exact = measure_perturbation(model, images((6,)), TASK, points, BITS, draws="exact")

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tracequant as tq
+from tracequant.batches import Batch
 from tracequant.curvature import identity
 from tracequant.curvature.identity import choose_method
-from tracequant.task import Batch
 
 torchvision = pytest.importorskip("torchvision", reason="the architectures are torchvision's")
 

@@ -24,7 +24,9 @@ from models import (
     token_batch,
 )
 from tracequant import ClassificationTask, DataError, Task, TaskError
-from tracequant.task import check_finite, checked, forward, model_device, reusable, total_loss
+from tracequant.batches import check_finite, reusable
+from tracequant.device import model_device
+from tracequant.task import checked, forward, total_loss
 
 TASK = ClassificationTask()
 

@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from tracequant.accuracy import solve_by_accuracy
     from tracequant.allocation import Frontier, frontier, full_space, monotone_space, solve, uniform_plan
     from tracequant.check import check_metrics
+    from tracequant.classification import ClassificationTask
     from tracequant.convert import quantize, to_float
     from tracequant.curvature.estimate import estimate_curvature
     from tracequant.curvature.perturbation import measure_perturbation
     from tracequant.curvature.result import Curvature, Density, Perturbation, Spectrum, TraceEstimate
     from tracequant.curvature.spectrum import spectral_density, top_eigenvalues
+    from tracequant.discover import discover
     from tracequant.errors import (
         ArtifactError,
         BudgetError,
@@ -37,14 +39,13 @@ if TYPE_CHECKING:
     from tracequant.export.packed import load, pack
     from tracequant.finetuning import finetune
     from tracequant.latency import measure_latency
-    from tracequant.layers import discover
     from tracequant.plan import BitPlan
     from tracequant.points import ActivationPoint, Layer, OutputPoint, QuantizationPoints
     from tracequant.sensitivity import measure_sensitivity
     from tracequant.sensitivity_result import Sensitivity
     from tracequant.settings import WeightGrid
     from tracequant.tables import read_latency, read_sensitivity, write_latency
-    from tracequant.task import ClassificationTask, Evaluation, Exported, Task, TaskSetup
+    from tracequant.task import Evaluation, Exported, Task, TaskSetup
     from tracequant.tasks.detection import RetinaNetTask
 
 __version__ = "0.1.0"
@@ -55,10 +56,12 @@ _MODULES = {
     "tracequant.curvature.perturbation": ("measure_perturbation",),
     "tracequant.evaluated": ("AccuracySearch", "Check", "EvaluatedPlan", "Evaluations"),
     "tracequant.allocation": ("Frontier", "frontier", "full_space", "monotone_space", "solve", "uniform_plan"),
+    "tracequant.classification": ("ClassificationTask",),
     "tracequant.convert": ("quantize", "to_float"),
     "tracequant.curvature.estimate": ("estimate_curvature",),
     "tracequant.curvature.result": ("Curvature", "Density", "Perturbation", "Spectrum", "TraceEstimate"),
     "tracequant.curvature.spectrum": ("spectral_density", "top_eigenvalues"),
+    "tracequant.discover": ("discover",),
     "tracequant.errors": (
         "ArtifactError", "BudgetError", "DataError", "ModelError", "ResourceError", "RunError", "TaskError",
         "TracequantError",
@@ -67,14 +70,13 @@ _MODULES = {
     "tracequant.export.packed": ("load", "pack"),
     "tracequant.finetuning": ("finetune",),
     "tracequant.latency": ("measure_latency",),
-    "tracequant.layers": ("discover",),
     "tracequant.plan": ("BitPlan",),
     "tracequant.points": ("ActivationPoint", "Layer", "OutputPoint", "QuantizationPoints"),
     "tracequant.sensitivity": ("measure_sensitivity",),
     "tracequant.sensitivity_result": ("Sensitivity",),
     "tracequant.settings": ("WeightGrid",),
     "tracequant.tables": ("read_latency", "read_sensitivity", "write_latency"),
-    "tracequant.task": ("ClassificationTask", "Evaluation", "Exported", "Task", "TaskSetup"),
+    "tracequant.task": ("Evaluation", "Exported", "Task", "TaskSetup"),
     "tracequant.tasks.detection": ("RetinaNetTask",),
 }  # fmt: skip
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

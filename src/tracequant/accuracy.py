@@ -14,6 +14,7 @@ import numpy as np
 from torch import nn
 
 from tracequant import allocation
+from tracequant.batches import Batches, reusable
 from tracequant.convert import quantize
 from tracequant.curvature.collect import digest
 from tracequant.errors import ArtifactError, BudgetError, DataError
@@ -22,7 +23,7 @@ from tracequant.model_state import fingerprint
 from tracequant.plan import BitPlan
 from tracequant.sensitivity_result import Sensitivity
 from tracequant.settings import PlanSettings
-from tracequant.task import Batches, Task, reusable
+from tracequant.task import Task
 
 # The bisection ends when sizes differ by less than this share.
 RESOLUTION = 0.002

@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tracequant.batches import Batches
+from tracequant.device import model_device
 from tracequant.errors import ModelError
-from tracequant.layers import reading
+from tracequant.hooks import reading
 from tracequant.model_state import frozen_evaluation
 from tracequant.points import OUTPUT_BITS, OutputPoint, QuantizationPoints
 from tracequant.progress import track
 from tracequant.quantizer import Grid, choose_grid
 from tracequant.sensitivity_result import MODEL_INPUT_BITS
-from tracequant.task import Batches, Task, checked, model_device
+from tracequant.task import Task, checked
 
 # Values kept of each batch to choose an activation's range from; the error at that range is measured on all values.
 RANGE_SAMPLE = 1 << 16

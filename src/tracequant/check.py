@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from tracequant.artifact import replace_file
+from tracequant.batches import Batch, Batches, reusable
 from tracequant.curvature.collect import digest
 from tracequant.curvature.result import Curvature, Perturbation
+from tracequant.device import model_device
 from tracequant.errors import ModelError
 from tracequant.evaluated import Check, LayerCheck, PlanCheck, plan_group, spearman
-from tracequant.layers import replaced_weights, weight_parameter
+from tracequant.hooks import replaced_weights, weight_parameter
 from tracequant.model_state import frozen_evaluation
 from tracequant.points import QuantizationPoints
 from tracequant.progress import track
@@ -27,7 +29,7 @@ from tracequant.quantizer import choose_weight_grid
 from tracequant.sensitivity import measure_weight_errors
 from tracequant.sensitivity_result import Sensitivity, combine
 from tracequant.settings import CROSS_METRICS, EXPANSIONS, Metric, WeightGrid
-from tracequant.task import Batch, Batches, Task, checked, checked_loss, model_device, reusable, total_loss
+from tracequant.task import Task, checked, checked_loss, total_loss
 
 # Elements of all layers' changes of the outputs together, above which they are not kept and "response" is left out.
 RESPONSE_ELEMENTS = 1 << 25

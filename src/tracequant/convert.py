@@ -11,13 +11,15 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from tracequant.batches import Batches, reusable
 from tracequant.calibration import calibrate
+from tracequant.discover import discover, quantizable_names
 from tracequant.errors import ModelError
-from tracequant.layers import discover, quantizable_names, weight_parameter
+from tracequant.hooks import weight_parameter
 from tracequant.plan import BitPlan
 from tracequant.points import OUTPUT_BITS, OutputPoint
 from tracequant.quantizer import ActivationQuantizer, Grid, OutputQuantizer, WeightQuantizer, choose_weight_grid
-from tracequant.task import Batches, Task, reusable
+from tracequant.task import Task
 
 # The children by which a module of a quantized model rounds what it reads and what it returns.
 QUANTIZER_NAMES = ("input_quantizer", "output_quantizer")

@@ -15,8 +15,10 @@ from torch.utils import _pytree as pytree
 
 from tracequant import distributed
 from tracequant.artifact import replace_file
+from tracequant.batches import Batch, Batches, check_finite, reusable
+from tracequant.device import model_device
 from tracequant.errors import ArtifactError, DataError, ModelError
-from tracequant.layers import replace_inputs
+from tracequant.hooks import replace_inputs
 from tracequant.model_state import frozen_evaluation
 from tracequant.progress import track
 from tracequant.quantizer import (
@@ -27,7 +29,7 @@ from tracequant.quantizer import (
     choose_grid,
     weight_quantizers,
 )
-from tracequant.task import Batch, Batches, Task, check_finite, model_device, reusable, total_loss
+from tracequant.task import Task, total_loss
 
 # Scales learn down to this share of what they were calibrated to.
 SCALE_FLOOR = 0.01

@@ -15,15 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from tracequant.artifact import replace_file
+from tracequant.batches import Batches, reusable
 from tracequant.curvature.collect import digest
 from tracequant.curvature.result import Landscape, Landscapes
 from tracequant.curvature.spectrum import top_eigenvectors
 from tracequant.errors import ArtifactError, ModelError
-from tracequant.layers import replaced_weights, weight_parameter
+from tracequant.hooks import replaced_weights, weight_parameter
 from tracequant.model_state import fingerprint, frozen_evaluation
 from tracequant.points import QuantizationPoints
 from tracequant.progress import track
-from tracequant.task import Batches, Task, checked, reusable, total_loss
+from tracequant.task import Task, checked, total_loss
 
 DEFAULT_SIZE = 15
 

@@ -26,18 +26,20 @@ import torch
 from torch import Tensor, nn
 
 from tracequant.artifact import Saveable
+from tracequant.batches import Batches
 from tracequant.convert import quantize_activation, quantize_output, quantize_weight
 from tracequant.cost import FLOAT_BITS
 from tracequant.errors import ArtifactError, DataError, ModelError, ResourceError
 from tracequant.export.onnx import export_onnx, trace_float
-from tracequant.layers import CONVOLUTIONS, TRANSPOSED, replace_inputs
+from tracequant.hooks import replace_inputs
+from tracequant.kinds import CONVOLUTIONS, TRANSPOSED
 from tracequant.model_state import frozen_evaluation
 from tracequant.points import OUTPUT_BITS, Layer, QuantizationPoints
 from tracequant.progress import track
 from tracequant.quantizer import Grid, check_bits, choose_weight_grid
 from tracequant.sensitivity_result import MODEL_INPUT_BITS
 from tracequant.settings import Latency, WeightGrid
-from tracequant.task import Batches, Task, checked
+from tracequant.task import Task, checked
 
 WARM_UP = 3
 # Stands for all widths of weights.

@@ -1,6 +1,6 @@
 """Quantization points: which weights and which tensors get a bit width. Plain data, no torch.
 
-Defined once, by `tracequant.layers.discover`, and used unchanged by curvature, sensitivity, plan, conversion and
+Defined once, by `tracequant.discover.discover`, and used unchanged by curvature, sensitivity, plan, conversion and
 packing: what is analysed is what is trained, and what is trained is what runs.
 """
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tracequant.errors import ModelError
-from tracequant.layers import replace_inputs
+from tracequant.hooks import replace_inputs
 from tracequant.packed_layout import symmetric_zero_point
 from tracequant.settings import WeightGrid
 

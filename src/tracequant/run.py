@@ -41,7 +41,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from tracequant import allocation
 from tracequant.artifact import Saveable, read_json, replace_file, write_json
@@ -65,10 +65,11 @@ from tracequant.stability import is_stable, plan_stability
 if TYPE_CHECKING:
     import torch
 
+    from tracequant.batches import Batch
     from tracequant.export.onnx import OnnxFile, Profile
     from tracequant.points import QuantizationPoints
     from tracequant.report.paper import FigureOptions, PaperFigures
-    from tracequant.task import Batch, TaskSetup
+    from tracequant.task import TaskSetup
     from tracequant.verification import Verification
 
 Stage = Literal["analyze", "plan", "quantize", "finetune", "pack", "report"]
@@ -328,6 +329,7 @@ class Run:
     def setup(self) -> TaskSetup:
         """Model, task and data, loaded once; `RunError` if the weights are not those that were analysed."""
         if self._setup is None:
+            from tracequant.device import choose_device
             from tracequant.model_state import fingerprint
             from tracequant.tasks import load_task
 
@@ -340,7 +342,7 @@ class Run:
                         f"{self.path} was made with other weights of this model (fingerprint {analysed}); choose"
                         " another --out, and see that the task gives the same weights every time it is loaded"
                     )
-            self._setup = setup.to(_device(setup.device or settings.device))
+            self._setup = setup.to(choose_device(setup.device or settings.device))
         return self._setup
 
     def analyze(self) -> None:
@@ -349,7 +351,7 @@ class Run:
             return
         from tracequant import distributed
         from tracequant.curvature.estimate import estimate_curvature
-        from tracequant.layers import discover
+        from tracequant.discover import discover
         from tracequant.sensitivity import measure_sensitivity, measure_weight_errors, with_eigenvalues
 
         start = self._begin("analyze") if distributed.rank() == 0 else 0.0
@@ -497,7 +499,7 @@ class Run:
         """
         self._need("analyze")
         from tracequant.curvature.spectrum import spectral_density, top_eigenvalues
-        from tracequant.layers import match_names
+        from tracequant.match import match_names
 
         setup, points, batches = self.setup(), self.curvature().points, self._first_batch()
         seed = self.settings().analyze.options.seed
@@ -955,14 +957,3 @@ def _with_blocks(patterns: Sequence[str], setup: Callable[[], TaskSetup]) -> lis
     if not blocks:
         raise TaskError("the task does not say what its model's blocks are: give patterns of layer names instead")
     return [own for pattern in patterns for own in (blocks if pattern == "blocks" else [pattern])]
-
-
-def _device(name: Any) -> torch.device:
-    import torch
-
-    if str(name) == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise RunError(f"device {name!r} cannot be used: {error}") from None

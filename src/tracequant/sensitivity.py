@@ -10,20 +10,21 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from tracequant.batches import Batches, reusable
 from tracequant.calibration import activation_options, calibrate
 from tracequant.curvature.perturbation import measure_perturbation
-from tracequant.curvature.pieces import out_of_memory
 from tracequant.curvature.result import Curvature, Perturbation
 from tracequant.curvature.spectrum import top_eigenvalues
 from tracequant.errors import ModelError
-from tracequant.layers import reading, weight_parameter
+from tracequant.hooks import reading, weight_parameter
+from tracequant.memory import out_of_memory
 from tracequant.model_state import frozen_evaluation
 from tracequant.points import QuantizationPoints
 from tracequant.progress import track
 from tracequant.quantizer import Grid, check_bits, choose_weight_grid
 from tracequant.sensitivity_result import Sensitivity, combine
 from tracequant.settings import EXPANSIONS, Metric, WeightGrid
-from tracequant.task import Batches, Task, checked, reusable
+from tracequant.task import Task, checked
 
 
 def measure_sensitivity(

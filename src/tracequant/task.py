@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from tracequant.artifact import Saveable
+from tracequant.batches import Batch, Batches, SizedBatches, check_finite, describe, ordinary, slice_samples
+from tracequant.device import model_device
 from tracequant.errors import DataError, TaskError
 from tracequant.model_state import frozen_evaluation
 from tracequant.progress import track
-
-Batch = Any
-Batches = Iterable[Batch]
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ class Task(abc.ABC):
         """
         size = self.batch_size(batch)
         try:
-            part = _slice(batch, size, start, stop)
+            part = slice_samples(batch, size, start, stop)
             found = self.batch_size(part)
         except Exception as error:  # whatever a user's own types make of it
             raise TaskError(f"the batch cannot be divided ({error}); give {type(self).__name__} a select()") from error
@@ -180,97 +178,6 @@ class Exported:
         return runtime
 
 
-class ClassificationTask(Task):
-    """Classification of `(inputs, targets)` batches by a model that maps inputs to logits `[N, C]` (or `[N, C, ...]`).
-
-    `loss(logits, targets)` is your own loss, averaged over the batch; it is the function whose curvature is measured.
-    `forward(model, inputs)` is for models that are not called with one tensor; the default is `model(inputs)`, or
-    `model(**inputs)` where the inputs are a mapping. Targets equal to `ignore_index` may lie outside the classes and do
-    not count in the metric, top-1 accuracy in percent.
-    """
-
-    metric_name = "accuracy %"
-
-    def __init__(
-        self,
-        loss: Callable[[Any, Any], Tensor] = F.cross_entropy,
-        forward: Callable[[nn.Module, Any], Any] | None = None,
-        ignore_index: int = -100,
-    ) -> None:
-        self._loss = loss
-        self._forward = forward
-        self._ignore_index = ignore_index
-
-    def outputs(self, model: nn.Module, batch: Batch) -> Any:
-        """The logits."""
-        inputs, _ = self._split(batch)
-        if self._forward is not None:
-            return self._forward(model, inputs)
-        outputs = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-        return getattr(outputs, "logits", outputs)
-
-    def loss(self, outputs: Any, batch: Batch) -> Tensor:
-        """The user's loss of logits and targets."""
-        return self._loss(outputs, self._split(batch)[1])
-
-    def metric(self, outputs: Any, batch: Batch) -> float:
-        """Top-1 accuracy in percent."""
-        targets = self._split(batch)[1]
-        hits = outputs.argmax(dim=1) == (targets.argmax(dim=1) if targets.ndim == outputs.ndim else targets)
-        if targets.ndim < outputs.ndim:
-            hits = hits[targets != self._ignore_index]
-        if hits.numel() == 0:
-            return 0.0
-        return 100.0 * int(hits.sum().item()) / int(hits.numel())
-
-    def batch_size(self, batch: Batch) -> int:
-        """Length of the targets."""
-        return len(self._split(batch)[1])
-
-    def check(self, outputs: Any, batch: Batch) -> None:
-        """Targets must be one per row of logits and name a class that exists (or be `ignore_index`)."""
-        targets = self._split(batch)[1]
-        if not isinstance(outputs, Tensor) or outputs.ndim < 2:
-            raise TaskError(
-                f"the model returned {_describe(outputs)}, expected logits of shape [N, classes]; pass"
-                " ClassificationTask(forward=...) to pick them"
-            )
-        if len(targets) != len(outputs):
-            raise DataError(f"{len(targets)} targets came with {len(outputs)} rows of logits")
-        if targets.dtype.is_floating_point or targets.ndim != outputs.ndim - 1 or targets.numel() == 0:
-            return
-        classes = outputs.shape[1]
-        wrong = targets[(targets != self._ignore_index) & ((targets < 0) | (targets >= classes))]
-        if wrong.numel() > 0:
-            raise DataError(
-                f"target {int(wrong[0])} is out of range: the model has {classes} classes, numbered 0 to {classes - 1};"
-                " check the labels, the model's last layer, or pass ClassificationTask(ignore_index=...)"
-            )
-
-    def distillation_loss(self, outputs: Any, teacher_outputs: Any) -> Tensor:
-        """Kullback-Leibler divergence from the teacher's class probabilities, averaged over the batch."""
-        return F.kl_div(
-            outputs.flatten(2).log_softmax(1) if outputs.ndim > 2 else outputs.log_softmax(1),
-            teacher_outputs.flatten(2).log_softmax(1) if outputs.ndim > 2 else teacher_outputs.log_softmax(1),
-            reduction="batchmean",
-            log_target=True,
-        )
-
-    def smoothing_loss(self, outputs: Any) -> Tensor:
-        """Cross-entropy to equal probabilities, averaged over the batch: the part that label smoothing adds."""
-        loss: Tensor = -outputs.log_softmax(1).mean()
-        return loss
-
-    @staticmethod
-    def _split(batch: Batch) -> tuple[Any, Tensor]:
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise TaskError(
-                f"ClassificationTask expects batches (inputs, targets), got {_describe(batch)}; write a Task of your"
-                " own for other batches"
-            )
-        return batch[0], batch[1]
-
-
 @dataclass
 class TaskSetup:
     """What a task module gives the command line: a trained model, its task, and the data of each stage.
@@ -305,14 +212,14 @@ def total_loss(task: Task, outputs: Any, batch: Batch) -> Tensor:
         for name, term in loss.items():
             if not isinstance(term, Tensor) or term.numel() != 1:
                 raise TaskError(
-                    f"{type(task).__name__}.loss returned {_describe(term)} as {name!r}, expected a scalar tensor (the"
+                    f"{type(task).__name__}.loss returned {describe(term)} as {name!r}, expected a scalar tensor (the"
                     " mean over the batch)"
                 )
         if loss:
             loss = torch.stack([term.reshape(()) for term in loss.values()]).sum()
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise TaskError(
-            f"{type(task).__name__}.loss returned {_describe(loss)}, expected a scalar tensor (the mean over the batch)"
+            f"{type(task).__name__}.loss returned {describe(loss)}, expected a scalar tensor (the mean over the batch)"
             " or a dictionary of them"
         )
     return loss.reshape(())
@@ -336,18 +243,6 @@ def checked_loss(task: Task, outputs: Any, batch: Batch) -> Tensor:
     return loss
 
 
-def model_device(model: nn.Module) -> torch.device:
-    """The device of the model's first parameter or buffer; the CPU for a model without any."""
-    for tensor in [*model.parameters(), *model.buffers()]:
-        return tensor.device
-    return torch.device("cpu")
-
-
-def reusable(batches: Batches) -> Batches:
-    """`batches` if it can be iterated again, else a list of what a one-shot iterator yields."""
-    return list(batches) if isinstance(batches, Iterator) else batches
-
-
 def checked(batches: Batches, task: Task, model: nn.Module) -> Iterable[Batch]:
     """The batches on the model's device, by their parts; `DataError` for an empty loader, no samples, or values that
     are not finite."""
@@ -356,7 +251,7 @@ def checked(batches: Batches, task: Task, model: nn.Module) -> Iterable[Batch]:
     def generate() -> Iterator[Batch]:
         count = 0
         for batch in batches:
-            moved = pytree.tree_map(_ordinary, task.to_device(batch, device))
+            moved = pytree.tree_map(ordinary, task.to_device(batch, device))
             if task.batch_size(moved) == 0:
                 raise DataError(f"batch {count} has no samples")
             check_finite(moved, count)
@@ -365,83 +260,4 @@ def checked(batches: Batches, task: Task, model: nn.Module) -> Iterable[Batch]:
         if count == 0:
             raise DataError("the loader yielded no batches; pass at least one batch (is the data set empty?)")
 
-    return _Sized(generate, batches)
-
-
-def _ordinary(leaf: Any) -> Any:
-    """A tensor made under `torch.inference_mode` as one that can be differentiated."""
-    return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
-
-
-def check_finite(batch: Batch, index: int) -> None:
-    """Raise `DataError` if any floating-point tensor of the batch holds NaN or infinity."""
-    for path, leaf in pytree.tree_flatten_with_path(batch)[0]:
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and not torch.isfinite(leaf).all():
-            bad = int((~torch.isfinite(leaf)).sum())
-            raise DataError(
-                f"batch {index}{pytree.keystr(path)} holds {bad} values that are NaN or infinite"
-                f" (shape {list(leaf.shape)}); clean the data or its normalisation"
-            )
-
-
-def _slice(value: Any, size: int, start: int, stop: int, fields: bool = True) -> Any:
-    """`value` with everything that has one entry for each of `size` samples cut to `start:stop`.
-
-    A batch is a collection of `fields`, and what is inside a field a collection of samples, unless the entries say
-    otherwise: two tensors of two rows each are two fields of two samples.
-    """
-    if isinstance(value, Tensor):
-        return value[start:stop] if has_rows(value, size) else value
-    if isinstance(value, Mapping):
-        cut = {key: _slice(item, size, start, stop, fields=False) for key, item in value.items()}
-        return cut if type(value) is dict else type(value)(cut)  # type: ignore[call-arg]
-    if not isinstance(value, (list, tuple)):
-        return value
-    if len(value) == size and _are_samples(value, size, fields):
-        items = list(value[start:stop])
-    else:
-        items = [_slice(item, size, start, stop, fields=False) for item in value]
-    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-
-
-def _are_samples(value: Sequence[Any], size: int, fields: bool) -> bool:
-    """Whether a list of as many entries as there are samples has one for each."""
-    if all(isinstance(item, Mapping) for item in value):
-        return True
-    rows = [has_rows(item, size) for item in value]
-    if fields:
-        return not any(rows)
-    # Three pictures of three channels are samples; two tensors of two rows each are two columns.
-    pictures = all(isinstance(item, Tensor) and item.ndim == 3 for item in value)
-    return pictures or not all(rows)
-
-
-def has_rows(value: Any, size: int) -> bool:
-    """Whether a tensor, list or mapping holds, at some depth, one entry for each of `size` samples."""
-    if isinstance(value, Tensor):
-        return value.ndim > 0 and len(value) == size
-    if isinstance(value, Mapping):
-        return any(has_rows(item, size) for item in value.values())
-    return isinstance(value, (list, tuple)) and (len(value) == size or any(has_rows(item, size) for item in value))
-
-
-class _Sized:
-    """A generator that also knows its length where its source does, for progress bars."""
-
-    def __init__(self, generate: Callable[[], Iterator[Batch]], source: Batches) -> None:
-        self._generate = generate
-        self._source = source
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self._generate()
-
-    def __len__(self) -> int:
-        return len(self._source)  # type: ignore[arg-type]
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {list(value.shape)}"
-    if isinstance(value, (tuple, list)):
-        return f"a {type(value).__name__} of {len(value)}"
-    return f"a {type(value).__name__}"
+    return SizedBatches(generate, batches)

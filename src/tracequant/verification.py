@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tracequant.artifact import Saveable
+from tracequant.batches import Batches
 from tracequant.errors import ArtifactError, DataError, ResourceError
 from tracequant.export.onnx import trace_float
 from tracequant.model_state import frozen_evaluation
-from tracequant.task import Batches, Exported, Task
+from tracequant.task import Exported, Task
 
 _INT8_KERNELS = ("QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulNBits")
 _PASSED_THROUGH = ("Relu", "Reshape", "Flatten", "Transpose")

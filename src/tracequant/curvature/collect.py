@@ -23,15 +23,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tracequant import distributed, errors
+from tracequant import distributed, errors, memory
 from tracequant.artifact import replace_file
-from tracequant.curvature import pieces
-from tracequant.curvature.pieces import Piece, Precision
+from tracequant.batches import Batch, Batches, reusable
+from tracequant.curvature import microbatch
+from tracequant.curvature.microbatch import Microbatch as Piece
 from tracequant.curvature.result import Curvature
+from tracequant.device import Precision, arithmetic, model_device
 from tracequant.errors import DataError, ModelError, ResourceError, RunError, TaskError, TracequantError
 from tracequant.model_state import frozen_evaluation
 from tracequant.progress import track
-from tracequant.task import Batch, Batches, Task, checked, forward, model_device, reusable
+from tracequant.task import Task, checked, forward
 
 # Share of the free main memory that a batch may be expected to take before it is cut.
 MEMORY_SHARE = 0.7
@@ -135,7 +137,7 @@ def collect(
     def summary() -> Result:
         return estimator.summarize(_merged(done))
 
-    with frozen_evaluation(model), pieces.arithmetic(precision, model):
+    with frozen_evaluation(model), arithmetic(precision, model):
         try:
             estimator.prepare()
         except TracequantError as error:
@@ -194,7 +196,7 @@ class _Collector:
             try:
                 return self._attempt(whole, count, draws)
             except Exception as error:
-                if not pieces.out_of_memory(error):
+                if not memory.out_of_memory(error):
                     raise
                 if count == size:
                     raise ResourceError(
@@ -211,7 +213,7 @@ class _Collector:
         if count == 1:
             return self._estimator.measure(whole, draws)
         try:
-            divided = pieces.divide(self._model, self._task, whole, count)
+            divided = microbatch.divide(self._model, self._task, whole, count)
             parts = [self._estimator.measure(piece, draws) for piece in divided]
         except TaskError as error:
             raise ResourceError(f"a batch of {whole.size} samples does not fit into memory, and {error}") from error
@@ -224,13 +226,13 @@ class _Collector:
 
         The system may end a process that takes too much instead of refusing, so that this cannot be left to errors.
         """
-        free = pieces.available_bytes()
+        free = memory.available_bytes()
         if free is None or whole.size == 1 or model_device(self._model).type != "cpu":
             return 1
         few = min(2, whole.size)
         try:
             part = self._task.select(whole.batch, 0, few)
-            kept = pieces.saved_bytes(lambda: self._task.outputs(self._model, part))
+            kept = memory.saved_bytes(lambda: self._task.outputs(self._model, part))
         except Exception:  # a batch or a model that knows one size only; it will be tried whole
             return 1
         needed = kept / few * whole.size * self._estimator.memory

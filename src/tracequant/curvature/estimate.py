@@ -10,14 +10,15 @@ from typing import Any, Literal
 from torch import nn
 
 from tracequant import distributed
+from tracequant.batches import Batches, reusable
 from tracequant.curvature.gauss_newton import gauss_newton
 from tracequant.curvature.hutchinson import hutchinson
 from tracequant.curvature.identity import choose_method
 from tracequant.curvature.result import Curvature
+from tracequant.discover import discover
 from tracequant.errors import ModelError
-from tracequant.layers import discover
 from tracequant.points import QuantizationPoints
-from tracequant.task import Batches, Task, reusable
+from tracequant.task import Task
 
 ESTIMATORS: dict[str, Callable[..., Curvature]] = {"gauss_newton": gauss_newton, "hutchinson": hutchinson}
 

@@ -26,14 +26,16 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
+from tracequant.batches import Batch, Batches
 from tracequant.curvature.collect import Part, Stop, all_notes, collect, generator, together, warn_of_error
-from tracequant.curvature.pieces import Piece, Precision
+from tracequant.curvature.microbatch import Microbatch as Piece
 from tracequant.curvature.result import Curvature, TraceEstimate, summarize
+from tracequant.device import Precision, model_device
 from tracequant.errors import ModelError, SecondDerivativeError
-from tracequant.layers import idle_layers, reading, weight_parameter
+from tracequant.hooks import idle_layers, reading, weight_parameter
 from tracequant.model_state import double_backward, frozen_evaluation
 from tracequant.points import QuantizationPoints
-from tracequant.task import Batch, Batches, Task, forward, model_device
+from tracequant.task import Task, forward
 
 Distribution = Literal["rademacher", "gaussian"]
 Probes = Literal["shared", "per_layer"]

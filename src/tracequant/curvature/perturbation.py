@@ -29,19 +29,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from tracequant.batches import Batches, reusable
 from tracequant.calibration import activation_options, calibrate
 from tracequant.curvature import gradient_norms
 from tracequant.curvature.collect import Part, collect, together
-from tracequant.curvature.gauss_newton import Passes, Sweep
+from tracequant.curvature.microbatch import Microbatch
 from tracequant.curvature.output_hessian import Factored
-from tracequant.curvature.pieces import Piece, Precision
+from tracequant.curvature.passes import Passes
 from tracequant.curvature.result import Perturbation
+from tracequant.curvature.sweep import Sweep
+from tracequant.device import Precision
 from tracequant.errors import ModelError
-from tracequant.layers import idle_layers, weight_parameter
+from tracequant.hooks import idle_layers, weight_parameter
 from tracequant.points import QuantizationPoints
 from tracequant.quantizer import Grid, check_bits, choose_weight_grid
 from tracequant.settings import WeightGrid
-from tracequant.task import Batches, Task, reusable
+from tracequant.task import Task
 
 # Backward passes that a batch is given at most unless told otherwise: as many random vectors, or all columns.
 DEFAULT_DRAWS = 16
@@ -131,9 +134,9 @@ class _Perturbations(Passes):
             grids = (choose_weight_grid(weight, b, layer.channel_axis, self._grid) for b in self._widths)
             self._moves[layer.name] = [grid.round(weight) - weight for grid in grids]
 
-    def measure(self, piece: Piece, draws: Sequence[int]) -> Part:
-        """Sums over the piece's samples, in units of the batch's mean loss times its size."""
-        sweep, hessian, loss, variables = self.open(piece)
+    def measure(self, microbatch: Microbatch, draws: Sequence[int]) -> Part:
+        """Sums over the microbatch's samples, in units of the batch's mean loss times its size."""
+        sweep, hessian, loss, variables = self.open(microbatch)
         names = list(self._parameters)
         parameters = list(self._parameters.values())
         moved = self._moved(sweep, variables)
@@ -152,7 +155,9 @@ class _Perturbations(Passes):
         # A process that is given some of the draws, and takes all columns instead, has the others' share as well.
         share = len(draws) / self.draws if exact else 1 / self.draws
         passes = (
-            ((0, column) for column in hessian.columns()) if exact else self.cotangents(hessian, piece.index, draws)
+            ((0, column) for column in hessian.columns())
+            if exact
+            else self.cotangents(hessian, microbatch.index, draws)
         )
         products: Tensor | None = None
         second = {name: torch.zeros(len(own), dtype=torch.float64) for name, own in self._activation_grids.items()}
@@ -170,19 +175,19 @@ class _Perturbations(Passes):
             slope[name] += own.sum(0).cpu()
         text = "exact sum over outputs" if exact else f"{self.draws} draws for each sample"
         return Part(
-            piece.samples,
+            microbatch.samples,
             {
-                "first": torch.stack(first)[None].cpu() * piece.size,
-                "products": products.cpu() * piece.size,
-                **{f"slope:{name}": values[None] * piece.size for name, values in slope.items()},
-                **{f"second:{name}": values[None] * piece.size for name, values in second.items()},
+                "first": torch.stack(first)[None].cpu() * microbatch.size,
+                "products": products.cpu() * microbatch.size,
+                **{f"slope:{name}": values[None] * microbatch.size for name, values in slope.items()},
+                **{f"second:{name}": values[None] * microbatch.size for name, values in second.items()},
             },
             {},
             (text, *self.notes(sweep, hessian)),
         )
 
     def add(self, parts: Sequence[Part]) -> Part:
-        """Pieces are further samples, and all values sums over them."""
+        """Microbatches are further samples, and all values sums over them."""
         values = {name: torch.stack([part.values[name] for part in parts]).sum(0) for name in parts[0].values}
         return together(parts, values)
 

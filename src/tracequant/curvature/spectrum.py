@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tracequant.batches import Batches, reusable
 from tracequant.curvature.collect import generator
 from tracequant.curvature.hutchinson import (
     draw_probe,
@@ -23,13 +24,13 @@ from tracequant.curvature.hutchinson import (
     hessian_vector_product,
     require_grad,
 )
-from tracequant.curvature.pieces import arithmetic
 from tracequant.curvature.result import Density
+from tracequant.device import arithmetic, model_device
 from tracequant.errors import ModelError
 from tracequant.model_state import double_backward, frozen_evaluation
 from tracequant.points import QuantizationPoints
 from tracequant.progress import track
-from tracequant.task import Batches, Task, checked, forward, model_device, reusable
+from tracequant.task import Task, checked, forward
 
 # v, flat, to H v, flat.
 _Operator = Callable[[Tensor], Tensor]

@@ -25,7 +25,8 @@ from tracequant.artifact import replace_file
 from tracequant.convert import to_float
 from tracequant.errors import ModelError, ResourceError
 from tracequant.export.packed import all_sites, quantized_weights
-from tracequant.layers import is_frozen_norm, replace_inputs
+from tracequant.hooks import replace_inputs
+from tracequant.kinds import is_frozen_norm
 from tracequant.model_state import frozen_evaluation
 from tracequant.packed_layout import state_name
 from tracequant.quantizer import ActivationQuantizer, Grid, input_quantizers, output_quantizers

@@ -25,7 +25,7 @@ from tracequant.convert import (
     quantize_weight,
 )
 from tracequant.errors import ModelError
-from tracequant.layers import DTYPE_NAMES
+from tracequant.kinds import DTYPE_NAMES
 from tracequant.packed import PackedFile, pack_codes, read_packed, sealed
 from tracequant.packed_layout import PackedActivation, PackedLayout, PackedWeight, state_name
 from tracequant.points import OUTPUT_BITS

@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from tracequant.batches import Batch
+from tracequant.classification import ClassificationTask
 from tracequant.errors import TaskError
 from tracequant.settings import TaskOptions
-from tracequant.task import Batch, ClassificationTask, TaskSetup
+from tracequant.task import TaskSetup
 from tracequant.tasks import refuse
 from tracequant.tasks.imagenet import DEVIATION, MEAN
 from tracequant.tasks.residual import SmallResNet

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Subset
 
+from tracequant.batches import Batch, Batches
+from tracequant.device import model_device
+from tracequant.discover import quantizable_names
 from tracequant.errors import DataError, TaskError
-from tracequant.layers import quantizable_names
 from tracequant.model_state import frozen_evaluation
 from tracequant.progress import track
 from tracequant.settings import TaskOptions
-from tracequant.task import Batch, Batches, Evaluation, Exported, Task, TaskSetup, checked, forward, model_device
+from tracequant.task import Evaluation, Exported, Task, TaskSetup, checked, forward
 from tracequant.tasks import refuse
 from tracequant.tasks.coco import CocoImages, Target, coco_metrics, loader
 from tracequant.tasks.weights import load_state, read_state

@@ -20,10 +20,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from tracequant.artifact import replace_file
+from tracequant.classification import ClassificationTask
 from tracequant.errors import TaskError
 from tracequant.progress import track
 from tracequant.settings import TaskOptions
-from tracequant.task import ClassificationTask, TaskSetup
+from tracequant.task import TaskSetup
 from tracequant.tasks import refuse, residual
 
 TRAIN_SAMPLES = 1000
