@@ -15,9 +15,9 @@ from torch.func import functional_call
 import tracequant as tq
 from models import exact_hessian, snapshot
 from tracequant.curvature.output_hessian import OutputHessian, factor
-from tracequant.discover import quantizable_names
 from tracequant.errors import DataError, TaskError
 from tracequant.match import match_names
+from tracequant.model.discover import quantizable_names
 from tracequant.task import total_loss
 
 torchvision = pytest.importorskip("torchvision", reason="RetinaNet is torchvision's")

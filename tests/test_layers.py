@@ -32,9 +32,9 @@ from tracequant import (
     discover,
     estimate_curvature,
 )
-from tracequant.discover import quantizable_names
 from tracequant.hooks import reading, weight_parameter
 from tracequant.match import match_names
+from tracequant.model.discover import quantizable_names
 
 TASK = ClassificationTask()
 

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from tracequant.curvature.perturbation import measure_perturbation
     from tracequant.curvature.result import Curvature, Density, Perturbation, Spectrum, TraceEstimate
     from tracequant.curvature.spectrum import spectral_density, top_eigenvalues
-    from tracequant.discover import discover
     from tracequant.errors import (
         ArtifactError,
         BudgetError,
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from tracequant.export.packed import load, pack
     from tracequant.finetuning import finetune
     from tracequant.latency import measure_latency
+    from tracequant.model.discover import discover
     from tracequant.plan import BitPlan
     from tracequant.points import ActivationPoint, Layer, OutputPoint, QuantizationPoints
     from tracequant.sensitivity import measure_sensitivity
@@ -61,7 +61,7 @@ _MODULES = {
     "tracequant.curvature.estimate": ("estimate_curvature",),
     "tracequant.curvature.result": ("Curvature", "Density", "Perturbation", "Spectrum", "TraceEstimate"),
     "tracequant.curvature.spectrum": ("spectral_density", "top_eigenvalues"),
-    "tracequant.discover": ("discover",),
+    "tracequant.model.discover": ("discover",),
     "tracequant.errors": (
         "ArtifactError", "BudgetError", "DataError", "ModelError", "ResourceError", "RunError", "TaskError",
         "TracequantError",

@@ -13,9 +13,9 @@ from torch.nn.utils import parametrize
 
 from tracequant.batches import Batches, reusable
 from tracequant.calibration import calibrate
-from tracequant.discover import discover, quantizable_names
 from tracequant.errors import ModelError
 from tracequant.hooks import weight_parameter
+from tracequant.model.discover import discover, quantizable_names
 from tracequant.plan import BitPlan
 from tracequant.points import OUTPUT_BITS, OutputPoint
 from tracequant.quantizer import ActivationQuantizer, Grid, OutputQuantizer, WeightQuantizer, choose_weight_grid

@@ -1,7 +1,7 @@
 """Quantization points: which weights and which tensors get a bit width. Plain data, no torch.
 
-Defined once, by `tracequant.discover.discover`, and used unchanged by curvature, sensitivity, plan, conversion and
-packing: what is analysed is what is trained, and what is trained is what runs.
+Defined once, by `tracequant.model.discover.discover`, and used unchanged by curvature, sensitivity, plan, conversion
+and packing: what is analysed is what is trained, and what is trained is what runs.
 """
 
 from __future__ import annotations

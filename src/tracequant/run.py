@@ -351,7 +351,7 @@ class Run:
             return
         from tracequant import distributed
         from tracequant.curvature.estimate import estimate_curvature
-        from tracequant.discover import discover
+        from tracequant.model.discover import discover
         from tracequant.sensitivity import measure_sensitivity, measure_weight_errors, with_eigenvalues
 
         start = self._begin("analyze") if distributed.rank() == 0 else 0.0

@@ -15,8 +15,8 @@ from tracequant.curvature.gauss_newton import gauss_newton
 from tracequant.curvature.hutchinson import hutchinson
 from tracequant.curvature.identity import choose_method
 from tracequant.curvature.result import Curvature
-from tracequant.discover import discover
 from tracequant.errors import ModelError
+from tracequant.model.discover import discover
 from tracequant.points import QuantizationPoints
 from tracequant.task import Task
 

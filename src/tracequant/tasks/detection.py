@@ -17,8 +17,8 @@ from torch.utils.data import Subset
 
 from tracequant.batches import Batch, Batches
 from tracequant.device import model_device
-from tracequant.discover import quantizable_names
 from tracequant.errors import DataError, TaskError
+from tracequant.model.discover import quantizable_names
 from tracequant.model_state import frozen_evaluation
 from tracequant.progress import track
 from tracequant.settings import TaskOptions
