@@ -84,6 +84,18 @@ class Folded(nn.Module):
         return self.outer(F.relu(self.inner(rows)).view(len(x), -1))
 
 
+class PositionsTwice(nn.Module):
+    """A linear layer over positions, called twice, whose output is overwritten in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 3)
+        self.outer = nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(F.relu_(self.inner(F.relu_(self.inner(x)))).flatten(1))
+
+
 def tokens() -> nn.Module:
     return nn.Sequential(
         nn.Embedding(7, 3, padding_idx=2), nn.Linear(3, 4), nn.ReLU(), nn.Flatten(), nn.Linear(20, CLASSES)
@@ -125,6 +137,11 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     ),
     "linear": (lambda: nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 6, bias=False), *head(6)), seeded(4, 5)),
     "linear over positions": (lambda: nn.Sequential(nn.Linear(3, 4), *head(24)), seeded(3, 2, 3, 3)),
+    "linear over positions, no bias": (
+        lambda: nn.Sequential(nn.Linear(3, 4, bias=False), *head(24)),
+        seeded(3, 2, 3, 3),
+    ),
+    "linear over positions, called twice": (PositionsTwice, seeded(3, 2, 3)),
     "shared layer": (SharedTwice, seeded(3, 5)),
     "folded batch": (Folded, seeded(3, 2, 4, 4)),
     "embedding": (tokens, torch.tensor([[0, 2, 2, 6, 0], [1, 1, 1, 5, 2], [3, 4, 5, 6, 0]])),
@@ -195,6 +212,29 @@ def test_weight_traces_equal_the_hessians(network: str) -> None:
     assert {name: e.trace for name, e in curvature.weights.items()} == pytest.approx(expected, rel=1e-9)
     assert "a backward pass for each sample" not in curvature.reason
     assert all(e.standard_error == 0 and e.samples == len(x) for e in curvature.weights.values())
+
+
+class Cancelling(nn.Module):
+    """A layer called three times whose gradients cancel: what is left of them is rounding, in any order another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 4, bias=False)
+        self.other = nn.Linear(8, 4)
+        self.outer = nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = x[:, 0], x[:, 1]
+        nothing = self.inner(first) + self.inner(second) - self.inner(first + second)
+        return self.outer(F.relu(self.other(first) + nothing))
+
+
+def test_rounding_of_a_gradient_that_cancels_is_no_difference() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 2, 8)
+    curvature = exact(Cancelling().eval(), x, labels(x), F.cross_entropy)
+    assert "a backward pass for each sample" not in curvature.reason
+    assert 0 <= curvature.weights["inner"].trace < 1e-9 * curvature.weights["other"].trace
 
 
 @pytest.mark.parametrize("loss", LOSSES)

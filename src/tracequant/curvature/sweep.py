@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,27 @@ from tracequant.points import Layer, QuantizationPoints
 
 # Relative difference that rounding in float32 may leave between two ways to one gradient.
 CHECK_TOLERANCE = 1e-3
+# Units of rounding, of the sum of the terms' sizes, that a difference between the two may be.
+CHECK_ROUNDING = 64
 
-# Layer name → (input, edge of the output, whether nothing before the call can be differentiated) of each call.
-_Calls = dict[str, list[tuple[Tensor, GradientEdge, bool]]]
 # Squared norms of one pass: layer or activation name → one value for each sample.
 Squares = dict[str, Tensor]
+
+
+class _Call(NamedTuple):
+    """One call of a layer: what it read, where the gradient of its output passes in the graph, the output's shape.
+
+    `source` says that nothing before the call can be differentiated.
+    """
+
+    read: Tensor
+    edge: GradientEdge
+    shape: torch.Size
+    source: bool
+
+
+# Layer name → its calls, in their order.
+_Calls = dict[str, list[_Call]]
 
 
 class Sweep:
@@ -74,6 +90,7 @@ class Sweep:
 
         def on_call(name: str, position: int) -> Callable[[Tensor], None]:
             def received(gradient: Tensor) -> None:
+                gradient = gradient.reshape(self._calls[name][position].shape)
                 gradients[name][position] = gradient
                 # A layer's only call is worked off at once, so that its gradient need not be kept.
                 if len(gradients[name]) == 1:
@@ -92,9 +109,9 @@ class Sweep:
             receive.append(lambda gradient: None)
         for name, calls in self._calls.items():
             measured = self.measure_weights and name not in irregular
-            for position, (_, edge, source) in enumerate(calls):
-                received = on_call(name, position)
-                if source:
+            for position, call in enumerate(calls):
+                received, edge = on_call(name, position), call.edge
+                if call.source:
                     # Also where its gradient is not wanted: a pass must reach the input to meet all layers.
                     inputs.append(edge)
                     receive.append(received if measured else lambda gradient: None)
@@ -155,7 +172,8 @@ class Sweep:
             if gradient.is_sparse:
                 gradient = gradient.to_dense()
             difference = gradient_norms.total_gradient(module, explained, self.samples).view_as(parameter) - gradient
-            if float(difference.norm()) > CHECK_TOLERANCE * float(gradient.norm()):
+            size = float(difference.norm())
+            if size > CHECK_TOLERANCE * float(gradient.norm()) and size > _rounding(module, explained, self.samples):
                 slow.append(name)
         self.set_slow(slow)
         if self.samples > 1:
@@ -187,16 +205,16 @@ class Sweep:
         self, vectors: list[Tensor], tensors: Sequence[Tensor]
     ) -> tuple[dict[str, list[gradient_norms.Call]], list[Tensor | None]]:
         """The same, and the gradients of `tensors`, from one pass."""
-        edges = [(name, a, edge) for name, calls in self._calls.items() for a, edge, _ in calls]
-        inputs: list[Any] = [*(edge for _, _, edge in edges), *tensors]
+        named = [(name, call) for name, calls in self._calls.items() for call in calls]
+        inputs: list[Any] = [*(call.edge for _, call in named), *tensors]
         if not inputs:
             return {}, []
         found = torch.autograd.grad(self.outputs, inputs, vectors, retain_graph=True, allow_unused=True)
         collected: dict[str, list[gradient_norms.Call]] = {}
-        for (name, a, _), d in zip(edges, found, strict=False):
+        for (name, call), d in zip(named, found, strict=False):
             if d is not None:
-                collected.setdefault(name, []).append((a, d))
-        return collected, list(found[len(edges) :])
+                collected.setdefault(name, []).append((call.read, d.reshape(call.shape)))
+        return collected, list(found[len(named) :])
 
     def by_sample(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor of an activation point, or its gradient, as `[samples, elements]`."""
@@ -220,14 +238,14 @@ class Sweep:
             return False
         # An unbatched input has one axis less.
         axes = _least_axes(modules[0])
-        return all(len(a) % self.samples == 0 and a.ndim >= axes for a, _, _ in self._calls[name])
+        return all(len(call.read) % self.samples == 0 and call.read.ndim >= axes for call in self._calls[name])
 
     def module(self, name: str) -> nn.Module:
         """The module that holds a layer's weight, the first of them where it is tied."""
         return self._model.get_submodule(self._points.by_name[name].sites[0][0])
 
     def _weight_squares(self, name: str, gradients: list[Tensor | None]) -> Tensor:
-        calls = [(a, d) for (a, _, _), d in zip(self._calls[name], gradients, strict=True) if d is not None]
+        calls = [(call.read, d) for call, d in zip(self._calls[name], gradients, strict=True) if d is not None]
         return gradient_norms.squared_norms(self.module(name), calls, self.samples)
 
     def _activation_squares(self, name: str, gradient: Tensor) -> Tensor:
@@ -249,6 +267,16 @@ class Sweep:
                 self.outputs, [self._parameters[name]], own, retain_graph=keep or not last
             )
             yield gradient.to_dense() if gradient.is_sparse else gradient
+
+
+def _rounding(module: nn.Module, calls: list[gradient_norms.Call], samples: int) -> float:
+    """How far rounding alone may take two sums of a layer's calls apart.
+
+    It goes by the size of the terms: where they cancel, nothing but rounding may be left of their sum.
+    """
+    sizes = [(a.abs(), d.abs()) for a, d in calls]
+    terms = gradient_norms.total_gradient(module, sizes, samples)
+    return CHECK_ROUNDING * torch.finfo(terms.dtype).eps * float(terms.norm())
 
 
 def _least_axes(module: nn.Module) -> int:
@@ -281,10 +309,22 @@ def _on_forward(name: str, calls: _Calls) -> Callable[..., None]:
             read = []
             replace_inputs(module, args, kwargs, lambda tensor: read.append(tensor))
         if read and isinstance(output, Tensor) and output.requires_grad:
-            # The edge, not the tensor: an in-place activation may overwrite the output afterwards.
-            calls.setdefault(name, []).append((read[0].detach(), get_gradient_edge(output), not read[0].requires_grad))
+            call = _Call(read[0].detach(), _edge(output), output.shape, not read[0].requires_grad)
+            calls.setdefault(name, []).append(call)
 
     return hook
+
+
+def _edge(output: Tensor) -> GradientEdge:
+    """Where an output's gradient passes, elements in their order: not the tensor, which may be overwritten in place.
+
+    A linear layer's output over positions is a view of a matrix. Overwriting a view gives it another place in the
+    graph, and the one that it had before is never reached; the place of the matrix stays.
+    """
+    base = output._base
+    if base is None or base.grad_fn is None or base.numel() != output.numel():
+        return get_gradient_edge(output)
+    return get_gradient_edge(base if base.is_contiguous() and output.is_contiguous() else output)
 
 
 def _prehook(receive: Callable[[Tensor], None], position: int) -> Callable[[tuple[Tensor | None, ...]], None]:
