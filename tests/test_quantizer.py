@@ -694,3 +694,64 @@ def test_narrow_values_have_gradients_as_under_autocast(scales: str) -> None:
     assert found[1][0].dtype == torch.bfloat16
     torch.testing.assert_close(found[1][0].float(), found[0][0], rtol=1e-2, atol=0)
     torch.testing.assert_close(found[1][1], found[0][1])
+
+
+# Other runtimes
+
+
+def near_ties(scale: float, num_bits: int) -> Tensor:
+    """A million values around the middles between codes, where float32 decides, and beyond both ends."""
+    middles = torch.arange(-(2**num_bits) - 3, 2**num_bits + 4, dtype=torch.float64) + 0.5
+    values = (middles * scale).float()
+    steps = torch.linspace(-3, 3, 1_000_000 // len(values) + 1, dtype=torch.float64) * torch.finfo(torch.float32).eps
+    around = (values.double()[:, None] * (1 + steps)).float()
+    return torch.cat([values, around.flatten(), random(1000) * scale * 2**num_bits])
+
+
+@pytest.mark.parametrize("num_bits", BITS)
+@pytest.mark.parametrize("scale", [2.0**-5, 4.0])
+def test_codes_are_those_of_torchs_fake_quantization(num_bits: int, scale: float) -> None:
+    """Of a power of two the inverse, by which torch multiplies, is exact."""
+    for zero_point in sorted({0, 1, 2 ** (num_bits - 1), 2**num_bits - 1}):
+        values = near_ties(scale, num_bits)
+        grid = Grid(torch.tensor(scale), torch.tensor(float(zero_point)), num_bits)
+        expected = torch.fake_quantize_per_tensor_affine(values, scale, zero_point, 0, 2**num_bits - 1)
+        assert torch.equal(grid.round(values), expected)
+
+
+@pytest.mark.parametrize("scale", [0.03, 1 / 3, 7.1])
+@pytest.mark.parametrize("zero_point", [0, 3, 131, 255])
+def test_codes_are_those_of_onnx_runtime(scale: float, zero_point: int) -> None:
+    ort = pytest.importorskip("onnxruntime")
+    from onnx import TensorProto, helper
+
+    nodes = [helper.make_node("QuantizeLinear", ["x", "scale", "zero_point"], ["codes"])]
+    constants = [
+        helper.make_tensor("scale", TensorProto.FLOAT, [], [scale]),
+        helper.make_tensor("zero_point", TensorProto.UINT8, [], [zero_point]),
+    ]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [None])
+    codes = helper.make_tensor_value_info("codes", TensorProto.UINT8, [None])
+    model = helper.make_model(
+        helper.make_graph(nodes, "quantize", [x], [codes], constants),
+        opset_imports=[helper.make_opsetid("", 21)],
+        ir_version=10,
+    )
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    values = near_ties(scale, 8)
+    grid = Grid(torch.tensor(scale), torch.tensor(float(zero_point)), 8)
+    (expected,) = session.run(None, {"x": values.numpy()})
+    assert torch.equal(grid.quantize(values).to(torch.uint8), torch.from_numpy(expected))
+
+
+@pytest.mark.parametrize("num_bits", [1, 2])
+def test_balanced_grids_round_to_the_nearest_of_their_levels(num_bits: int) -> None:
+    """A channel with a half as zero point and one with a whole number, in one grid."""
+    half = symmetric_zero_point(num_bits)
+    grid = Grid(torch.tensor([[0.5], [0.5]]), torch.tensor([[half], [1.0]]), num_bits)
+    values = torch.linspace(-3, 3, 1201).expand(2, -1)
+    levels = (torch.arange(2**num_bits) - grid.zero_point) * grid.scale
+    nearest = (values[:, :, None] - levels[:, None]).abs().amin(2)
+    torch.testing.assert_close((grid.round(values) - values).abs(), nearest)
+    balanced = Grid(torch.tensor(0.5), torch.tensor(half), num_bits)
+    assert torch.equal(balanced.round(values[0]), grid.round(values)[0])

@@ -8,6 +8,12 @@ A value is `scale * (code - zero_point)` with codes 0 ... 2^k - 1. In the paper'
 - symmetric, 1 and 2 bits: (2^k - 1) / 2, the balanced grids {-1, 1} and {-3, -1, 1, 3} times scale / 2. With so few
   levels one cannot be spent on the asymmetry of two's complement: on Gaussian weights its best 2-bit grid has a 25 %
   larger squared error (`benchmarks/two_bit_grid.py`).
+
+A value x becomes the code `round(x / scale) + zero_point`, clamped to the codes that exist; halves go to the even
+neighbour. ONNX's QuantizeLinear gives the same code for every x, and torch's fake quantization does wherever 1 / scale,
+by which it multiplies, is exact. `round(x / scale + zero_point)` is mathematically equal, but float32 rounds the sum
+and so takes another code for a few values in a million. The balanced grids are computed that way: their zero point
+ends in a half, and neither ONNX nor torch has such grids.
 """
 
 from __future__ import annotations
@@ -42,7 +48,15 @@ class Grid:
 
     def quantize(self, values: Tensor) -> Tensor:
         """Codes 0 ... 2^bits - 1 as floats, shape of `values`."""
-        return torch.round(values / self.scale + self.zero_point).clamp_(0, 2**self.num_bits - 1)
+        codes = values / self.scale
+        if self.num_bits <= 2:
+            # The levels of a balanced grid lie between the multiples of its scale.
+            balanced = self.zero_point != self.zero_point.floor()
+            before = torch.where(balanced, self.zero_point, 0.0)
+            codes.add_(before).round_().add_(self.zero_point - before)
+        else:
+            codes.round_().add_(self.zero_point)
+        return codes.clamp_(0, 2**self.num_bits - 1)
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """The values that codes stand for. `quantize` gives exactly the same codes back."""
