@@ -37,7 +37,7 @@ from models import (
     token_batch,
 )
 from tracequant import ClassificationTask, Curvature, DataError, ModelError, ResourceError, Task, cli, device, memory
-from tracequant.curvature import microbatch
+from tracequant.batches import join
 from tracequant.curvature.collect import MEMORY_SHARE, digest
 from tracequant.curvature.gauss_newton import LEAST_SAMPLES, _GaussNewton
 from tracequant.curvature.hutchinson import LEAST_DRAWS, _Hutchinson
@@ -209,7 +209,7 @@ def test_joined_outputs_keep_their_type() -> None:
         def __getattr__(self, name: str) -> Any:
             return self[name]
 
-    joined = microbatch.join([Output(logits=torch.zeros(2, 3)), Output(logits=torch.ones(1, 3))], [2, 1])
+    joined = join([Output(logits=torch.zeros(2, 3)), Output(logits=torch.ones(1, 3))], [2, 1])
     assert type(joined) is Output
     assert joined.logits.tolist() == [[0] * 3, [0] * 3, [1] * 3]
 

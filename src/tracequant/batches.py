@@ -1,7 +1,8 @@
-"""A batch of the user's: cut by samples, moved, checked, whatever collection it is."""
+"""Batches of the user's, whatever collections they are: cut by samples, joined, checked."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from tracequant.errors import DataError
+from tracequant.errors import DataError, TaskError
 
 Batch = Any
 Batches = Iterable[Batch]
@@ -97,3 +98,33 @@ def describe(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return f"a {type(value).__name__} of {len(value)}"
     return f"a {type(value).__name__}"
+
+
+def join(parts: Sequence[Any], lengths: Sequence[int]) -> Any:
+    """Outputs of `lengths` successive samples each as the outputs of one batch, in any nesting.
+
+    Raises `TaskError` for what does not have an entry for each sample, such as a mean over the batch.
+    """
+    first = parts[0]
+    if isinstance(first, Tensor):
+        if any(part.ndim == 0 or len(part) != length for part, length in zip(parts, lengths, strict=True)):
+            raise TaskError(
+                f"an output of shape {list(first.shape)} does not have the samples of its batch along the first axis,"
+                " so that the batch cannot be divided; use smaller batches"
+            )
+        return torch.cat(list(parts))
+    if isinstance(first, Mapping):
+        columns = {key: join([part[key] for part in parts], lengths) for key in first}
+        if type(first) is dict:
+            return columns
+        return type(first)(**columns) if dataclasses.is_dataclass(first) else type(first)(columns)  # type: ignore[call-arg]
+    if isinstance(first, (list, tuple)):
+        samples = all(len(part) == length for part, length in zip(parts, lengths, strict=True))
+        if samples and not any(has_rows(item, lengths[0]) for item in first):
+            return type(first)(item for part in parts for item in part)
+        items = [join(column, lengths) for column in zip(*parts, strict=True)]
+        return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
+    if dataclasses.is_dataclass(first) and not isinstance(first, type):
+        names = [field.name for field in dataclasses.fields(first)]
+        return dataclasses.replace(first, **{n: join([getattr(p, n) for p in parts], lengths) for n in names})
+    return first

@@ -7,9 +7,8 @@ whole, as long as no term of it has two samples in it, which is checked.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tracequant.batches import Batch, has_rows
+from tracequant.batches import Batch, join
 from tracequant.device import Precision, model_device
 from tracequant.errors import TaskError
 from tracequant.task import Task, checked_loss, total_loss
@@ -77,36 +76,6 @@ def divide(model: nn.Module, task: Task, whole: Microbatch, count: int) -> Itera
             join(outputs[part], lengths[part]) if lengths[part] else None for part in (slice(i), slice(i + 1, None))
         )
         yield Microbatch(whole.batch, whole.index, bounds[i], bounds[i + 1], whole.size, whole.precision, others)
-
-
-def join(parts: Sequence[Any], lengths: Sequence[int]) -> Any:
-    """Outputs of `lengths` successive samples each as the outputs of one batch, in any nesting.
-
-    Raises `TaskError` for what does not have an entry for each sample, such as a mean over the batch.
-    """
-    first = parts[0]
-    if isinstance(first, Tensor):
-        if any(part.ndim == 0 or len(part) != length for part, length in zip(parts, lengths, strict=True)):
-            raise TaskError(
-                f"an output of shape {list(first.shape)} does not have the samples of its batch along the first axis,"
-                " so that the batch cannot be divided; use smaller batches"
-            )
-        return torch.cat(list(parts))
-    if isinstance(first, Mapping):
-        columns = {key: join([part[key] for part in parts], lengths) for key in first}
-        if type(first) is dict:
-            return columns
-        return type(first)(**columns) if dataclasses.is_dataclass(first) else type(first)(columns)  # type: ignore[call-arg]
-    if isinstance(first, (list, tuple)):
-        samples = all(len(part) == length for part, length in zip(parts, lengths, strict=True))
-        if samples and not any(has_rows(item, lengths[0]) for item in first):
-            return type(first)(item for part in parts for item in part)
-        items = [join(column, lengths) for column in zip(*parts, strict=True)]
-        return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
-    if dataclasses.is_dataclass(first) and not isinstance(first, type):
-        names = [field.name for field in dataclasses.fields(first)]
-        return dataclasses.replace(first, **{n: join([getattr(p, n) for p in parts], lengths) for n in names})
-    return first
 
 
 def _check_separable(task: Task, outputs: Sequence[Any], lengths: Sequence[int], batch: Batch) -> None:
