@@ -17,13 +17,14 @@ from tracequant import allocation
 from tracequant.batches import Batches, reusable
 from tracequant.convert import quantize
 from tracequant.curvature.collect import digest
+from tracequant.device import measuring
 from tracequant.errors import ArtifactError, BudgetError, DataError
 from tracequant.evaluated import AccuracySearch, EvaluatedPlan, Evaluations
 from tracequant.model_state import fingerprint
 from tracequant.plan import BitPlan
 from tracequant.sensitivity_result import Sensitivity
 from tracequant.settings import PlanSettings
-from tracequant.task import Task
+from tracequant.task import Evaluation, Task
 
 # The bisection ends when sizes differ by less than this share.
 RESOLUTION = 0.002
@@ -52,7 +53,7 @@ class Evaluator:
         first = [list(itertools.islice(batches, 1)) for batches in (self._calibration, self._evaluation)]
         parts = [fingerprint(model), task.metric_name]
         with contextlib.suppress(DataError):  # one batch may have no metric (mAP of images without boxes)
-            value = task.evaluate(model, first[1])
+            value = self._evaluated(model, first[1])
             parts += [f"{value.metric:.5g}", f"{value.loss:.5g}"]
         parts += [digest(batch) for batches in first for batch in batches]
         for batches in (self._calibration, self._evaluation):
@@ -67,11 +68,15 @@ class Evaluator:
             if known.weight_bits == plan.weight_bits and known.activation_bits == plan.activation_bits:
                 return known
         quantized = quantize(self._model, plan, self._calibration, self._task, self._progress)
-        result = self._task.evaluate(quantized, self._evaluation, self._progress)
+        result = self._evaluated(quantized, self._evaluation)
         found = EvaluatedPlan(plan.weight_bits, plan.activation_bits, plan.size_bytes, result.metric, result.loss)
         self.results = replace(self.results, plans=(*self.results.plans, found))
         self._save()
         return found
+
+    def _evaluated(self, model: nn.Module, batches: Batches) -> Evaluation:
+        with measuring(model):  # also where the task has an `evaluate` of its own
+            return self._task.evaluate(model, batches, self._progress)
 
     def _load(self, context: str) -> Evaluations:
         if self._path is not None:
@@ -79,7 +84,7 @@ class Evaluator:
                 saved = Evaluations.load(self._path)
                 if saved.context == context:
                     return saved
-        plain = self._task.evaluate(self._model, self._evaluation, self._progress)
+        plain = self._evaluated(self._model, self._evaluation)
         self.results = Evaluations(context, plain.metric_name, plain.samples, plain.metric, plain.loss, ())
         self._save()
         return self.results

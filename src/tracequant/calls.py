@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from tracequant.batches import Batches
+from tracequant.device import measuring
 from tracequant.flow import Flow
 from tracequant.hooks import replace_inputs
 from tracequant.kinds import CONVOLUTIONS, TRANSPOSED, is_norm
-from tracequant.model_state import frozen_evaluation
 from tracequant.points import ActivationPoint, Layer, OutputPoint
 from tracequant.task import Task, checked
 
@@ -84,7 +84,7 @@ def record_calls(
                     # The attention function reads out_proj's weight itself and never calls the module.
                     handles.append(module.register_forward_hook(_count_out_proj(calls, out), with_kwargs=True))
         handles.append(model.register_forward_hook(lambda module, args, output: flow.finish(output)))
-        with frozen_evaluation(model), torch.no_grad():
+        with measuring(model), torch.no_grad():
             for batch in checked(batches, task, model):
                 calls.samples = task.batch_size(batch)
                 with flow:

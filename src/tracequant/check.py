@@ -18,11 +18,11 @@ from tracequant.artifact import replace_file
 from tracequant.batches import Batch, Batches, reusable
 from tracequant.curvature.collect import digest
 from tracequant.curvature.result import Curvature, Perturbation
-from tracequant.device import model_device
+from tracequant.device import measuring, model_device
 from tracequant.errors import ModelError
 from tracequant.evaluated import Check, LayerCheck, PlanCheck, plan_group, spearman
 from tracequant.hooks import replaced_weights, weight_parameter
-from tracequant.model_state import frozen_evaluation
+from tracequant.memory import Microbatches
 from tracequant.points import QuantizationPoints
 from tracequant.progress import track
 from tracequant.quantizer import choose_weight_grid
@@ -71,7 +71,7 @@ def check_metrics(
             raise ModelError(f"plans of {list(bits)} bits were asked for, layers are measured at {widths}")
     errors = measure_weight_errors(model, points, widths, grid)
     tables = _tables(curvature, errors, grid, perturbation)
-    with frozen_evaluation(model), torch.no_grad():
+    with measuring(model), torch.no_grad():
         bench = _Bench(model, batches, task, points, grid, cache)
         plain = bench.measure({})
         float_loss = bench.mean(plain[0])
@@ -132,6 +132,7 @@ class _Bench:
     ) -> None:
         self._model, self._batches, self._task = model, batches, task
         self._points, self._grid = points, grid
+        self._microbatches = Microbatches(task)
         self._rounded: dict[tuple[str, int], Tensor] = {}
         self._sizes: list[int] = []
         seen = hashlib.sha256(f"{points.fingerprint} {grid}".encode())
@@ -185,7 +186,7 @@ class _Bench:
         losses: list[float] = []
         outputs: list[Tensor] = []
         for batch in self._moved():
-            z = self._task.outputs(self._model, batch)
+            z = self._microbatches.outputs(self._model, batch)
             losses.append(checked_loss(self._task, z, batch).item())
             if isinstance(z, Tensor):
                 outputs.append(z.detach())

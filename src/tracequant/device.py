@@ -10,8 +10,19 @@ import torch
 from torch import nn
 
 from tracequant.errors import ResourceError, RunError
+from tracequant.model_state import frozen_evaluation
 
 Precision = Literal["float32", "tf32", "bfloat16"]
+
+
+@contextmanager
+def measuring(model: nn.Module, precision: Precision = "float32") -> Iterator[None]:
+    """The state in which everything is measured: evaluation mode, and products of float32 in this precision.
+
+    Afterwards the model is as it was (see `frozen_evaluation`), and so are torch's settings.
+    """
+    with frozen_evaluation(model), arithmetic(precision, model):
+        yield
 
 
 @contextmanager

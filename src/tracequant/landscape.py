@@ -19,9 +19,11 @@ from tracequant.batches import Batches, reusable
 from tracequant.curvature.collect import digest
 from tracequant.curvature.result import Landscape, Landscapes
 from tracequant.curvature.spectrum import top_eigenvectors
+from tracequant.device import measuring
 from tracequant.errors import ArtifactError, ModelError
 from tracequant.hooks import replaced_weights, weight_parameter
-from tracequant.model_state import fingerprint, frozen_evaluation
+from tracequant.memory import Microbatches
+from tracequant.model_state import fingerprint
 from tracequant.points import QuantizationPoints
 from tracequant.progress import track
 from tracequant.task import Task, checked, total_loss
@@ -62,14 +64,15 @@ def loss_landscapes(
     data = list(reusable(batches))
     moved = list(checked(data, task, model))
     samples = sum(task.batch_size(batch) for batch in moved)
+    microbatches = Microbatches(task)
 
     def mean_loss() -> float:
         # Not `forward`, which refuses a loss that is not finite: far out it may well overflow.
-        sums = [task.batch_size(b) * total_loss(task, task.outputs(model, b), b).item() for b in moved]
+        sums = [task.batch_size(b) * total_loss(task, microbatches.outputs(model, b), b).item() for b in moved]
         return sum(sums) / samples
 
     path = None if checkpoint is None else Path(checkpoint)
-    with frozen_evaluation(model), torch.no_grad():
+    with measuring(model), torch.no_grad():
         centre = mean_loss()
     context = _context(model, data, centre, layers, size, radius, seed)
     found, directions = _resumed(path, context) or (None, {})
@@ -83,7 +86,7 @@ def loss_landscapes(
         found = Landscapes(steps, samples, context, tuple(Landscape(name, values[name], ()) for name in layers))
         _keep(path, found, directions)
     left = [(i, row) for i, own in enumerate(found.layers) for row in range(len(own.losses), size)]
-    with frozen_evaluation(model), torch.no_grad():
+    with measuring(model), torch.no_grad():
         for i, row in track(left, "Loss landscape, rows", progress, size * len(layers) - len(left)):
             own = found.layers[i]
             weight = weight_parameter(model, points.by_name[own.layer]).clone()

@@ -13,8 +13,9 @@ from torch.utils import _pytree as pytree
 
 from tracequant.artifact import Saveable
 from tracequant.batches import Batch, Batches, SizedBatches, check_finite, describe, ordinary, slice_samples
-from tracequant.device import model_device
+from tracequant.device import measuring, model_device
 from tracequant.errors import DataError, TaskError
+from tracequant.memory import Microbatches
 from tracequant.model_state import frozen_evaluation
 from tracequant.progress import track
 
@@ -130,9 +131,11 @@ class Task(abc.ABC):
         """Metric and loss of `model` over `batches`, in evaluation mode, the model left as it was."""
         metric_sum = loss_sum = 0.0
         samples = 0
-        with frozen_evaluation(model), torch.no_grad():
+        microbatches = Microbatches(self)
+        with measuring(model), torch.no_grad():
             for batch in track(checked(batches, self, model), "Evaluating", progress):
-                outputs, loss = forward(self, model, batch)
+                outputs = microbatches.outputs(model, batch)
+                loss = checked_loss(self, outputs, batch)
                 size = self.batch_size(batch)
                 metric_sum += size * float(self.metric(outputs, batch))
                 loss_sum += size * loss.item()

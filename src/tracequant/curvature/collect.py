@@ -29,9 +29,8 @@ from tracequant.batches import Batch, Batches, reusable
 from tracequant.curvature import microbatch
 from tracequant.curvature.microbatch import Microbatch as Piece
 from tracequant.curvature.result import Curvature
-from tracequant.device import Precision, arithmetic, model_device
+from tracequant.device import Precision, measuring, model_device
 from tracequant.errors import DataError, ModelError, ResourceError, RunError, TaskError, TracequantError
-from tracequant.model_state import frozen_evaluation
 from tracequant.progress import track
 from tracequant.task import Task, checked, forward
 
@@ -137,7 +136,7 @@ def collect(
     def summary() -> Result:
         return estimator.summarize(_merged(done))
 
-    with frozen_evaluation(model), arithmetic(precision, model):
+    with measuring(model, precision):
         try:
             estimator.prepare()
         except TracequantError as error:

@@ -25,9 +25,9 @@ from tracequant.curvature.hutchinson import (
     require_grad,
 )
 from tracequant.curvature.result import Density
-from tracequant.device import arithmetic, model_device
+from tracequant.device import measuring, model_device
 from tracequant.errors import ModelError
-from tracequant.model_state import double_backward, frozen_evaluation
+from tracequant.model_state import double_backward
 from tracequant.points import QuantizationPoints
 from tracequant.progress import track
 from tracequant.task import Task, checked, forward
@@ -164,7 +164,7 @@ def _blocks(
     model: nn.Module, batches: Batches, task: Task, points: QuantizationPoints
 ) -> Iterator[Callable[[list[str]], tuple[_Operator, Tensor]]]:
     """Yield a function from layer names to the operator of their joint block and a vector of its size."""
-    with frozen_evaluation(model), double_backward(), arithmetic("float32", model):
+    with measuring(model), double_backward():
         parameters = require_grad(model, points)
         data = list(checked(reusable(batches), task, model))
         total = sum(task.batch_size(batch) for batch in data)

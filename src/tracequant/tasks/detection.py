@@ -16,13 +16,14 @@ from torch.nn import functional as F
 from torch.utils.data import Subset
 
 from tracequant.batches import Batch, Batches
-from tracequant.device import model_device
+from tracequant.device import measuring, model_device
 from tracequant.errors import DataError, TaskError
+from tracequant.memory import Microbatches
 from tracequant.model.discover import quantizable_names
 from tracequant.model_state import frozen_evaluation
 from tracequant.progress import track
 from tracequant.settings import TaskOptions
-from tracequant.task import Evaluation, Exported, Task, TaskSetup, checked, forward
+from tracequant.task import Evaluation, Exported, Task, TaskSetup, checked, checked_loss
 from tracequant.tasks import refuse
 from tracequant.tasks.coco import CocoImages, Target, coco_metrics, loader
 from tracequant.tasks.weights import load_state, read_state
@@ -137,10 +138,12 @@ class RetinaNetTask(Task):
         truths: list[Target] = []
         found: list[Target] = []
         total, classes = 0.0, 0
-        with frozen_evaluation(model), torch.no_grad():
+        microbatches = Microbatches(self)
+        with measuring(model), torch.no_grad():
             for batch in track(checked(batches, self, model), "Evaluating", progress):
                 images, targets = _split(batch)
-                outputs, loss = forward(self, model, batch)
+                outputs = microbatches.outputs(model, batch)
+                loss = checked_loss(self, outputs, batch)
                 found.extend(self._decoded(outputs, images, _retinanet(model)))
                 truths.extend(targets)
                 total += len(images) * loss.item()
