@@ -9,16 +9,17 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from tracequant.batches import Batches, reusable
+from tracequant.batches import Batch, Batches, reusable
 from tracequant.calibration import activation_options, calibrate
 from tracequant.curvature.perturbation import measure_perturbation
 from tracequant.curvature.result import Curvature, Perturbation
 from tracequant.curvature.spectrum import top_eigenvalues
+from tracequant.device import measuring
 from tracequant.errors import ModelError
 from tracequant.hooks import reading, weight_parameter
-from tracequant.memory import out_of_memory
-from tracequant.model_state import frozen_evaluation
+from tracequant.memory import Microbatches, out_of_memory
 from tracequant.points import QuantizationPoints
 from tracequant.progress import track
 from tracequant.quantizer import Grid, check_bits, choose_weight_grid
@@ -145,19 +146,28 @@ def _activation_errors(
     """Mean over samples of ‖Q(a) − a‖² for every point and bit width, in one pass."""
     sums = {name: dict.fromkeys(options, 0.0) for name, options in grids.items()}
     total = 0
-    seen: dict[int, Tensor] = {}
+    microbatches = Microbatches(task)
 
-    def read(name: str, tensor: Tensor) -> None:
-        if id(tensor) not in seen:  # consumers that share the tensor do not make it count twice
-            seen[id(tensor)] = tensor
-            for num_bits, grid in grids[name].items():
-                sums[name][num_bits] += _squared_error(tensor, grid)
+    def measure(batch: Batch) -> list[tuple[str, int, float]]:
+        found: list[tuple[str, int, float]] = []
+        # Consumers that share a tensor do not make it count twice. No tensor is kept alive by being known.
+        seen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
-    with frozen_evaluation(model), torch.no_grad():
+        def read(name: str, tensor: Tensor) -> None:
+            # One that was overwritten since is another: of the same point, or of one behind an in-place operation.
+            value = (name, 0 if tensor.is_inference() else tensor._version)
+            if seen.get(tensor) != value:  # type: ignore[no-untyped-call]
+                seen[tensor] = value
+                found.extend((name, num_bits, _squared_error(tensor, grid)) for num_bits, grid in grids[name].items())
+
+        with reading(model, points, read):
+            task.outputs(model, batch)
+        return found
+
+    with measuring(model), torch.no_grad():
         for batch in track(checked(batches, task, model), "Activation errors", progress):
-            with reading(model, points, read):
-                task.outputs(model, batch)
-            seen.clear()
+            for name, num_bits, error in itertools.chain.from_iterable(microbatches.run(batch, measure)):
+                sums[name][num_bits] += error
             total += task.batch_size(batch)
     return {name: {b: value / total for b, value in options.items()} for name, options in sums.items()}
 
