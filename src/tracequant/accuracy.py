@@ -14,8 +14,8 @@ import numpy as np
 from torch import nn
 
 from tracequant import allocation
+from tracequant.batch_digest import digest
 from tracequant.convert import quantize
-from tracequant.curvature.collect import digest
 from tracequant.errors import ArtifactError, BudgetError, DataError
 from tracequant.evaluated import AccuracySearch, EvaluatedPlan, Evaluations
 from tracequant.model_state import fingerprint

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tracequant.artifact import replace_file
-from tracequant.curvature.collect import digest
+from tracequant.batch_digest import digest
 from tracequant.curvature.result import Curvature, Perturbation
 from tracequant.errors import ModelError
 from tracequant.evaluated import Check, LayerCheck, PlanCheck, plan_group, spearman

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tracequant.artifact import replace_file
-from tracequant.curvature.collect import digest
+from tracequant.batch_digest import digest
 from tracequant.curvature.result import Landscape, Landscapes
 from tracequant.curvature.spectrum import top_eigenvectors
 from tracequant.errors import ArtifactError, ModelError

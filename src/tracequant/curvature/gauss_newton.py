@@ -31,10 +31,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from tracequant.curvature import gradient_norms
-from tracequant.curvature.collect import Part, Stop, collect, exceeded, generator, together, warn_of_error
-from tracequant.curvature.hutchinson import reading_variables, require_grad
+from tracequant.curvature.batch_loop import Stop, collect
 from tracequant.curvature.output_hessian import GROUP, Cotangents, Factored, differentiable, factor
+from tracequant.curvature.parts import Part, exceeded, together, warn_of_error
 from tracequant.curvature.pieces import Piece, Precision
+from tracequant.curvature.products import generator, reading_variables, require_grad
 from tracequant.curvature.result import Curvature, TraceEstimate
 from tracequant.errors import ModelError
 from tracequant.layers import idle_layers, replace_inputs

@@ -31,9 +31,10 @@ from torch import Tensor, nn
 
 from tracequant.calibration import activation_options, calibrate
 from tracequant.curvature import gradient_norms
-from tracequant.curvature.collect import Part, collect, together
+from tracequant.curvature.batch_loop import collect
 from tracequant.curvature.gauss_newton import Passes, Sweep
 from tracequant.curvature.output_hessian import Factored
+from tracequant.curvature.parts import Part, together
 from tracequant.curvature.pieces import Piece, Precision
 from tracequant.curvature.result import Perturbation
 from tracequant.errors import ModelError

@@ -16,14 +16,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tracequant.curvature.collect import generator
-from tracequant.curvature.hutchinson import (
+from tracequant.curvature.pieces import arithmetic
+from tracequant.curvature.products import (
     draw_probe,
     first_derivatives,
+    generator,
     hessian_vector_product,
     require_grad,
 )
-from tracequant.curvature.pieces import arithmetic
 from tracequant.curvature.result import Density
 from tracequant.errors import ModelError
 from tracequant.model_state import double_backward, frozen_evaluation

@@ -17,9 +17,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tracequant.curvature.hutchinson import draw_probe, first_derivatives, hessian_vector_product, require_grad
 from tracequant.curvature.output_hessian import factor, loss_hessian
 from tracequant.curvature.pieces import arithmetic, out_of_memory
+from tracequant.curvature.products import draw_probe, first_derivatives, hessian_vector_product, require_grad
 from tracequant.errors import DataError, ModelError, ResourceError, SecondDerivativeError, TaskError
 from tracequant.model_state import double_backward, frozen_evaluation
 from tracequant.points import QuantizationPoints
