@@ -37,8 +37,9 @@ from models import (
     token_batch,
 )
 from tracequant import ClassificationTask, Curvature, DataError, ModelError, ResourceError, Task, cli, device, memory
+from tracequant.batch_digest import digest
 from tracequant.batches import join
-from tracequant.curvature.collect import MEMORY_SHARE, digest
+from tracequant.curvature.batch_loop import MEMORY_SHARE
 from tracequant.curvature.gauss_newton import LEAST_SAMPLES, _GaussNewton
 from tracequant.curvature.hutchinson import LEAST_DRAWS, _Hutchinson
 

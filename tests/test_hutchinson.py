@@ -46,12 +46,12 @@ from tracequant import (
 from tracequant import (
     estimate_curvature as estimate_by_any_method,
 )
-from tracequant.curvature.hutchinson import (
+from tracequant.curvature.hutchinson import hutchinson
+from tracequant.curvature.products import (
     draw_probe,
     exact_block,
     first_derivatives,
     hessian_vector_product,
-    hutchinson,
     reading_variables,
     require_grad,
 )

@@ -13,7 +13,7 @@ import torch
 
 import tracequant as tq
 from image_tree import make_tree
-from tracequant.models import SqueezeNext
+from tracequant.models.squeezenext import SqueezeNext
 from tracequant.settings import TaskOptions
 from tracequant.tasks import imagenet, load_task
 

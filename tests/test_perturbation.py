@@ -45,7 +45,7 @@ from tracequant import (
     solve,
 )
 from tracequant.calibration import calibrate
-from tracequant.curvature import collect
+from tracequant.curvature import batch_loop
 from tracequant.curvature.output_hessian import loss_hessian
 from tracequant.hooks import reading, weight_parameter
 from tracequant.model_state import frozen_evaluation
@@ -253,10 +253,10 @@ def test_activations_of_processes_and_microbatches_add_up(draws: Any, monkeypatc
 
     alone = measured()
     with monkeypatch.context() as patch:
-        patch.setattr(collect, "_shares", lambda *given: 3)
+        patch.setattr(batch_loop, "_shares", lambda *given: 3)
         assert_close(measured())
     if draws == "exact":  # other samples' signs would be others
-        monkeypatch.setattr(collect._Collector, "_expected_count", lambda collector, whole: 3)
+        monkeypatch.setattr(batch_loop._Collector, "_expected_count", lambda collector, whole: 3)
         found = measured()
         assert "batches cut to 2 samples" in found.reason
         assert_close(found)
@@ -303,7 +303,7 @@ def test_draws_and_division_into_batches_and_microbatches(monkeypatch: pytest.Mo
     (x, y) = images((6,))[0]
     two = measure_perturbation(model, [(x[:2], y[:2]), (x[2:], y[2:])], TASK, points, BITS)
     torch.testing.assert_close(square(two), square(exact), rtol=1e-9, atol=1e-12)
-    monkeypatch.setattr(collect._Collector, "_expected_count", lambda self, whole: 3)
+    monkeypatch.setattr(batch_loop._Collector, "_expected_count", lambda self, whole: 3)
     cut = measure_perturbation(model, images((6,)), TASK, points, BITS)
     assert "cut to 2 samples" in cut.reason
     torch.testing.assert_close(square(cut), square(exact), rtol=1e-9, atol=1e-12)
@@ -316,7 +316,7 @@ def test_draws_that_processes_share_out_count_once(draws: int | None, monkeypatc
     model, batches = conv_net(), images((6,))
     points = discover(model, batches, TASK)
     alone = measure_perturbation(model, batches, TASK, points, BITS, draws=draws)
-    monkeypatch.setattr(collect, "_shares", lambda *given: 3)
+    monkeypatch.setattr(batch_loop, "_shares", lambda *given: 3)
     shared = measure_perturbation(model, batches, TASK, points, BITS, draws=draws)
     torch.testing.assert_close(square(shared), square(alone), rtol=1e-9, atol=1e-12)
     assert shared.first_order == pytest.approx(alone.first_order, rel=1e-9)

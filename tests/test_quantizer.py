@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tracequant.convert import quantize_activation, quantize_weight
 from tracequant.errors import ModelError
+from tracequant.packed_layout import symmetric_zero_point
 from tracequant.quantizer import (
     ActivationQuantizer,
     FakeQuantize,
@@ -22,7 +23,6 @@ from tracequant.quantizer import (
     choose_grid,
     choose_weight_grid,
     grid_for_range,
-    symmetric_zero_point,
     weight_quantizers,
 )
 from tracequant.settings import WeightGrid

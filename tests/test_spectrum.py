@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import tiny_task
 import tracequant as tq
 from tracequant import cli
-from tracequant.curvature.hutchinson import exact_block
+from tracequant.curvature.products import exact_block
 from tracequant.curvature.spectrum import _outermost
 
 TASK = tq.ClassificationTask()

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tracequant.accuracy import solve_by_accuracy
-    from tracequant.allocation import Frontier, frontier, full_space, monotone_space, solve, uniform_plan
+    from tracequant.allocation import Frontier, frontier, solve, uniform_plan
+    from tracequant.allocation.space import full_space, monotone_space
     from tracequant.check import check_metrics
     from tracequant.classification import ClassificationTask
     from tracequant.convert import quantize, to_float

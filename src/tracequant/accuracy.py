@@ -14,9 +14,9 @@ import numpy as np
 from torch import nn
 
 from tracequant import allocation
+from tracequant.batch_digest import digest
 from tracequant.batches import Batches, reusable
 from tracequant.convert import quantize
-from tracequant.curvature.collect import digest
 from tracequant.device import measuring
 from tracequant.errors import ArtifactError, BudgetError, DataError
 from tracequant.evaluated import AccuracySearch, EvaluatedPlan, Evaluations

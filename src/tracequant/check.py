@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from tracequant.artifact import replace_file
+from tracequant.batch_digest import digest
 from tracequant.batches import Batch, Batches, reusable
-from tracequant.curvature.collect import digest
 from tracequant.curvature.result import Curvature, Perturbation
 from tracequant.device import measuring, model_device
 from tracequant.errors import ModelError

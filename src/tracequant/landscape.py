@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from tracequant.artifact import replace_file
+from tracequant.batch_digest import digest
 from tracequant.batches import Batches, reusable
-from tracequant.curvature.collect import digest
 from tracequant.curvature.result import Landscape, Landscapes
 from tracequant.curvature.spectrum import top_eigenvectors
 from tracequant.device import measuring

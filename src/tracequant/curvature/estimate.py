@@ -11,9 +11,9 @@ from torch import nn
 
 from tracequant import distributed
 from tracequant.batches import Batches, reusable
+from tracequant.curvature.choose_estimator import choose_method
 from tracequant.curvature.gauss_newton import gauss_newton
 from tracequant.curvature.hutchinson import hutchinson
-from tracequant.curvature.identity import choose_method
 from tracequant.curvature.result import Curvature
 from tracequant.errors import ModelError
 from tracequant.model.discover import discover

@@ -28,9 +28,10 @@ import torch
 from torch import Tensor, nn
 
 from tracequant.batches import Batches
-from tracequant.curvature.collect import Part, Stop, collect, exceeded, together, warn_of_error
+from tracequant.curvature.batch_loop import Stop, collect
 from tracequant.curvature.microbatch import Microbatch
 from tracequant.curvature.output_hessian import Factored
+from tracequant.curvature.parts import Part, exceeded, together, warn_of_error
 from tracequant.curvature.passes import Passes
 from tracequant.curvature.result import Curvature, TraceEstimate
 from tracequant.curvature.sweep import Squares, Sweep

@@ -24,20 +24,31 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils import _pytree as pytree
 
-from tracequant.batches import Batch, Batches
-from tracequant.curvature.collect import Part, Stop, all_notes, collect, generator, together, warn_of_error
-from tracequant.curvature.microbatch import Microbatch as Piece
+from tracequant.batches import Batches
+from tracequant.curvature.batch_loop import Stop, collect
+from tracequant.curvature.microbatch import Microbatch
+from tracequant.curvature.parts import Part, all_notes, together, warn_of_error
+from tracequant.curvature.products import (
+    Distribution,
+    _dual,
+    _gradients,
+    culprit,
+    draw_probe,
+    first_derivatives,
+    generator,
+    hessian_vector_product,
+    reading_variables,
+    require_grad,
+)
 from tracequant.curvature.result import Curvature, TraceEstimate, summarize
 from tracequant.device import Precision, model_device
 from tracequant.errors import ModelError, SecondDerivativeError
-from tracequant.hooks import idle_layers, reading, weight_parameter
-from tracequant.model_state import double_backward, frozen_evaluation
+from tracequant.hooks import weight_parameter
+from tracequant.model_state import double_backward
 from tracequant.points import QuantizationPoints
-from tracequant.task import Task, forward
+from tracequant.task import Task
 
-Distribution = Literal["rademacher", "gaussian"]
 Probes = Literal["shared", "per_layer"]
 Mode = Literal["reverse", "forward"]
 
@@ -153,7 +164,7 @@ class _Hutchinson:
     def prepare(self) -> None:
         self._parameters = require_grad(self._model, self._points)
 
-    def measure(self, piece: Piece, draws: Sequence[int]) -> Part:
+    def measure(self, piece: Microbatch, draws: Sequence[int]) -> Part:
         """Values of zᵀHz, `[draws, 1]`, of the piece's part of the batch's mean loss."""
         device, self._batch = model_device(self._model), piece.batch
         loss, families, elements = self._graph(piece)
@@ -232,7 +243,7 @@ class _Hutchinson:
             activation_draws={name: _draw_means(rows("activations", name), sizes) for name in activations},
         )
 
-    def _certain(self, family: str, name: str, row: list[float], piece: Piece) -> bool:
+    def _certain(self, family: str, name: str, row: list[float], piece: Microbatch) -> bool:
         """Whether a layer's draws on this batch suffice; all pieces of a batch have the draws of the first."""
         if self._target is None:
             return False
@@ -270,7 +281,7 @@ class _Hutchinson:
 
         return product
 
-    def _forward(self, piece: Piece, loss: Tensor, families: _Families) -> _Product:
+    def _forward(self, piece: Microbatch, loss: Tensor, families: _Families) -> _Product:
         """Products by carrying z through the forward and backward pass as a tangent."""
         _gradients(loss, families, create_graph=False)  # raises where the loss does not depend on a layer
 
@@ -296,7 +307,7 @@ class _Hutchinson:
 
         return product
 
-    def _graph(self, piece: Piece) -> tuple[Tensor, _Families, dict[str, int]]:
+    def _graph(self, piece: Microbatch) -> tuple[Tensor, _Families, dict[str, int]]:
         """The loss, what to differentiate it by, and the number of elements of each activation."""
         with reading_variables(self._model, self._points) as variables:
             _, loss = piece.forward(self._model, self._task)
@@ -311,90 +322,6 @@ class _Hutchinson:
 
     def _named(self, error: SecondDerivativeError) -> SecondDerivativeError:
         return SecondDerivativeError(f"{error}; it is in {culprit(self._model, self._task, self._batch)}")
-
-
-def culprit(model: nn.Module, task: Task, batch: Batch) -> str:
-    """The innermost module that cannot be differentiated twice, by calling each again on its own inputs."""
-    calls: list[tuple[str, nn.Module, Any]] = []
-
-    def record(name: str) -> Callable[..., None]:
-        return lambda module, args, kwargs, output: calls.append((name, module, pytree.tree_map(_copy, (args, kwargs))))
-
-    def _copy(value: Any) -> Any:
-        return value.detach().clone() if isinstance(value, Tensor) else value
-
-    with ExitStack() as stack:
-        for name, module in model.named_modules():
-            stack.callback(module.register_forward_hook(record(name), with_kwargs=True).remove)
-        task.outputs(model, batch)
-    for name, module, (args, kwargs) in calls:  # children come before their parents
-        if not _differentiable_twice(module, args, kwargs):
-            return f"{name or 'the model'} ({type(module).__name__})"
-    return "the loss"
-
-
-def _differentiable_twice(module: nn.Module, args: Any, kwargs: Any) -> bool:
-    leaves, structure = pytree.tree_flatten((args, kwargs))
-    leaves = [x.requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in leaves]
-    inputs = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
-    # A copy for the module, which may work in place.
-    free = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
-    own_args, own_kwargs = pytree.tree_unflatten(free, structure)
-    outputs = [
-        x for x in pytree.tree_leaves(module(*own_args, **own_kwargs)) if isinstance(x, Tensor) and x.requires_grad
-    ]
-    if not outputs or not inputs:
-        return True
-    try:
-        slopes = torch.autograd.grad(
-            outputs, inputs, [torch.ones_like(x) for x in outputs], create_graph=True, allow_unused=True
-        )
-        _check_differentiable(slopes)
-        bent = [slope for slope in slopes if slope is not None and slope.requires_grad]
-        if bent:
-            torch.autograd.grad(bent, inputs, [torch.ones_like(x) for x in bent], allow_unused=True)
-    except (SecondDerivativeError, RuntimeError):
-        return False
-    return True
-
-
-def require_grad(model: nn.Module, points: QuantizationPoints) -> dict[str, Tensor]:
-    """Layer name → parameter, with `requires_grad` set on these and on no other (frozen layers count too)."""
-    weights = {layer.name: weight_parameter(model, layer) for layer in points.layers}
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for weight in weights.values():
-        weight.requires_grad_(True)
-    return weights
-
-
-@contextmanager
-def reading_variables(
-    model: nn.Module, points: QuantizationPoints, tangents: dict[str, list[Tensor]] | None = None
-) -> Iterator[dict[str, list[Tensor]]]:
-    """Yield a dictionary that fills, during a forward pass, with the tensors each point's consumers read.
-
-    Every tensor becomes a node of its own, the same for all its consumers, so that a derivative with respect to it
-    takes in all of them and nothing that reads the original beside them (the identity path of a residual block). Those
-    of the points in `tangents` get these tangents, in the order in which they are read.
-    """
-    variables: dict[str, list[Tensor]] = {point.name: [] for point in points.activations}
-    nodes: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def read(name: str, tensor: Tensor) -> Tensor:
-        if id(tensor) not in nodes:
-            node = tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
-            # The original is kept as well: its id must not be given to another tensor meanwhile.
-            variables[name].append(node)
-            if tangents is not None and name in tangents:
-                z = tangents[name][len(variables[name]) - 1]
-                node = node + _dual(torch.zeros_like(node), z)
-            nodes[id(tensor)] = (tensor, node)
-        return nodes[id(tensor)][1]
-
-    with reading(model, points, read):
-        yield variables
-    nodes.clear()
 
 
 @contextmanager
@@ -417,109 +344,9 @@ def _dual_weights(
         yield targets
 
 
-def _dual(primal: Tensor, tangent: Tensor) -> Tensor:
-    result: Tensor = forward_ad.make_dual(primal, tangent)  # type: ignore[no-untyped-call]
-    return result
-
-
 def _tangent(tensor: Tensor) -> Tensor | None:
     result: Tensor | None = forward_ad.unpack_dual(tensor).tangent  # type: ignore[no-untyped-call]
     return result
-
-
-def first_derivatives(loss: Tensor, families: dict[str, dict[str, list[Tensor]]]) -> dict[str, dict[str, list[Tensor]]]:
-    """Gradients of the loss with respect to all targets, differentiable once more, in the shape of `families`."""
-    result = _gradients(loss, families, create_graph=True)
-    _check_differentiable([g for targets in result.values() for gradients in targets.values() for g in gradients])
-    return result
-
-
-def _gradients(
-    loss: Tensor, families: dict[str, dict[str, list[Tensor]]], create_graph: bool
-) -> dict[str, dict[str, list[Tensor]]]:
-    flat = [tensor for targets in families.values() for tensors in targets.values() for tensor in tensors]
-    if not flat:
-        raise ModelError("there is nothing to measure: neither weights nor activations that can be differentiated")
-    try:
-        found = torch.autograd.grad(loss, flat, create_graph=create_graph, allow_unused=True)
-    except RuntimeError as error:
-        if "does not require grad" in str(error):
-            raise ModelError(
-                "the loss does not depend on any layer: is it computed under torch.no_grad(), or from detached outputs?"
-            ) from error
-        raise
-    gradients = iter(found)
-    result: dict[str, dict[str, list[Tensor]]] = {}
-    idle: list[str] = []
-    for family, targets in families.items():
-        result[family] = {}
-        for name, tensors in targets.items():
-            own = [next(gradients) for _ in tensors]
-            if all(gradient is None for gradient in own) and family == "weights":
-                idle.append(name)
-            # An activation that only a part of the loss reads has a zero gradient for the rest.
-            result[family][name] = [
-                torch.zeros_like(tensor) if gradient is None else gradient
-                for gradient, tensor in zip(own, tensors, strict=True)
-            ]
-    if idle:
-        raise idle_layers(idle)
-    return result
-
-
-def _check_differentiable(gradients: Sequence[Tensor | None]) -> None:
-    """Raise `ModelError` if a gradient passed through an operation whose backward pass cannot be differentiated.
-
-    torch marks such a place in the graph with an error node. Nothing leads from there to the weights, so that without
-    this check the product would come out as zero and not fail.
-    """
-    pending = [gradient.grad_fn for gradient in gradients if gradient is not None and gradient.grad_fn is not None]
-    seen = set(pending)
-    while pending:
-        node = pending.pop()
-        if node.name() == "torch::autograd::Error":
-            raise SecondDerivativeError(_NO_SECOND_DERIVATIVE)
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                pending.append(following)
-
-
-_NO_SECOND_DERIVATIVE = (
-    "an operation of this model has no second derivative, which the Hessian needs; replace it by one that torch can"
-    " differentiate twice, use method='gauss_newton', or try mode='forward'"
-)
-
-
-def hessian_vector_product(gradients: list[Tensor], targets: list[Tensor], vectors: list[Tensor]) -> list[Tensor]:
-    """H v for the block of `targets`, from their differentiable gradients; the graph is kept for further products."""
-    # A gradient without a graph is constant in the targets: its second derivative is zero.
-    pairs = [(g, v) for g, v in zip(gradients, vectors, strict=True) if g.requires_grad]
-    if not pairs:
-        return [torch.zeros_like(target) for target in targets]
-    try:
-        products = torch.autograd.grad(
-            [g for g, _ in pairs], targets, [v for _, v in pairs], retain_graph=True, allow_unused=True
-        )
-    except RuntimeError as error:
-        if any(text in str(error) for text in ("not implemented", "not supported", "differentiate twice")):
-            raise SecondDerivativeError(f"{_NO_SECOND_DERIVATIVE} ({error})") from error
-        raise
-    return [
-        torch.zeros_like(target) if product is None else product
-        for product, target in zip(products, targets, strict=True)
-    ]
-
-
-def draw_probe(
-    like: Tensor, distribution: Distribution, generator: torch.Generator, shape: Sequence[int] | None = None
-) -> Tensor:
-    """A random vector with E[z zᵀ] = I in the shape (unless another is given), dtype and device of `like`."""
-    shape = like.shape if shape is None else shape
-    if distribution == "gaussian":
-        return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
-    bits = torch.randint(0, 2, shape, generator=generator, device=like.device)
-    return (2 * bits - 1).to(like.dtype)
 
 
 def _row_means(rows: list[list[float]]) -> tuple[float, ...]:
@@ -536,30 +363,16 @@ def _draw_means(rows: list[list[float]], sizes: list[int]) -> tuple[float, ...]:
     )
 
 
-def _whole_shape(tensor: Tensor, piece: Piece, family: str) -> tuple[int, ...]:
+def _whole_shape(tensor: Tensor, piece: Microbatch, family: str) -> tuple[int, ...]:
     """The shape that the tensor has for the whole batch, of which a piece takes its rows of the probe."""
     if family == "weights" or piece.whole or not tensor.ndim or len(tensor) % piece.samples:
         return tuple(tensor.shape)
     return (len(tensor) // piece.samples * piece.size, *tensor.shape[1:])
 
 
-def _rows(tensor: Tensor, whole: tuple[int, ...], piece: Piece) -> Any:
+def _rows(tensor: Tensor, whole: tuple[int, ...], piece: Microbatch) -> Any:
     """The index of the piece's rows in a probe of shape `whole`."""
     if tuple(tensor.shape) == whole:
         return ...
     each = len(tensor) // piece.samples
     return slice(piece.start * each, piece.stop * each)
-
-
-def exact_block(model: nn.Module, batch: Batch, task: Task, points: QuantizationPoints, name: str) -> Tensor:
-    """The Hessian block `[n, n]` of one layer, one row per product: for small layers, to check estimates against."""
-    with frozen_evaluation(model), double_backward():
-        parameter = require_grad(model, points)[name]
-        _, loss = forward(task, model, batch)
-        gradient = first_derivatives(loss, {"weights": {name: [parameter]}})["weights"][name]
-        rows = []
-        for index in range(parameter.numel()):
-            unit = torch.zeros_like(parameter)
-            unit.view(-1)[index] = 1
-            rows.append(hessian_vector_product(gradient, [parameter], [unit])[0].flatten().detach())
-        return torch.stack(rows)

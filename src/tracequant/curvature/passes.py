@@ -9,10 +9,9 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from tracequant.curvature.collect import generator
-from tracequant.curvature.hutchinson import require_grad
 from tracequant.curvature.microbatch import Microbatch
 from tracequant.curvature.output_hessian import GROUP, Cotangents, Factored, differentiable, factor
+from tracequant.curvature.products import generator, require_grad
 from tracequant.curvature.sweep import Sweep
 from tracequant.device import model_device
 from tracequant.points import QuantizationPoints

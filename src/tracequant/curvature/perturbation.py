@@ -32,9 +32,10 @@ from torch import Tensor, nn
 from tracequant.batches import Batches, reusable
 from tracequant.calibration import activation_options, calibrate
 from tracequant.curvature import gradient_norms
-from tracequant.curvature.collect import Part, collect, together
+from tracequant.curvature.batch_loop import collect
 from tracequant.curvature.microbatch import Microbatch
 from tracequant.curvature.output_hessian import Factored
+from tracequant.curvature.parts import Part, together
 from tracequant.curvature.passes import Passes
 from tracequant.curvature.result import Perturbation
 from tracequant.curvature.sweep import Sweep

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tracequant.batches import Batches, reusable
-from tracequant.curvature.collect import generator
-from tracequant.curvature.hutchinson import (
+from tracequant.curvature.products import (
     draw_probe,
     first_derivatives,
+    generator,
     hessian_vector_product,
     require_grad,
 )

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from tracequant.curvature import gradient_norms
-from tracequant.curvature.hutchinson import reading_variables
 from tracequant.curvature.output_hessian import Cotangents
+from tracequant.curvature.products import reading_variables
 from tracequant.errors import ModelError
 from tracequant.hooks import idle_layers, replace_inputs
 from tracequant.points import Layer, QuantizationPoints

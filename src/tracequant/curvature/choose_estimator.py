@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from tracequant.batches import Batch, Batches
-from tracequant.curvature.hutchinson import draw_probe, first_derivatives, hessian_vector_product, require_grad
 from tracequant.curvature.output_hessian import factor, loss_hessian
+from tracequant.curvature.products import draw_probe, first_derivatives, hessian_vector_product, require_grad
 from tracequant.device import arithmetic, model_device
 from tracequant.errors import DataError, ModelError, ResourceError, SecondDerivativeError, TaskError
 from tracequant.memory import out_of_memory
