@@ -372,9 +372,10 @@ def measure(
             quantized = tq.quantize(model, plan, calibration, task)
             checkpoint = out / f"{name.replace(' ', '-')}-{settings.steps}-{settings.distillation:g}-{seed}.pt"
             tq.finetune(
-                quantized, AugmentedBatches(training), task, settings.steps, settings.learning_rate, "adamw",
-                teacher=model, distillation=settings.distillation, batchnorm="freeze", seed=seed,
-                checkpoint=checkpoint, checkpoint_every=50, progress=True,
+                quantized, AugmentedBatches(training), task, steps=settings.steps,
+                learning_rate=settings.learning_rate, optimizer="adamw", teacher=model,
+                distillation=settings.distillation, batchnorm="freeze", seed=seed, checkpoint=checkpoint,
+                checkpoint_every=50, progress=True,
             )  # fmt: skip
             packed = out / f"{name.replace(' ', '-')}.safetensors"
             tq.pack(quantized, packed)

@@ -23,13 +23,17 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import tracequant as tq
+from ablations import ProgressiveOrder, SmoothedTask, clipping_only
 from data import data_folder
 from tracequant.cost import average_activation_bits, float_bytes
 from tracequant.sensitivity import measure_weight_errors, with_eigenvalues
@@ -50,14 +54,17 @@ RECIPES: dict[str, dict[str, Any]] = {
     "labels and teacher": {"distillation": 0.5},
     "no teacher": {"distillation": 0.0},
     "features too": {"feature_distillation": 1.0},
-    "PACT": {"scales": "pact"},
+    "PACT": {"pact": True},
     "fixed ranges (Appendix A)": {"scales": "fixed"},
     "BatchNorm frozen": {"batchnorm": "freeze"},
     "BatchNorm reestimated": {"batchnorm": "reestimate"},
     "moving average 0.99": {"ema": 0.99},
+    "labels alone, smoothed by 0.1": {"distillation": 0.0, "label_smoothing": 0.1},
     "sensitive first": {"order": "sensitive_first"},
     "sensitive last": {"order": "sensitive_last"},
 }
+# What the library does not have; `ablations.py` does it.
+ABLATIONS = ("pact", "label_smoothing", "order")
 
 
 @dataclass(frozen=True)
@@ -136,6 +143,23 @@ class Measured:
         )
 
 
+@contextmanager
+def variant(
+    model: nn.Module, task: tq.Task, omega: dict[str, float], steps: int, recipe: dict[str, Any]
+) -> Iterator[tuple[tq.Task, dict[str, Any]]]:
+    """The task and the keywords with which `tracequant.finetune` trains by a recipe, hooks being on the model."""
+    options = {name: value for name, value in recipe.items() if name not in ABLATIONS}
+    with ExitStack() as stack:
+        if "label_smoothing" in recipe:
+            assert isinstance(task, tq.ClassificationTask)
+            task = SmoothedTask(task, recipe["label_smoothing"])
+        if "pact" in recipe:
+            stack.enter_context(clipping_only(model))
+        if "order" in recipe:
+            options["on_step"] = stack.enter_context(ProgressiveOrder(model, omega, steps, recipe["order"]))
+        yield task, options
+
+
 def measure(
     found: Measured, row: Row, recipe: str, seed: int, steps: int, work: Path, compiled: bool
 ) -> dict[str, Any]:
@@ -148,11 +172,12 @@ def measure(
     checkpoint = work / f"{label}.pt"
     on_gpu = torch.cuda.is_available()
     start = time.perf_counter()
-    result = tq.finetune(
-        quantized, setup.train, setup.task, steps=steps, teacher=setup.model, seed=seed, checkpoint=checkpoint,
-        checkpoint_every=250, channels_last=True, compile=compiled or on_gpu, progress=True, **OURS | RECIPES[recipe],
-        omega={name: found.measured.weight_omega[name][bits] for name, bits in plan.weight_bits.items()},
-    )  # fmt: skip
+    omega = {name: found.measured.weight_omega[name][bits] for name, bits in plan.weight_bits.items()}
+    with variant(quantized, setup.task, omega, steps, RECIPES[recipe]) as (task, options):
+        result = tq.finetune(
+            quantized, setup.train, task, steps=steps, teacher=setup.model, seed=seed, checkpoint=checkpoint,
+            checkpoint_every=250, channels_last=True, compile=compiled or on_gpu, progress=True, **OURS | options,
+        )  # fmt: skip
     seconds = time.perf_counter() - start
     after = setup.task.evaluate(quantized, setup.evaluation)
     file = work / f"{label}.safetensors"

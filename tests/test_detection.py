@@ -260,12 +260,12 @@ def test_other_batches_models_and_settings_are_refused() -> None:
 def test_distillation_is_zero_at_the_teacher_and_ignores_anchors_that_fill_up() -> None:
     model, batch = tiny_retinanet(), scenes(*SIZES)
     teacher = TASK.outputs(tiny_retinanet(seed=1), batch)
-    assert TASK.distillation_loss(teacher, teacher).item() == 0
+    assert TASK.distillation_loss(teacher, teacher, batch).item() == 0
     outputs = TASK.outputs(model, batch)
-    distance = TASK.distillation_loss(outputs, teacher)
+    distance = TASK.distillation_loss(outputs, teacher, batch)
     assert distance.item() > 0
     alone = [
-        TASK.distillation_loss(TASK.outputs(model, own), TASK.outputs(tiny_retinanet(seed=1), own))
+        TASK.distillation_loss(TASK.outputs(model, own), TASK.outputs(tiny_retinanet(seed=1), own), own)
         for own in (TASK.select(batch, n, n + 1) for n in range(3))
     ]
     assert distance.item() == pytest.approx(torch.stack(alone).mean().item())

@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorData
 
 import tracequant as tq
 from test_distributed import together
-from tracequant import distributed, finetuning
+from tracequant import distributed
 from tracequant.errors import ArtifactError, DataError
 from tracequant.plan import BitPlan
+from tracequant.quantization.batchnorm import average_statistics
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
@@ -198,7 +199,7 @@ def test_statistics_are_averaged_and_grids_are_not(monkeypatch: pytest.MonkeyPat
     averaged: list[Tensor] = []
     monkeypatch.setattr(distributed, "average", averaged.extend)
     model = quantized(norm=True)
-    finetuning._average_statistics(model)
+    average_statistics(model)
     found = {name for name, buffer in model.named_buffers() if any(buffer is tensor for tensor in averaged)}
     assert found == {"norm.running_mean", "norm.running_var"}
     assert any(name.endswith("zero_point") for name, _ in model.named_buffers())

@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import tracequant as tq
-from tracequant import finetuning
-from tracequant.errors import ArtifactError, DataError, ModelError, TaskError
+from tracequant.errors import ArtifactError, DataError, ModelError, SettingsError
 from tracequant.points import QuantizationPoints
-from tracequant.quantizer import Quantizer, WeightQuantizer, activation_quantizers, choose_grid, weight_quantizers
+from tracequant.quantization import checkpoint, training
+from tracequant.quantizer import Quantizer, WeightQuantizer, activation_quantizers, weight_quantizers
 
 torch.set_num_threads(1)
 
 TASK = tq.ClassificationTask()
+LAYERS = ("one", "two", "three", "four")  # of Net
 
 
 class Net(nn.Module):
@@ -118,20 +119,6 @@ def assert_same_state(first: dict[str, Tensor], second: dict[str, Tensor]) -> No
 
 def quantizers_of(model: nn.Module) -> list[Quantizer]:
     return [*weight_quantizers(model).values(), *activation_quantizers(model).values()]
-
-
-class Watching(tq.ClassificationTask):
-    """Notes before every training step which weights and activations are rounded."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weights: list[set[str]] = []
-        self.activations: list[set[str]] = []
-
-    def outputs(self, model: nn.Module, batch: Any) -> Any:
-        self.weights.append({site[0] for site, quantizer in weight_quantizers(model).items() if quantizer.enabled})
-        self.activations.append({name for name, quantizer in activation_quantizers(model).items() if quantizer.enabled})
-        return super().outputs(model, batch)
 
 
 # Learning
@@ -258,15 +245,14 @@ def test_weight_decay_spares_scales_biases_and_norms() -> None:
             assert torch.equal(parameter, before[name]), name
 
 
-def test_modes_quantizers_and_gradients_are_in_order_afterwards() -> None:
+def test_modes_and_gradients_are_in_order_afterwards() -> None:
     model = quantized().eval()
     model.get_submodule("drop").train()
     modes = {name: module.training for name, module in model.named_modules()}
 
-    tq.finetune(model, loader(), TASK, steps=3, order="sensitive_first", omega=dict.fromkeys(OMEGA, 1.0))
+    tq.finetune(model, loader(), TASK, steps=3)
 
     assert {name: module.training for name, module in model.named_modules()} == modes
-    assert all(quantizer.enabled for quantizer in quantizers_of(model))
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -335,19 +321,6 @@ def test_the_moving_average_is_what_remains() -> None:
         torch.testing.assert_close(parameter.detach(), value, msg=name)
 
 
-def test_clipping_alone_moves_scales_otherwise() -> None:
-    start = quantized(3, 3)
-    scales = {}
-    for kind in ("lsq", "pact", "fixed"):
-        model = copy.deepcopy(start)
-        tq.finetune(model, loader(), TASK, steps=3, scales=kind)  # type: ignore[arg-type]
-        scales[kind] = torch.cat([q.scale.detach().flatten() for q in quantizers_of(model)])
-    before = torch.cat([q.scale.detach().flatten() for q in quantizers_of(start)])
-    assert torch.equal(scales["fixed"], before)
-    assert not torch.allclose(scales["lsq"], before, rtol=1e-4)
-    assert not torch.allclose(scales["pact"], scales["lsq"], rtol=1e-4)
-
-
 class Images(nn.Module):
     """A convolutional net, for what concerns the layout of images."""
 
@@ -408,10 +381,9 @@ def test_channels_last_changes_the_speed_and_not_the_training() -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_run_is_the_same_training() -> None:
-    """torch.compile changes the order of sums; hooks, parametrizations and stages go through it."""
+    """torch.compile changes the order of sums; hooks and parametrizations go through it."""
     start, teacher = quantized_images(), build(Images)
-    options: dict[str, Any] = {"steps": 4, "teacher": teacher, "order": "sensitive_first", "stages": 2}
-    options["omega"] = {"one": 1.0, "two": 3.0, "head": 2.0}
+    options: dict[str, Any] = {"steps": 4, "teacher": teacher}
     plain, compiled = copy.deepcopy(start), copy.deepcopy(start)
     expected = tq.finetune(plain, image_batches(), TASK, **options).losses
     found = tq.finetune(compiled, image_batches(), TASK, compile=True, **options).losses
@@ -435,7 +407,7 @@ def test_every_model_is_compiled_once() -> None:
 def test_losses_of_a_device_are_read_some_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As on a GPU: nothing is lost, checkpoints hold all losses, and a bad one is found at the next reading."""
     expected = tq.finetune(quantized(), loader(), TASK, steps=13).losses
-    monkeypatch.setattr(finetuning, "_losses_at_a_time", lambda device: 5)
+    monkeypatch.setattr(training, "_losses_at_a_time", lambda device: 5)
     path = tmp_path / "run.pt"
     found = tq.finetune(quantized(), loader(), TASK, steps=13, checkpoint=path, checkpoint_every=4).losses
     assert found == expected
@@ -513,8 +485,8 @@ def test_pure_distillation_follows_the_teacher_and_not_the_labels() -> None:
         )
         inputs = one_batch()[0][0]
         with torch.no_grad():
-            close = TASK.distillation_loss(model.eval()(inputs), teacher(inputs))
-            far = TASK.distillation_loss(start.eval()(inputs), teacher(inputs))
+            close = TASK.distillation_loss(model.eval()(inputs), teacher(inputs), batches[0])
+            far = TASK.distillation_loss(start.eval()(inputs), teacher(inputs), batches[0])
         assert close < 0.7 * far
     assert losses[0] == losses[1]
 
@@ -554,7 +526,7 @@ def test_features_are_the_inputs_of_quantized_layers() -> None:
             model.get_submodule(name).register_forward_pre_hook(
                 lambda module, args, name=name: found.update({name: args[0].detach()}), prepend=True
             )
-            for name in OMEGA
+            for name in LAYERS
         ]
         model(one_batch()[0][0])
         for handle in handles:
@@ -562,7 +534,7 @@ def test_features_are_the_inputs_of_quantized_layers() -> None:
         return found
 
     own, taught = inputs_of(start.train()), inputs_of(teacher)
-    terms = [float(((own[n] - taught[n]) ** 2).sum() / (taught[n] ** 2).sum()) for n in OMEGA]
+    terms = [float(((own[n] - taught[n]) ** 2).sum() / (taught[n] ** 2).sum()) for n in LAYERS]
     assert terms[0] == 0
     assert min(terms[1:]) > 0
     assert extra == pytest.approx(0.5 * sum(terms) / 4, rel=1e-4)
@@ -577,118 +549,76 @@ def test_hooks_on_features_are_gone_afterwards() -> None:
     assert [len(module._forward_pre_hooks) for net in (model, teacher) for module in net.modules()] == before
 
 
-def test_label_smoothing_is_torchs() -> None:
-    start = quantized()
-    start.get_submodule("drop").p = 0.0  # type: ignore[assignment]
-    inputs, targets = one_batch()[0]
-    expected = nn.functional.cross_entropy(start.train()(inputs), targets, label_smoothing=0.2).item()
-    found = tq.finetune(copy.deepcopy(start), one_batch(), TASK, steps=1, label_smoothing=0.2).losses[0]
-    assert found == pytest.approx(expected, rel=1e-6)
-
-
-def test_a_task_without_a_smoothing_loss_says_so() -> None:
-    class Plain(tq.ClassificationTask):
-        smoothing_loss = tq.Task.smoothing_loss
-
-    with pytest.raises(TaskError, match=r"Plain has no smoothing_loss\(outputs\)"):
-        tq.finetune(quantized(), loader(), Plain(), steps=1, label_smoothing=0.1)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_the_teacher_stays_as_it_was(training: bool) -> None:
+@pytest.mark.parametrize("mode", [True, False])
+def test_the_teacher_stays_as_it_was(mode: bool) -> None:
     """It teaches in evaluation mode, so that neither its dropout nor its BatchNorm moves."""
-    teacher = build().train(training)
+    teacher = build().train(mode)
     before = state_of(teacher)
     tq.finetune(quantized(), loader(), TASK, steps=4, teacher=teacher)
     assert_same_state(before, state_of(teacher))
-    assert teacher.training == training
-    assert teacher.get_submodule("drop").training == training
+    assert teacher.training == mode
+    assert teacher.get_submodule("drop").training == mode
     assert all(p.grad is None and p.requires_grad for p in teacher.parameters())
 
 
-# Stages
-
-OMEGA = {"one": 4.0, "two": 1.0, "three": 3.0, "four": 2.0}
-FALLING = ["one", "three", "four", "two"]
-
-
-@pytest.mark.parametrize("order", ["sensitive_first", "sensitive_last"])
-@pytest.mark.parametrize("stages", [1, 2, 4, 9])
-def test_weights_are_switched_on_in_stages(order: str, stages: int) -> None:
-    """Eight steps: in stage s of n, from step 8 s / n on, the first 4 (s + 1) / n layers; activations with the last."""
-    watching = Watching()
-    model = quantized()
-    names = FALLING if order == "sensitive_first" else FALLING[::-1]
-
-    tq.finetune(model, loader(), watching, steps=8, order=order, omega=OMEGA, stages=stages)  # type: ignore[arg-type]
-
-    groups = min(stages, 4)
-    for step in range(8):
-        stage = step * groups // 8
-        assert watching.weights[step] == set(names[: 4 * (stage + 1) // groups]), step
-        assert bool(watching.activations[step]) == (stage == groups - 1), step
-    assert all(quantizer.enabled for quantizer in quantizers_of(model))
+@pytest.mark.parametrize("name", ["distillation", "feature_distillation"])
+def test_distillation_without_a_teacher_is_refused(name: str) -> None:
+    with pytest.raises(SettingsError, match=rf"^{name} is 0.25, which needs a teacher; pass teacher="):
+        tq.finetune(quantized(), loader(), TASK, steps=1, **{name: 0.25})
+    with pytest.raises(SettingsError, match=rf"^{name} is 0.25, which needs a teacher"):
+        tq.finetune(quantized(), loader(), TASK, tq.FinetuneSettings(**{name: 0.25}))  # type: ignore[arg-type]
+    assert len(tq.finetune(quantized(), loader(), TASK, steps=1, **{name: 0.0}).losses) == 1
 
 
-def test_everything_is_on_from_the_first_step_by_default() -> None:
-    watching = Watching()
-    tq.finetune(quantized(), loader(), watching, steps=2)
-    assert watching.weights == [set(OMEGA)] * 2
-    assert watching.activations == [set(OMEGA)] * 2
+def test_the_default_share_of_distillation_is_refused_only_where_it_was_asked_for() -> None:
+    with pytest.raises(SettingsError, match=r"^distillation is 0\.5, which needs a teacher"):
+        tq.finetune(quantized(), loader(), TASK, steps=1, distillation=0.5)
+    assert len(tq.finetune(quantized(), loader(), TASK, tq.FinetuneSettings(steps=1)).losses) == 1
 
 
-def test_a_weight_that_was_float_gets_a_grid_for_what_it_has_become() -> None:
-    model = quantized()
-    expected: dict[str, Tensor] = {}
+def test_features_need_a_teacher_with_the_same_layer_names() -> None:
+    class Renamed(nn.Module):
+        """Net with two of its layers under other names."""
 
-    class AtTheSwitch(Watching):
-        def outputs(self, model: nn.Module, batch: Any) -> Any:
-            result = super().outputs(model, batch)
-            if len(self.weights) == 5:
-                chain: Any = model.get_submodule("two").parametrizations["weight"]  # type: ignore[index]
-                expected["scale"] = choose_grid(chain.original, 3, channel_axis=0).scale
-                expected["found"] = chain[0].scale.detach().clone()
-            return result
+        def __init__(self) -> None:
+            super().__init__()
+            net = Net()
+            self.one, self.norm, self.second, self.third, self.four = net.one, net.norm, net.two, net.three, net.four
 
-    before = weight_quantizers(model)["two", "weight"].scale.detach().clone()
-    tq.finetune(
-        model, loader(), AtTheSwitch(), steps=8, learning_rate=0.1, order="sensitive_first", omega=OMEGA, stages=2
-    )
-    assert torch.equal(expected["found"], expected["scale"])
-    assert not torch.equal(expected["found"], before)
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm(self.one(x)).relu()
+            return torch.as_tensor(self.four(self.third(x + self.second(x).relu()).relu()))
+
+    model, teacher = quantized(), build(Renamed)
+    with pytest.raises(ModelError, match=r"the teacher has no two, three; pass a teacher with"):
+        tq.finetune(model, loader(), TASK, steps=1, teacher=teacher, feature_distillation=0.5)
+    assert len(tq.finetune(model, loader(), TASK, steps=1, teacher=teacher).losses) == 1
 
 
-def test_stages_need_the_omega_of_every_layer() -> None:
-    for omega in (None, {}, {"one": 1.0}):
-        with pytest.raises(ModelError, match="needs omega"):
-            tq.finetune(quantized(), loader(), TASK, steps=2, order="sensitive_first", omega=omega)
-    with pytest.raises(ModelError, match="unknown order 'random'"):
-        tq.finetune(quantized(), loader(), TASK, steps=2, order="random", omega=OMEGA)  # type: ignore[arg-type]
+class Positions(nn.Module):
+    """Logits at every position of a sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv1d(2, 8, 1)
+        self.two = nn.Conv1d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.two(self.one(x).relu()))
 
 
-def test_stages_work_with_tied_weights() -> None:
-    """A tied weight is one layer with one Ω, known by its first name, and is switched on once."""
-    watching = Watching()
-    points = tq.discover(build(TiedNet), one_batch(), TASK)
-    assert [layer.name for layer in points.layers] == ["into", "middle"]
-
-    tq.finetune(
-        quantized(kind=TiedNet), loader(), watching, steps=4,
-        order="sensitive_first", omega={"into": 2.0, "middle": 1.0}, stages=2,
-    )  # fmt: skip
-
-    assert watching.weights == [{"into", "out"}] * 2 + [{"into", "out", "middle"}] * 2
-
-
-def test_stages_work_on_a_model_that_is_a_single_layer() -> None:
-    """Its layer is called "weight", having no module name."""
-    torch.manual_seed(0)
-    model: nn.Module = nn.Linear(6, 3)
-    points = tq.discover(model, one_batch(), TASK)
-    model = tq.quantize(model, by_hand(points, 3, 4), one_batch(), TASK)
-    omega = {layer.name: 1.0 for layer in points.layers}
-    result = tq.finetune(model, loader(), TASK, steps=2, order="sensitive_last", omega=omega)
-    assert result.steps_run == 2
+def test_a_teacher_weighs_the_same_at_any_number_of_positions() -> None:
+    """The same sequence repeated: loss and distance are means over positions, and neither changes."""
+    generator = torch.Generator().manual_seed(3)
+    inputs, targets = torch.randn(4, 2, 8, generator=generator), torch.randint(0, 3, (4, 8), generator=generator)
+    teacher = build(Positions)
+    losses = []
+    for copies in (1, 64):
+        batches = [(inputs.repeat(1, 1, copies), targets.repeat(1, copies))]
+        points = tq.discover(teacher, batches, TASK)
+        model = tq.quantize(teacher, by_hand(points, 2, 0), batches, TASK)
+        losses.append(tq.finetune(model, batches, TASK, steps=1, teacher=teacher, distillation=0.5).losses[0])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 # Interruptions
@@ -720,14 +650,10 @@ RESUMES = [
     pytest.param({"optimizer": "adamw"}, 10, id="adamw"),
     pytest.param({"batchnorm": "freeze", "scales": "fixed"}, 10, id="frozen"),
     pytest.param({"distillation": 0.3, "teacher": True}, 10, id="teacher"),
-    pytest.param({"feature_distillation": 0.3, "teacher": True, "label_smoothing": 0.1}, 10, id="features"),
-    pytest.param({"scales": "pact", "ema": 0.9}, 10, id="pact, averaged"),
+    pytest.param({"feature_distillation": 0.3, "teacher": True}, 10, id="features"),
+    pytest.param({"ema": 0.9}, 10, id="averaged"),
     pytest.param({"ema": 0.9, "batchnorm": "reestimate"}, 13, id="averaged, reestimated"),
     pytest.param({"channels_last": True}, 10, id="channels last"),
-    pytest.param({"order": "sensitive_first", "omega": OMEGA, "stages": 3}, 10, id="stages"),
-    pytest.param({"order": "sensitive_last", "omega": OMEGA, "stages": 4}, 17, id="stages, late"),
-    # 20 steps in 2 stages: the second begins at step 10, which with checkpoints every 5 steps is where one was saved.
-    pytest.param({"order": "sensitive_first", "omega": OMEGA, "stages": 2}, 11, id="checkpoint where a stage begins"),
 ]
 
 
@@ -737,8 +663,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     options: dict[str, Any], after: int, fresh: bool, tmp_path: Path
 ) -> None:
     start = quantized()
-    every = 5 if "stages" in options else 4
-    options = {"steps": 20, "seed": 3, "learning_rate": 0.03, "checkpoint_every": every, **options}
+    options = {"steps": 20, "seed": 3, "learning_rate": 0.03, "checkpoint_every": 4, **options}
     if options.get("teacher"):
         options["teacher"] = build()
     undisturbed = copy.deepcopy(start)
@@ -747,14 +672,13 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     model = copy.deepcopy(start)
     with pytest.raises(Interrupted):
         tq.finetune(model, Failing(loader(), after), TASK, checkpoint=tmp_path / "run.pt", **options)
-    assert all(quantizer.enabled for quantizer in quantizers_of(model))
     if fresh:
         model = copy.deepcopy(start)
     torch.manual_seed(999)
     resumed = tq.finetune(model, loader(), TASK, checkpoint=tmp_path / "run.pt", **options)
 
     assert 0 < resumed.steps_run < 20
-    assert resumed.steps_run == 20 - after // every * every
+    assert resumed.steps_run == 20 - after // 4 * 4
     assert resumed.losses == whole.losses
     assert_same_state(state_of(model), state_of(undisturbed))
 
@@ -840,7 +764,7 @@ CHANGES = {
     "scales": "fixed",
     "batchnorm": "freeze",
     "feature_distillation": 0.5,
-    "label_smoothing": 0.1,
+    "distillation": 0.25,
     "ema": 0.9,
     "channels_last": True,
     "seed": 1,
@@ -849,11 +773,12 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", list(CHANGES))
 def test_a_checkpoint_of_other_settings_is_refused(name: str, tmp_path: Path) -> None:
-    tq.finetune(quantized(), loader(), TASK, steps=4, checkpoint=tmp_path / "run.pt")
+    options: dict[str, Any] = {"steps": 4, "checkpoint": tmp_path / "run.pt", "teacher": build()}
+    tq.finetune(quantized(), loader(), TASK, **options)
     model = quantized()
     before = state_of(model)
     with pytest.raises(ArtifactError, match=rf"other settings \({name}\); delete it"):
-        tq.finetune(model, loader(), TASK, **{"steps": 4, "checkpoint": tmp_path / "run.pt", name: CHANGES[name]})  # type: ignore[arg-type]
+        tq.finetune(model, loader(), TASK, **options | {name: CHANGES[name]})
     assert_same_state(before, state_of(model))
 
 
@@ -902,6 +827,22 @@ def test_other_files_are_not_taken_for_checkpoints(kind: str, tmp_path: Path) ->
         tq.finetune(quantized(), loader(), TASK, steps=4, checkpoint=tmp_path / "run.pt")
 
 
+def test_a_checkpoint_from_a_cpu_is_resumed_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU is simulated. Its random numbers start anew, the rest of the state is restored."""
+    path = tmp_path / "run.pt"
+    options: dict[str, Any] = {"steps": 6, "checkpoint": path, "checkpoint_every": 4}
+    start = quantized()
+    whole = tq.finetune(copy.deepcopy(start), loader(), TASK, **options | {"checkpoint": None}).losses
+    with pytest.raises(Interrupted):
+        tq.finetune(copy.deepcopy(start), Failing(loader(), 5), TASK, **options)
+    monkeypatch.setattr(checkpoint, "model_device", lambda model: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.zeros(16, dtype=torch.uint8))
+    with pytest.warns(UserWarning, match=r"written on a CPU .* the GPU's random numbers start anew"):
+        resumed = tq.finetune(start, loader(), TASK, **options)
+    assert resumed.steps_run == 2
+    assert resumed.losses == whole  # the dropout of the simulated GPU draws from the CPU
+
+
 @pytest.mark.parametrize("missing", ["model", "optimizer", "stream", "rng", "losses"])
 def test_a_checkpoint_that_lacks_a_part_is_refused(missing: str, tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
@@ -940,7 +881,6 @@ def test_a_loss_that_is_not_finite_is_refused_before_it_does_harm(value: float) 
         tq.finetune(model, loader(), tq.ClassificationTask(loss), steps=9)
     assert len(calls) == 3
     assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
-    assert all(quantizer.enabled for quantizer in quantizers_of(model))
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -955,27 +895,54 @@ def test_targets_out_of_range_are_named() -> None:
         tq.finetune(quantized(), [(torch.ones(4, 6), torch.full((4,), 5))], TASK, steps=2)
 
 
-@pytest.mark.parametrize("options", [{"feature_distillation": -1.0}, {"label_smoothing": 1.0}, {"ema": 1.0}])
-def test_weights_of_terms_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match="expected feature_distillation >= 0"):
-        tq.finetune(quantized(), loader(), TASK, **options)
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("steps", -1, "an integer >= 0"),
+        ("steps", 2.5, "an integer >= 0"),
+        ("learning_rate", -0.1, "a number >= 0"),
+        ("distillation", 1.5, "a number >= 0 and <= 1"),
+        ("distillation", -0.1, "a number >= 0 and <= 1"),
+        ("feature_distillation", -1.0, "a number >= 0"),
+        ("ema", 1.0, "a number >= 0 and < 1"),
+        ("optimizer", "lion", "'sgd' or 'adamw'"),
+        ("scales", "pact", "'lsq' or 'fixed'"),
+        ("batchnorm", "frozen", "'train', 'freeze' or 'reestimate'"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(name: str, value: object, expected: str) -> None:
+    with pytest.raises(SettingsError, match=rf"^{name} must be {expected}, got {value!r}") as error:
+        tq.finetune(quantized(), loader(), TASK, **{name: value})  # type: ignore[arg-type]
+    assert error.value.argument == name
 
 
-@pytest.mark.parametrize(("name", "choices"), [("scales", "lsq, pact or fixed"), ("batchnorm", "train, freeze or")])
-def test_unknown_choices_are_refused(name: str, choices: str) -> None:
-    with pytest.raises(ModelError, match=rf"unknown {name} 'other'; choose {choices}"):
-        tq.finetune(quantized(), loader(), TASK, steps=1, **{name: "other"})
+def test_an_argument_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(SettingsError, match=r"^step is not an argument here; did you mean 'steps'\?"):
+        tq.finetune(quantized(), loader(), TASK, step=3)
 
 
-@pytest.mark.parametrize("options", [{"steps": -1}, {"stages": 0}, {"distillation": 1.5}, {"distillation": -0.1}])
-def test_settings_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match="expected steps >= 0"):
-        tq.finetune(quantized(), loader(), TASK, **options)
+def test_settings_and_fields_by_keyword_are_the_same_call() -> None:
+    recipe = tq.FinetuneSettings(steps=4, learning_rate=0.05, optimizer="adamw")
+    losses = [
+        tq.finetune(quantized(), loader(), TASK, recipe).losses,
+        tq.finetune(quantized(), loader(), TASK, steps=4, learning_rate=0.05, optimizer="adamw").losses,
+        tq.finetune(quantized(), loader(), TASK, tq.FinetuneSettings(optimizer="adamw"), steps=4, learning_rate=0.05)
+        .losses,
+    ]  # fmt: skip
+    assert losses[0] == losses[1] == losses[2]
 
 
-def test_an_unknown_optimizer_is_refused() -> None:
-    with pytest.raises(ModelError, match="unknown optimizer 'lion'; choose sgd or adamw"):
-        tq.finetune(quantized(), loader(), TASK, steps=2, optimizer="lion")  # type: ignore[arg-type]
+def test_a_callback_hears_of_every_step_before_it() -> None:
+    heard: list[int] = []
+    model = quantized()
+    before = model.get_submodule("four").bias.detach().clone()  # type: ignore[union-attr, operator]
+
+    def on_step(step: int) -> None:
+        heard.append(step)
+        assert torch.equal(model.get_submodule("four").bias.detach(), before) == (step == 0)  # type: ignore[union-attr, operator, arg-type]
+
+    tq.finetune(model, loader(), TASK, steps=3, on_step=on_step)
+    assert heard == [0, 1, 2]
 
 
 def test_a_one_shot_iterator_serves_for_all_epochs() -> None:

@@ -34,7 +34,7 @@ from tracequant.errors import ArtifactError, ModelError, TracequantError
 from tracequant.packed import pack_codes, read_packed, unpack_codes
 from tracequant.packed_layout import PackedWeight
 from tracequant.points import QuantizationPoints
-from tracequant.quantizer import activation_quantizers, input_quantizers, output_quantizers, weight_quantizers
+from tracequant.quantizer import input_quantizers, output_quantizers, weight_quantizers
 
 torch.set_num_threads(1)
 
@@ -530,21 +530,6 @@ def test_packing_needs_float32(dtype: torch.dtype, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"layer stem is of type torch.float\d+; packing needs float32"):
         tq.pack(quantized.to(dtype), tmp_path / "model.safetensors")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_weight_that_is_still_float_is_refused(tmp_path: Path) -> None:
-    quantized, _ = quantized_case("convolutions")
-    weight_quantizers(quantized)["deep", "weight"].enabled = False
-    with pytest.raises(ModelError, match="layer deep is not quantized yet"):
-        tq.pack(quantized, tmp_path / "model.safetensors")
-
-
-def test_an_activation_that_is_still_float_is_refused(tmp_path: Path) -> None:
-    """The file would quantize what the model in memory does not, and outputs would differ."""
-    quantized, _ = quantized_case("convolutions")
-    activation_quantizers(quantized)["head"].enabled = False
-    with pytest.raises(ModelError, match="head"):
-        tq.pack(quantized, tmp_path / "model.safetensors")
 
 
 def test_a_refused_pack_leaves_the_old_file(tmp_path: Path) -> None:

@@ -141,18 +141,35 @@ def test_a_loss_that_is_no_scalar_is_refused(loss: Callable, found: str):
 
 
 def test_distillation_is_the_divergence_from_the_teacher():
-    """KL(teacher ‖ student) by its definition; per position summed for outputs with places, zero against itself."""
+    """KL(teacher ‖ student) by its definition; the mean over positions, as of the loss; zero against itself."""
     generator = torch.Generator().manual_seed(0)
-    for shape in ((4, 3), (4, 3, 5)):
+    for shape in ((4, 3), (4, 3, 5), (4, 3, 5, 6)):
         student, teacher = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
         p, q = teacher.softmax(1), student.softmax(1)
-        torch.testing.assert_close(TASK.distillation_loss(student, teacher), (p * (p / q).log()).sum() / 4)
-        assert TASK.distillation_loss(student, student).item() == pytest.approx(0, abs=1e-12)
+        expected = (p * (p / q).log()).sum(1).mean()
+        for targets in (torch.zeros(4, *shape[2:], dtype=torch.long), p):  # classes, or their probabilities
+            batch = (None, targets)
+            torch.testing.assert_close(TASK.distillation_loss(student, teacher, batch), expected)
+            assert TASK.distillation_loss(student, student, batch).item() == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("ignore_index", [-100, 1])
+def test_distillation_leaves_out_the_positions_that_the_loss_leaves_out(ignore_index: int):
+    task = ClassificationTask(ignore_index=ignore_index)
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 4, 3, 5, generator=generator, dtype=torch.float64)
+    targets = torch.zeros(4, 5, dtype=torch.long)
+    targets[0, 1:] = targets[2] = ignore_index
+    p, q = teacher.softmax(1), student.softmax(1)
+    expected = (p * (p / q).log()).sum(1)[targets == 0].mean()
+    torch.testing.assert_close(task.distillation_loss(student, teacher, (None, targets)), expected)
+    nothing = torch.full_like(targets, ignore_index)
+    assert task.distillation_loss(student, teacher, (None, nothing)).item() == 0
 
 
 def test_a_task_without_distillation_says_so():
     with pytest.raises(TaskError, match="EnergyTask has no distillation_loss"):
-        EnergyTask().distillation_loss(torch.zeros(1), torch.zeros(1))
+        EnergyTask().distillation_loss(torch.zeros(1), torch.zeros(1), None)
 
 
 # Data that cannot be used

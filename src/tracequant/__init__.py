@@ -31,20 +31,21 @@ if TYPE_CHECKING:
         ModelError,
         ResourceError,
         RunError,
+        SettingsError,
         TaskError,
         TracequantError,
     )
     from tracequant.evaluated import AccuracySearch, Check, EvaluatedPlan, Evaluations
     from tracequant.export.onnx import OnnxFile, export_onnx
     from tracequant.export.packed import load, pack
-    from tracequant.finetuning import finetune
     from tracequant.latency import measure_latency
     from tracequant.model.discover import discover
     from tracequant.plan import BitPlan
     from tracequant.points import ActivationPoint, Layer, OutputPoint, QuantizationPoints
+    from tracequant.quantization.finetune import finetune
     from tracequant.sensitivity import measure_sensitivity
     from tracequant.sensitivity_result import Sensitivity
-    from tracequant.settings import WeightGrid
+    from tracequant.settings import FinetuneSettings, WeightGrid
     from tracequant.tables import read_latency, read_sensitivity, write_latency
     from tracequant.task import Evaluation, Exported, Task, TaskSetup
     from tracequant.tasks.detection import RetinaNetTask
@@ -64,18 +65,18 @@ _MODULES = {
     "tracequant.curvature.spectrum": ("spectral_density", "top_eigenvalues"),
     "tracequant.model.discover": ("discover",),
     "tracequant.errors": (
-        "ArtifactError", "BudgetError", "DataError", "ModelError", "ResourceError", "RunError", "TaskError",
-        "TracequantError",
+        "ArtifactError", "BudgetError", "DataError", "ModelError", "ResourceError", "RunError", "SettingsError",
+        "TaskError", "TracequantError",
     ),
     "tracequant.export.onnx": ("OnnxFile", "export_onnx"),
     "tracequant.export.packed": ("load", "pack"),
-    "tracequant.finetuning": ("finetune",),
     "tracequant.latency": ("measure_latency",),
     "tracequant.plan": ("BitPlan",),
     "tracequant.points": ("ActivationPoint", "Layer", "OutputPoint", "QuantizationPoints"),
+    "tracequant.quantization.finetune": ("finetune",),
     "tracequant.sensitivity": ("measure_sensitivity",),
     "tracequant.sensitivity_result": ("Sensitivity",),
-    "tracequant.settings": ("WeightGrid",),
+    "tracequant.settings": ("FinetuneSettings", "WeightGrid"),
     "tracequant.tables": ("read_latency", "read_sensitivity", "write_latency"),
     "tracequant.task": ("Evaluation", "Exported", "Task", "TaskSetup"),
     "tracequant.tasks.detection": ("RetinaNetTask",),
@@ -84,11 +85,11 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "AccuracySearch", "ActivationPoint", "ArtifactError", "BitPlan", "BudgetError", "Check", "ClassificationTask",
-    "Curvature", "DataError", "Density", "EvaluatedPlan", "Evaluation", "Evaluations", "Exported", "Frontier",
-    "Layer", "ModelError", "OnnxFile", "OutputPoint", "Perturbation", "QuantizationPoints", "ResourceError",
-    "RetinaNetTask", "RunError", "Sensitivity", "Spectrum", "Task", "TaskError", "TaskSetup", "TraceEstimate",
-    "TracequantError", "WeightGrid", "check_metrics", "discover", "estimate_curvature", "export_onnx", "finetune",
-    "frontier", "full_space", "load", "measure_latency", "measure_perturbation", "measure_sensitivity",
+    "Curvature", "DataError", "Density", "EvaluatedPlan", "Evaluation", "Evaluations", "Exported", "FinetuneSettings",
+    "Frontier", "Layer", "ModelError", "OnnxFile", "OutputPoint", "Perturbation", "QuantizationPoints", "ResourceError",
+    "RetinaNetTask", "RunError", "Sensitivity", "SettingsError", "Spectrum", "Task", "TaskError", "TaskSetup",
+    "TraceEstimate", "TracequantError", "WeightGrid", "check_metrics", "discover", "estimate_curvature", "export_onnx",
+    "finetune", "frontier", "full_space", "load", "measure_latency", "measure_perturbation", "measure_sensitivity",
     "monotone_space", "pack", "quantize", "read_latency", "read_sensitivity", "solve", "solve_by_accuracy",
     "spectral_density", "to_float", "top_eigenvalues", "uniform_plan", "write_latency",
 ]  # fmt: skip

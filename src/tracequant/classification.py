@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -80,19 +81,20 @@ class ClassificationTask(Task):
                 " check the labels, the model's last layer, or pass ClassificationTask(ignore_index=...)"
             )
 
-    def distillation_loss(self, outputs: Any, teacher_outputs: Any) -> Tensor:
-        """Kullback-Leibler divergence from the teacher's class probabilities, averaged over the batch."""
-        return F.kl_div(
-            outputs.flatten(2).log_softmax(1) if outputs.ndim > 2 else outputs.log_softmax(1),
-            teacher_outputs.flatten(2).log_softmax(1) if outputs.ndim > 2 else teacher_outputs.log_softmax(1),
-            reduction="batchmean",
-            log_target=True,
-        )
+    def distillation_loss(self, outputs: Any, teacher_outputs: Any, batch: Batch) -> Tensor:
+        """Kullback-Leibler divergence from the teacher's class probabilities.
 
-    def smoothing_loss(self, outputs: Any) -> Tensor:
-        """Cross-entropy to equal probabilities, averaged over the batch: the part that label smoothing adds."""
-        loss: Tensor = -outputs.log_softmax(1).mean()
-        return loss
+        It is the mean over the positions that count: samples, pixels or tokens whose target is not `ignore_index`.
+        """
+        divergence = F.kl_div(outputs.log_softmax(1), teacher_outputs.log_softmax(1), reduction="none", log_target=True)
+        targets = self._split(batch)[1]
+        if targets.shape == outputs.shape[:1] + outputs.shape[2:]:
+            counts = (targets != self._ignore_index).unsqueeze(1)
+        else:  # probabilities, or targets of the user's own making: every position counts
+            counts = torch.ones_like(outputs[:, :1], dtype=torch.bool)
+        # A product rather than a selection, whose size a GPU would have to report to the host.
+        mean: Tensor = (divergence * counts).sum() / counts.sum().clamp(min=1)
+        return mean
 
     @staticmethod
     def _split(batch: Batch) -> tuple[Any, Tensor]:

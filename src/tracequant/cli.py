@@ -213,25 +213,19 @@ Steps = Annotated[int, typer.Option("--finetune-steps", min=0, help="fine-tuning
 LearningRate = Annotated[float, typer.Option(min=0, help="peak learning rate, cosine to zero")]
 Optimizer = Annotated[Literal["sgd", "adamw"], typer.Option(help="sgd has Nesterov momentum 0.9")]
 Distillation = Annotated[float, typer.Option(min=0, max=1, help="weight of the float teacher's loss; 0 for none")]
-Order = Annotated[
-    Literal["all", "sensitive_first", "sensitive_last"],
-    typer.Option(help="quantize all layers at once, or in groups by Ω"),
-]
 WeightDecay = Annotated[float, typer.Option(min=0, help="of weights; scales, biases and norms have none")]
 Scales = Annotated[
-    Literal["lsq", "pact", "fixed"],
-    typer.Option(help="learn step sizes (lsq) or clipping alone (pact), or keep the calibrated ranges (fixed)"),
+    Literal["lsq", "fixed"],
+    typer.Option(help="learn step sizes (lsq), or keep the calibrated ranges (fixed)"),
 ]
 FeatureDistillation = Annotated[
     float, typer.Option(min=0, help="weight of the distance to the teacher at every layer's input")
 ]
-LabelSmoothing = Annotated[float, typer.Option(min=0, max=1, help="share of the target that all classes have alike")]
 BatchNorm = Annotated[
     Literal["train", "freeze", "reestimate"],
     typer.Option(help="BatchNorm's statistics: as in training, kept, or measured anew at the end"),
 ]
 Ema = Annotated[float, typer.Option(min=0, max=1, help="decay of a moving average of the weights; 0 for none")]
-Stages = Annotated[int, typer.Option(min=1, help="groups of layers that are quantized one after the other (--order)")]
 Compile = Annotated[bool, typer.Option("--compile", help="train through torch.compile")]
 ChannelsLast = Annotated[bool, typer.Option("--channels-last", help="train with images laid out channels last")]
 UniformToo = Annotated[bool, typer.Option(help="fine-tune the uniform plan of the nearest size as well")]
@@ -489,11 +483,8 @@ def finetune(
     scales: Scales = "lsq",
     distillation: Distillation = 0.5,
     feature_distillation: FeatureDistillation = 0.0,
-    label_smoothing: LabelSmoothing = 0.0,
     batchnorm: BatchNorm = "train",
     ema: Ema = 0.0,
-    order: Order = "all",
-    stages: Stages = 4,
     compile: Compile = False,
     channels_last: ChannelsLast = False,
     uniform_too: UniformToo = False,
@@ -774,11 +765,8 @@ def run_all(
     scales: Scales = "lsq",
     distillation: Distillation = 0.5,
     feature_distillation: FeatureDistillation = 0.0,
-    label_smoothing: LabelSmoothing = 0.0,
     batchnorm: BatchNorm = "train",
     ema: Ema = 0.0,
-    order: Order = "all",
-    stages: Stages = 4,
     compile: Compile = False,
     channels_last: ChannelsLast = False,
     uniform_too: UniformToo = False,

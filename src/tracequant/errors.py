@@ -9,6 +9,17 @@ class TracequantError(Exception):
     """Base of all errors whose message says what was expected, what came and what to try."""
 
 
+class SettingsError(TracequantError):
+    """An argument is unknown or has a wrong value; `argument` is its name in Python, None where there is no single one.
+
+    The message begins with that name, so that a command line can put the name of its own option there.
+    """
+
+    def __init__(self, message: str, argument: str | None = None) -> None:
+        super().__init__(message)
+        self.argument = argument
+
+
 class DataError(TracequantError):
     """The batches cannot be used: none came, values are not finite, targets do not fit the outputs."""
 

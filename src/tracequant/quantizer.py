@@ -35,7 +35,6 @@ MAX_BITS = 8
 # The scale of a tensor of zeros, and the least that training may reach.
 SMALLEST_SCALE = 1e-8
 RangeMethod = Literal["minmax", "percentile", "mse"]
-LearnedScales = Literal["lsq", "pact"]
 
 
 @dataclass(frozen=True)
@@ -152,31 +151,23 @@ def _rows(values: Tensor, axis: int) -> Tensor:
 class FakeQuantize(torch.autograd.Function):
     """Rounding to a grid with a straight-through gradient inside the range and none outside (Appendix A).
 
-    The gradient of the scale is multiplied by `gradient_scale`. With `scales` "lsq" it is that of learned step size
-    quantization (Esser et al. 2020, Eq. 3): code minus position inside the range, the end code outside, both counted
-    from the zero point. With "pact" only the values outside count, as for a learned clipping threshold (Choi et al.
-    2018, Eq. 4).
+    The gradient of the scale is that of learned step size quantization (Esser et al. 2020, Eq. 3): code minus position
+    inside the range, the end code outside, both counted from the zero point. It is multiplied by `gradient_scale`.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        values: Tensor,
-        scale: Tensor,
-        zero_point: Tensor,
-        num_bits: int,
-        scales: LearnedScales = "lsq",
-        gradient_scale: float = 1.0,
+        ctx: Any, values: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int, gradient_scale: float = 1.0
     ) -> Tensor:
         """`Grid.round`, the same operations, so that training and packing see the same bits."""
         rounded = Grid(scale, zero_point, num_bits).round(values)
-        ctx.num_bits, ctx.scales, ctx.gradient_scale = num_bits, scales, gradient_scale
+        ctx.num_bits, ctx.gradient_scale = num_bits, gradient_scale
         # The next layer keeps the rounded values for its own gradient, so that keeping them here too costs nothing.
         ctx.save_for_backward(values, scale, zero_point, *([rounded] if ctx.needs_input_grad[1] else []))
         return rounded
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         """Gradients of values and scale."""
         (grad,) = grad_outputs
         values, scale, zero_point, *kept = ctx.saved_tensors
@@ -186,19 +177,15 @@ class FakeQuantize(torch.autograd.Function):
         inside: Tensor = torch.ops.aten.hardtanh_backward(grad, position, low, high, grad_input=position)
         grad_scale = None
         if kept:
-            grad_scale = _slope(grad, inside, values, kept[0], scale, ctx.scales) * (ctx.gradient_scale / scale)
-        return inside if ctx.needs_input_grad[0] else None, grad_scale, None, None, None, None
+            grad_scale = _slope(grad, inside, values, kept[0], scale) * (ctx.gradient_scale / scale)
+        return inside if ctx.needs_input_grad[0] else None, grad_scale, None, None, None
 
 
-def _slope(
-    grad: Tensor, inside: Tensor, values: Tensor, rounded: Tensor, scale: Tensor, scales: LearnedScales
-) -> Tensor:
+def _slope(grad: Tensor, inside: Tensor, values: Tensor, rounded: Tensor, scale: Tensor) -> Tensor:
     """The scale's gradient times the scale, shape of `scale`; `inside` is `grad` where values are not clipped.
 
     (code - zero point) * scale is the rounded value and (position - zero point) * scale the value itself.
     """
-    if scales == "pact":
-        return (grad - inside).mul_(rounded).sum_to_size(scale.shape)
     if scale.numel() > 1:
         return (grad * rounded).addcmul_(inside, values, value=-1).sum_to_size(scale.shape)
     return (_dot(grad, rounded) - _dot(inside, values)).reshape(scale.shape)
@@ -221,10 +208,7 @@ def _dot(first: Tensor, second: Tensor) -> Tensor:
 
 
 class Quantizer(nn.Module):
-    """Fake quantization with a learnable scale. `enabled = False` lets values through unchanged.
-
-    `scales` says by which gradient the scale learns, if its `requires_grad` lets it (see `FakeQuantize`).
-    """
+    """Fake quantization with a scale that learns if its `requires_grad` lets it (see `FakeQuantize`)."""
 
     zero_point: Tensor
 
@@ -233,8 +217,6 @@ class Quantizer(nn.Module):
         self.num_bits = grid.num_bits
         self.scale = nn.Parameter(grid.scale.detach().clone())
         self.register_buffer("zero_point", grid.zero_point.detach().clone())
-        self.enabled = True
-        self.scales: LearnedScales = "lsq"
 
     @property
     def grid(self) -> Grid:
@@ -246,24 +228,13 @@ class Quantizer(nn.Module):
         """The largest code counted from the zero point, by which the scale's gradient is divided."""
         return int(2**self.num_bits - 1)
 
-    def set_grid(self, grid: Grid) -> None:
-        """Move to another grid of the same bits and shape."""
-        with torch.no_grad():
-            self.scale.copy_(grid.scale)
-            self.zero_point.copy_(grid.zero_point)
-
     def forward(self, values: Tensor) -> Tensor:
         """`values` rounded to the grid."""
-        if not self.enabled:
-            return values
         if not torch.is_grad_enabled():
             return self.grid.round(values)
         # Keeps the steps of a scale in proportion to those of the weights (Esser et al. 2020, Section 2.2).
         gradient_scale = 1 / math.sqrt(max(1, values.numel()) / self.scale.numel() * self.largest_code)
-        return cast(
-            Tensor,
-            FakeQuantize.apply(values, self.scale, self.zero_point, self.num_bits, self.scales, gradient_scale),
-        )
+        return cast(Tensor, FakeQuantize.apply(values, self.scale, self.zero_point, self.num_bits, gradient_scale))
 
     def extra_repr(self) -> str:
         """Bits, for printing the model."""
@@ -307,7 +278,7 @@ class ActivationQuantizer(Quantizer):
         """`values` rounded to the grid, once for all consumers that read the same tensor."""
         if self.readers < 2 or torch.compiler.is_compiling() or values.is_inference():
             return super().forward(values)
-        key = (values._version, self.scale._version, self.enabled, torch.is_grad_enabled())
+        key = (values._version, self.scale._version, torch.is_grad_enabled())
         shared = self._shared
         if shared is None or shared.values is not values or shared.key != key:
             shared = _Shared(values, key, super().forward(values))

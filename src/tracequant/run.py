@@ -751,8 +751,8 @@ class Run:
         task = self.setup().task
         if recipe.distillation > 0 and type(task).distillation_loss is Task.distillation_loss:
             raise TaskError(
-                f"{type(task).__name__} has no distillation_loss(outputs, teacher_outputs); implement it, or fine-tune"
-                " without a teacher (--distillation 0)"
+                f"{type(task).__name__} has no distillation_loss(outputs, teacher_outputs, batch); implement it, or"
+                " fine-tune without a teacher (--distillation 0)"
             )
 
     def _finetune_one(self, plan: BitPlan, key: str, name: str, file: str) -> tuple[Measured | None, list[float]]:
@@ -761,20 +761,18 @@ class Run:
 
         from tracequant import distributed
         from tracequant.export.packed import pack
-        from tracequant.finetuning import finetune
+        from tracequant.quantization.finetune import finetune
 
         settings = self.settings().finetune
         assert settings is not None
         setup = self.setup()
         quantized = self._quantized(plan)
-        sensitivity = self.sensitivity()
         result = finetune(
             quantized,
             setup.train,
             setup.task,
+            settings,
             teacher=setup.model if settings.has_teacher else None,
-            **settings.keywords(),
-            omega={layer: sensitivity.weight_omega[layer][b] for layer, b in plan.weight_bits.items()},
             seed=self.settings().analyze.options.seed,
             checkpoint=self.path / f"checkpoint-{key}.pt",
             checkpoint_every=50,

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from tracequant.artifact import Saveable
+from tracequant.options import option, validate
 
 # What stands for the loss that a layer's rounding costs; docs/method.md has the formulas. "trace" is HAWQ-V2's Eq. 10.
 Metric = Literal[
@@ -123,36 +124,38 @@ class PlanSettings:
 
 @dataclass(frozen=True)
 class FinetuneSettings:
-    """The fine-tuning recipe: the keywords of `tracequant.finetune`, which explains them.
+    """The recipe of fine-tuning, which `tracequant.finetune` explains."""
 
-    `distillation` is the weight of the float teacher's loss, 0 for no teacher. `uniform_too` fine-tunes the uniform
-    plan of the nearest size as well, for a fair comparison at twice the time.
-    """
+    steps: int = option(400, "number of training steps, each on one batch", minimum=0)
+    learning_rate: float = option(0.01, "learning rate of the first step; it falls along a cosine to zero", minimum=0)
+    optimizer: Literal["sgd", "adamw"] = option("sgd", "sgd has Nesterov momentum 0.9")
+    weight_decay: float = option(1e-4, "decay of weights; scales, biases and norms have none", minimum=0)
+    scales: Literal["lsq", "fixed"] = option(
+        "lsq", "lsq learns the scales of the grids, fixed keeps the calibrated ones"
+    )
+    distillation: float = option(
+        0.5, "share of the loss that is the distance to the teacher's outputs; 0 for none", minimum=0, maximum=1
+    )
+    feature_distillation: float = option(
+        0.0, "weight of the distance to the teacher at the input of every quantized layer", minimum=0
+    )
+    batchnorm: Literal["train", "freeze", "reestimate"] = option(
+        "train", "BatchNorm's statistics: as in training, kept, or measured anew at the end"
+    )
+    ema: float = option(0.0, "decay of a moving average of weights and scales; 0 for none", minimum=0, below=1)
+    compile: bool = option(False, "train through torch.compile")
+    channels_last: bool = option(False, "train with images and weights laid out channels last")
+    uniform_too: bool = option(
+        False, "in a run, fine-tune the uniform plan of the nearest size as well: a fair comparison in twice the time"
+    )
 
-    steps: int = 400
-    learning_rate: float = 0.01
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    weight_decay: float = 1e-4
-    scales: Literal["lsq", "pact", "fixed"] = "lsq"
-    distillation: float = 0.5
-    feature_distillation: float = 0.0
-    label_smoothing: float = 0.0
-    batchnorm: Literal["train", "freeze", "reestimate"] = "train"
-    ema: float = 0.0
-    order: Literal["all", "sensitive_first", "sensitive_last"] = "all"
-    stages: int = 4
-    compile: bool = False
-    channels_last: bool = False
-    uniform_too: bool = False
+    def __post_init__(self) -> None:
+        validate(self)
 
     @property
     def has_teacher(self) -> bool:
         """Whether the float model takes part."""
         return self.distillation > 0 or self.feature_distillation > 0
-
-    def keywords(self) -> dict[str, Any]:
-        """The recipe as `tracequant.finetune` takes it."""
-        return {name: value for name, value in asdict(self).items() if name != "uniform_too"}
 
 
 @dataclass(frozen=True)

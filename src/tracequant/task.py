@@ -110,17 +110,14 @@ class Task(abc.ABC):
         """
         return None
 
-    def distillation_loss(self, outputs: Any, teacher_outputs: Any) -> Tensor:
-        """Distance of a student's outputs to its teacher's, for fine-tuning with `teacher=`."""
-        raise TaskError(
-            f"{type(self).__name__} has no distillation_loss(outputs, teacher_outputs); implement it or fine-tune"
-            " without a teacher (--distillation 0)"
-        )
+    def distillation_loss(self, outputs: Any, teacher_outputs: Any, batch: Batch) -> Tensor:
+        """Distance of a student's outputs to its teacher's for one batch, for fine-tuning with `teacher=`.
 
-    def smoothing_loss(self, outputs: Any) -> Tensor:
-        """Distance of the outputs to saying nothing, for fine-tuning with `label_smoothing=`."""
+        It is averaged as the loss is: a share `distillation` of the training loss then means the same for any batch.
+        """
         raise TaskError(
-            f"{type(self).__name__} has no smoothing_loss(outputs); implement it or fine-tune without label_smoothing"
+            f"{type(self).__name__} has no distillation_loss(outputs, teacher_outputs, batch); implement it, or"
+            " fine-tune without a teacher (distillation=0)"
         )
 
     def exported(self, model: nn.Module) -> Exported:

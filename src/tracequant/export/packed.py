@@ -150,16 +150,12 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
 def quantized_weights(model: nn.Module) -> Iterator[tuple[PackedWeight, Grid, Tensor]]:
     """Every quantized weight of a model with its grid and codes (floats, the weight's shape), tied ones once.
 
-    Raises `ModelError` if nothing is quantized, something is not yet, a weight is not float32, or a scale is not a
-    positive number.
+    Raises `ModelError` if nothing is quantized, a weight is not float32, or a scale is not a positive number.
     """
     found = weight_quantizers(model)
     if not found:
         raise ModelError("the model is not quantized: nothing to pack; call tracequant.quantize first")
-    activations = activation_quantizers(model)
-    if off := [name for name, quantizer in activations.items() if not quantizer.enabled]:
-        raise ModelError(f"activation {off[0]} is not quantized yet: progressive fine-tuning has not reached it")
-    for owner in (*found.values(), *activations.values()):
+    for owner in (*found.values(), *activation_quantizers(model).values()):
         if not bool((owner.scale.isfinite() & (owner.scale > 0)).all()):
             raise ModelError("a scale is not a positive number: training has diverged; try a smaller learning rate")
     sites: dict[WeightQuantizer, list[tuple[str, str]]] = {}
@@ -171,8 +167,6 @@ def quantized_weights(model: nn.Module) -> Iterator[tuple[PackedWeight, Grid, Te
         name = (module if parameter == "weight" else state_name(own[0])) or "weight"
         if original.dtype != torch.float32:
             raise ModelError(f"layer {name} is of type {original.dtype}; packing needs float32, call model.float()")
-        if not quantizer.enabled:
-            raise ModelError(f"layer {name} is not quantized yet: progressive fine-tuning has not reached it")
         shape, bits = tuple(original.shape), quantizer.num_bits
         weight = PackedWeight(name, tuple(own), shape, bits, quantizer.axis, quantizer.symmetric)
         yield weight, quantizer.grid, quantizer.grid.quantize(original.detach())

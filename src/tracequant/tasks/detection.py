@@ -199,7 +199,7 @@ class RetinaNetTask(Task):
                     " and y2 > y1, not [x, y, width, height]"
                 )
 
-    def distillation_loss(self, outputs: Any, teacher_outputs: Any) -> Tensor:
+    def distillation_loss(self, outputs: Any, teacher_outputs: Any, batch: Batch) -> Tensor:
         """Distance of scores and boxes to the teacher's, both weighted by where the teacher sees something.
 
         Classes: binary cross-entropy to the teacher's probability, weighted by the squared distance to it (the quality

@@ -1,0 +1,1 @@
+"""Grids, fake quantization, calibration and quantization-aware training."""
