@@ -26,7 +26,6 @@ import tracequant as tq
 from data import data_folder
 from imagenet_tree import DATA, lay_out
 from metrics import kept
-from tracequant import allocation
 from tracequant.accuracy import Evaluator
 from tracequant.sensitivity import with_eigenvalues
 from tracequant.sensitivity_result import combine
@@ -78,7 +77,7 @@ def measured(name: str, data: Path, images: int, seed: int, cache: Path) -> dict
         cache, "sensitivity", tq.Sensitivity,
         lambda: tq.measure_sensitivity(setup.model, traces, setup.calibration, setup.task, WIDTHS, (8,)),
     )  # fmt: skip
-    plans = {f"uniform {bits} bits": allocation.uniform_plan(table, bits) for bits in (8, 4)}
+    plans = {f"uniform {bits} bits": tq.uniform_plan(table, bits) for bits in (8, 4)}
     for metric in METRICS:
         of_metric = combine(traces, table.weight_errors, table.activation_errors, WeightGrid(), metric, expansion, seed)
         plans[metric] = tq.solve(of_metric, average_bits=AVERAGE_BITS)

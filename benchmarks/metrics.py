@@ -37,7 +37,7 @@ import torch
 import tracequant as tq
 from data import data_folder
 from tracequant.accuracy import Evaluator
-from tracequant.allocation import reprice
+from tracequant.allocation.pricing import reprice
 from tracequant.evaluated import PlanCheck, plan_group, spearman
 from tracequant.sensitivity import measure_weight_errors, with_eigenvalues
 from tracequant.sensitivity_result import combine

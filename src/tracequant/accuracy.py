@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from tracequant import allocation
+from tracequant.allocation.activations import decided_activations
+from tracequant.allocation.frontier import frontier
+from tracequant.allocation.request import check
 from tracequant.convert import quantize
 from tracequant.curvature.collect import digest
 from tracequant.errors import ArtifactError, BudgetError, DataError
@@ -122,11 +124,11 @@ def solve_by_accuracy(
     request = PlanSettings(**rules)
     if not request.by_accuracy:
         raise BudgetError("give max_drop (--max-accuracy-drop) or max_loss_increase (--max-loss-increase)")
-    allocation.check(request)
-    front = allocation.frontier(
+    check(request)
+    front = frontier(
         sensitivity,
         space=request.space,
-        activation_bits=allocation.decided_activations(sensitivity, request),
+        activation_bits=decided_activations(sensitivity, request),
         fixed_bits=request.fixed_bits,
         min_bits=request.min_bits,
         allowed_bits=request.allowed_bits,
