@@ -115,8 +115,8 @@ def solve_by_accuracy(
     A bisection over size, to 0.2 % of it, takes accuracy for falling with size. It is not, quite: so plans up to 4 %
     smaller than the one found are tried too, and the search goes on from each that passes.
 
-    Raises `BudgetError` without any of the two limits, for rules that limit size, BOPs or latency, where even the
-    largest plan loses more, and for metrics with products between layers, which have no frontier.
+    Raises `BudgetError` without any of the two limits, for rules that limit size, BOPs or latency, and where even the
+    largest plan loses more.
     """
     rules = rules | {"max_accuracy_drop": max_drop, "max_loss_increase": max_loss_increase}
     if unknown := rules.keys() - {field.name for field in fields(PlanSettings)}:

@@ -281,7 +281,6 @@ class Run:
             measured.weight_grid,
             metric,
             perturbation,
-            self.settings().analyze.options.seed,
         )
 
     def metrics(self) -> list[Metric]:

@@ -17,7 +17,6 @@ from tracequant.allocation.pareto import pareto_frontier, weight_units
 from tracequant.allocation.pricing import priced
 from tracequant.allocation.problem import chosen_bits
 from tracequant.allocation.request import Method, Space, check, listed, plain
-from tracequant.errors import BudgetError
 from tracequant.plan import BitPlan
 from tracequant.sensitivity_result import Sensitivity
 from tracequant.settings import PlanSettings
@@ -68,14 +67,10 @@ def frontier(
     """All plans that no other beats in file size or Ω of the weights, by increasing size.
 
     "exact" finds every one of them by dynamic programming over bytes, "pareto" those that Appendix E finds. Activations
-    are as in `solve`, or those of `activation_bits`, such as a plan's. Raises `BudgetError` as `solve` does, where the
-    exact tables would not fit into memory, and for sensitivities with products between layers.
+    are as in `solve`, or those of `activation_bits`, such as a plan's.
+
+    Raises `BudgetError` as `solve` does, and where the exact tables would not fit into memory.
     """
-    if sensitivity.interactions is not None:
-        raise BudgetError(
-            f"metric {sensitivity.metric!r} has products between layers, which no frontier is known for; take"
-            f" {sensitivity.metric.replace('cross', 'quadratic')!r}, or solve for one budget"
-        )
     request = PlanSettings(
         # A size that no plan exceeds: only the file's bytes are wanted, as costs.
         max_size_mb=1e12,

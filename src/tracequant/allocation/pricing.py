@@ -27,8 +27,7 @@ def priced(
         size_bytes=cost.size_bytes(points, weight_bits, activation_bits, grid),
         weight_code_bits=cost.weight_bits_total(points, weight_bits),
         weight_count=cost.weight_count(points),
-        omega=math.fsum(sensitivity.weight_omega[name][b] for name, b in weight_bits.items())
-        + sensitivity.interaction(weight_bits),
+        omega=math.fsum(sensitivity.weight_omega[name][b] for name, b in weight_bits.items()),
         activation_omega=math.fsum(sensitivity.activation_omega[n][b] for n, b in activation_bits.items()),
         weight_grid=grid,
         fingerprint=points.fingerprint,

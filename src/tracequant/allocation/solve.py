@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from tracequant.allocation import cross, exact
+from tracequant.allocation import exact
 from tracequant.allocation.build import build
 from tracequant.allocation.pareto import best_choice
 from tracequant.allocation.pricing import priced
@@ -56,9 +56,6 @@ def solve(
     size or weight bits. `space` "monotone" keeps to 𝓑 (Section 2.3): no layer has fewer bits than one of smaller
     average trace, or of smaller `ranking` (a value per layer, such as HAWQ's λ/n) where that is given.
 
-    Sensitivities with products between layers (metrics "cross" and "first+cross") are searched from that plan on, by
-    changes of one and of two decisions; nothing is proven about the result.
-
     Raises `BudgetError` if no plan is within the limits, naming the ones that bind and the nearest that can be met, or
     if even the largest plan is.
     """
@@ -100,14 +97,6 @@ def solve(
             if price > 0:
                 prices[limit.resource] = prices.get(limit.resource, 0.0) + price * limit.price_unit
     refuse_too_large(problems)
-    if sensitivity.interactions is not None:
-        choices = [
-            cross.improve(part, sensitivity, choice) if any(d.weights for d in part.decisions) else choice
-            for part, choice in zip(problems, choices, strict=True)
-        ]
-        bits = chosen_bits(problems, choices)
-        asked = describe(request, problems)
-        return priced(sensitivity, *bits, f"{method} and local search, {space} space", asked)
     bits = chosen_bits(problems, choices)
     plan = priced(sensitivity, *bits, f"{method}, {space} space", describe(request, problems))
     if method == "pareto":

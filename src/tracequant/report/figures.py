@@ -189,7 +189,7 @@ def _loss(fronts: Mapping[str, Frontier]) -> str:
 
 # What the self-check's figure shows of single layers and of plans; the table beside it has all.
 _LAYER_PANELS = ("l2", "eigenvalue", "trace", "first+quadratic")
-_PLAN_PANELS = ("trace", "first+quadratic", "first+cross", "response")
+_PLAN_PANELS = ("trace", "quadratic", "first+quadratic", "response")
 
 
 def check_figure(check: Check) -> Figure:

@@ -28,7 +28,7 @@ def evaluated_plans(sensitivity: Sensitivity, evaluations: Evaluations | None) -
         known = row.weight_bits.keys() == sensitivity.weight_omega.keys()
         if known and all(b in sensitivity.weight_omega[name] for name, b in row.weight_bits.items()):
             omega = math.fsum(sensitivity.weight_omega[name][b] for name, b in row.weight_bits.items())
-            found.append((row, omega + sensitivity.interaction(row.weight_bits)))
+            found.append((row, omega))
     return sorted(found, key=lambda entry: entry[0].size_bytes)
 
 
