@@ -33,12 +33,12 @@ import torch
 from torch import nn
 
 import tracequant as tq
+from ablation_metrics import sensitivity_by
 from ablations import ProgressiveOrder, SmoothedTask, clipping_only
 from data import data_folder
 from tracequant.cost import average_activation_bits, float_bytes
 from tracequant.sensitivity import measure_weight_errors, with_eigenvalues
-from tracequant.sensitivity_result import combine
-from tracequant.settings import Metric, TaskOptions
+from tracequant.settings import TaskOptions
 from tracequant.tasks import load_task
 from tracequant.verification import verify
 
@@ -72,7 +72,7 @@ class Row:
     """How a row's plan is made: the same `uniform` bits, or the least Ω by `metric` at a `compression` of weights."""
 
     name: str
-    metric: Metric | None = None
+    metric: str | None = None
     uniform: int | None = None
     compression: float | None = None
     offered: tuple[int, ...] = (2, 3, 4, 8)
@@ -119,13 +119,10 @@ class Measured:
             measured.save(work / "sensitivity.json")
         self.measured = tq.Sensitivity.load(work / "sensitivity.json")
 
-    def sensitivity(self, metric: Metric) -> tq.Sensitivity:
+    def sensitivity(self, metric: str) -> tq.Sensitivity:
         """Ω by another metric."""
         perturbation = tq.Perturbation.load(self._work / "perturbation.json")
-        return combine(
-            self.curvature, self.measured.weight_errors, self.measured.activation_errors, self.measured.weight_grid,
-            metric, perturbation,
-        )  # fmt: skip
+        return sensitivity_by(metric, curvature=self.curvature, measured=self.measured, perturbation=perturbation)
 
     def plan(self, row: Row) -> tq.BitPlan:
         """The bits of a row."""

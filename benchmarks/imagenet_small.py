@@ -23,14 +23,13 @@ from typing import Any
 import torch
 
 import tracequant as tq
+from ablation_metrics import ABLATION_METRICS, plan_by
 from data import data_folder
 from imagenet_tree import DATA, lay_out
 from metrics import kept
-from tracequant import allocation
 from tracequant.accuracy import Evaluator
 from tracequant.sensitivity import with_eigenvalues
-from tracequant.sensitivity_result import combine
-from tracequant.settings import METRICS, TaskOptions, WeightGrid
+from tracequant.settings import PlanSettings, TaskOptions
 from tracequant.tasks import load_task
 
 WIDTHS = (2, 3, 4, 8)
@@ -78,10 +77,12 @@ def measured(name: str, data: Path, images: int, seed: int, cache: Path) -> dict
         cache, "sensitivity", tq.Sensitivity,
         lambda: tq.measure_sensitivity(setup.model, traces, setup.calibration, setup.task, WIDTHS, (8,)),
     )  # fmt: skip
-    plans = {f"uniform {bits} bits": allocation.uniform_plan(table, bits) for bits in (8, 4)}
-    for metric in METRICS:
-        of_metric = combine(traces, table.weight_errors, table.activation_errors, WeightGrid(), metric, expansion, seed)
-        plans[metric] = tq.solve(of_metric, average_bits=AVERAGE_BITS)
+    plans = {f"uniform {bits} bits": tq.uniform_plan(table, bits) for bits in (8, 4)}
+    for metric in ABLATION_METRICS:
+        plans[metric] = plan_by(
+            metric, PlanSettings(average_bits=AVERAGE_BITS), curvature=traces, measured=table, perturbation=expansion,
+            seed=seed,
+        )  # fmt: skip
     evaluator = Evaluator(setup.model, setup.task, setup.calibration, setup.evaluation, cache / "evaluations.json")
     rows = {}
     for label, plan in plans.items():

@@ -34,14 +34,15 @@ from typing import Any
 import numpy as np
 import torch
 
+import cross_terms
 import tracequant as tq
+from ablation_metrics import ABLATION_METRICS, plan_by
 from data import data_folder
 from tracequant.accuracy import Evaluator
-from tracequant.allocation import reprice
+from tracequant.allocation.pricing import reprice
 from tracequant.evaluated import PlanCheck, plan_group, spearman
-from tracequant.sensitivity import measure_weight_errors, with_eigenvalues
-from tracequant.sensitivity_result import combine
-from tracequant.settings import METRICS, TaskOptions, WeightGrid
+from tracequant.sensitivity import with_eigenvalues
+from tracequant.settings import PlanSettings, TaskOptions
 from tracequant.tasks import load_task
 
 WIDTHS = (2, 3, 4, 8)
@@ -79,7 +80,8 @@ def correlations(setup: tq.TaskSetup, images: int, plans: int, cache: Path | Non
     )
     check = tq.check_metrics(
         setup.model, curvature, setup.calibration, setup.task, WIDTHS, perturbation=perturbation, plans=plans,
-        offered=GROUPS, cache=None if cache is None else cache / "check",
+        offered=GROUPS, extra_scores=cross_terms.scores(perturbation),
+        cache=None if cache is None else cache / "check",
     )  # fmt: skip
     return check, perturbation
 
@@ -142,7 +144,7 @@ def ablation(setup: tq.TaskSetup, test_images: int, cache: Path | None) -> dict[
     pool = list(setup.calibration)
     images, labels = torch.cat([x for x, _ in pool]), torch.cat([y for _, y in pool])
     evaluation = first(setup.evaluation, test_images)
-    rows: dict[str, list[dict[str, Any]]] = {metric: [] for metric in METRICS}
+    rows: dict[str, list[dict[str, Any]]] = {metric: [] for metric in ABLATION_METRICS}
     rows["random plan"] = []
     for seed in SEEDS:
         chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:CALIBRATION_IMAGES]
@@ -166,7 +168,6 @@ def ablation(setup: tq.TaskSetup, test_images: int, cache: Path | None) -> dict[
                 setup.model, c, data[1], setup.task, WIDTHS, activation_bits=(8,)
             ),
         )  # fmt: skip
-        errors = measure_weight_errors(setup.model, points, WIDTHS, WeightGrid())
         evaluator = Evaluator(
             setup.model, setup.task, batches, evaluation, None if cache is None else cache / f"evaluations-{seed}.json"
         )
@@ -178,9 +179,11 @@ def ablation(setup: tq.TaskSetup, test_images: int, cache: Path | None) -> dict[
                 "weight_bits": list(plan.weight_bits.values()),
             }  # fmt: skip
 
-        for metric in METRICS:
-            of_metric = combine(curvature, errors, table.activation_errors, WeightGrid(), metric, perturbation, seed)
-            plan = tq.solve(of_metric, compression=COMPRESSION)
+        for metric in ABLATION_METRICS:
+            plan = plan_by(
+                metric, PlanSettings(compression=COMPRESSION), curvature=curvature, measured=table,
+                perturbation=perturbation, seed=seed,
+            )  # fmt: skip
             rows[metric].append(measured(plan))
             print(f"seed {seed}, {metric}: {rows[metric][-1]['metric']:.2f}", flush=True)
         if seed == SEEDS[0]:

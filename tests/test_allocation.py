@@ -461,7 +461,7 @@ def test_average_activation_bits_get_the_best_that_fits(average: float) -> None:
             best = min(best, math.fsum(sensitivity.activation_omega[name][b] for name, b in chosen.items()))
     assert plan.activation_omega == pytest.approx(best, rel=1e-12)
     assert tq.frontier(sensitivity, average_activation_bits=average)[0].activation_bits == plan.activation_bits
-    assert tq.uniform_plan(sensitivity, 4, average).activation_bits == plan.activation_bits
+    assert tq.uniform_plan(sensitivity, 4, average_activation_bits=average).activation_bits == plan.activation_bits
 
 
 @pytest.mark.parametrize("numel", [64.0, 7.0, 1000.0, 33.3, 0.4])

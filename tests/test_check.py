@@ -76,7 +76,6 @@ def test_losses_scores_and_responses_by_hand() -> None:
         alone[row.layer, row.num_bits] = loss(rounded(model, {row.layer: row.num_bits}), batches) - base
         assert row.loss_change == pytest.approx(alone[row.layer, row.num_bits], abs=1e-12)
         assert row.scores["first+quadratic"] == pytest.approx(expansion.omega(True)[row.layer][row.num_bits])
-        assert "cross" not in row.scores
     assert len({row.loss_change for row in found.layers}) == 6
     for plan in found.plans:
         assert plan.offered == BITS
@@ -105,8 +104,8 @@ def test_correlations_are_of_their_groups_and_the_best_is_trusted() -> None:
     assert found.correlations["l2"]["2 bits"] == pytest.approx(want)
     some = [row for row in found.plans if row.offered == (3, 4)]
     assert len(some) == 6
-    want = scipy.stats.spearmanr([row.scores["cross"] for row in some], [row.loss_change for row in some]).statistic
-    assert found.correlations["cross"]["plans of 3, 4 bits"] == pytest.approx(want)
+    want = scipy.stats.spearmanr([row.scores["quadratic"] for row in some], [row.loss_change for row in some]).statistic
+    assert found.correlations["quadratic"]["plans of 3, 4 bits"] == pytest.approx(want)
     assert found.correlations["measured"].keys() == {"plans of 2, 3 bits", "plans of 3, 4 bits"}
 
     def worth(metric: str) -> float:
@@ -118,6 +117,25 @@ def test_correlations_are_of_their_groups_and_the_best_is_trusted() -> None:
     none = check_metrics(model, made_up(points), batches, TASK, (2, 3), plans=0)
     assert none.plans == ()
     assert none.trusted == max(("trace", "l2"), key=lambda metric: none.correlations[metric]["all bits"])
+
+
+def test_extra_scores_rank_plans_and_are_never_trusted() -> None:
+    batches, model = images((6,)), residual_net()
+    points = discover(model, batches, TASK)
+    plain = check_metrics(model, made_up(points), batches, TASK, BITS, plans=6)
+    changes = {tuple(plan.weight_bits.items()): plan.loss_change for plan in plain.plans}
+    found = check_metrics(
+        model,
+        made_up(points),
+        batches,
+        TASK,
+        BITS,
+        plans=6,
+        extra_scores={"oracle": lambda b: changes[tuple(b.items())]},
+    )
+    assert found.correlations["oracle"] == {"plans of 2, 4 bits": pytest.approx(1.0)}
+    assert found.trusted == plain.trusted
+    assert all("oracle" not in row.scores for row in found.layers)
 
 
 def test_tied_layers_have_the_same_bits_in_random_plans() -> None:

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 import tracequant as tq
 from tracequant import cost
-from tracequant.allocation import dynamic, exact
+from tracequant.allocation import dynamic, milp
+from tracequant.allocation.explain import exchange_rates, explain
 from tracequant.allocation.pareto import Unit
 from tracequant.errors import BudgetError
-from tracequant.explain import exchange_rates, explain
 from tracequant.plan import MEGABYTE
 from tracequant.points import ActivationPoint, Layer, QuantizationPoints, StoredTensor
 from tracequant.sensitivity_result import Sensitivity
@@ -636,7 +636,7 @@ def test_a_plan_saved_before_bounds_existed_still_loads() -> None:
 
 
 def test_only_the_stray_line_is_kept_off_standard_output(capfd: pytest.CaptureFixture[str]) -> None:
-    with exact._without_stray_lines():
+    with milp.without_stray_lines():
         os.write(1, b"HighsMipSolverData::transformNewIntegerFeasibleSolution tmpSolver.run();\nof another thread\n")
     os.write(1, b"afterwards\n")
     assert capfd.readouterr().out == "of another thread\nafterwards\n"

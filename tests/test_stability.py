@@ -2,12 +2,12 @@
 
 import pytest
 
-from tracequant.allocation import solve
+from tracequant.allocation.solve import solve
+from tracequant.allocation.stability import is_stable, plan_stability
 from tracequant.curvature.result import Curvature, TraceEstimate
 from tracequant.points import Layer, QuantizationPoints
 from tracequant.sensitivity_result import combine
 from tracequant.settings import PlanSettings, WeightGrid
-from tracequant.stability import is_stable, plan_stability
 
 SETTINGS = PlanSettings(average_bits=3)
 

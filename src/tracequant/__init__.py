@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tracequant.accuracy import solve_by_accuracy
-    from tracequant.allocation import Frontier, frontier, solve, uniform_plan
+    from tracequant.allocation.frontier import Frontier, frontier
+    from tracequant.allocation.pricing import uniform_plan
+    from tracequant.allocation.solve import solve
     from tracequant.allocation.space import full_space, monotone_space
     from tracequant.check import check_metrics
     from tracequant.classification import ClassificationTask
@@ -57,8 +59,11 @@ _MODULES = {
     "tracequant.check": ("check_metrics",),
     "tracequant.curvature.perturbation": ("measure_perturbation",),
     "tracequant.evaluated": ("AccuracySearch", "Check", "EvaluatedPlan", "Evaluations"),
-    "tracequant.allocation": ("Frontier", "frontier", "full_space", "monotone_space", "solve", "uniform_plan"),
     "tracequant.classification": ("ClassificationTask",),
+    "tracequant.allocation.frontier": ("Frontier", "frontier"),
+    "tracequant.allocation.pricing": ("uniform_plan",),
+    "tracequant.allocation.solve": ("solve",),
+    "tracequant.allocation.space": ("full_space", "monotone_space"),
     "tracequant.convert": ("quantize", "to_float"),
     "tracequant.curvature.estimate": ("estimate_curvature",),
     "tracequant.curvature.result": ("Curvature", "Density", "Perturbation", "Spectrum", "TraceEstimate"),

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from tracequant import allocation
+from tracequant.allocation.activations import decided_activations
+from tracequant.allocation.frontier import frontier
+from tracequant.allocation.request import check
 from tracequant.batch_digest import digest
 from tracequant.batches import Batches, reusable
 from tracequant.convert import quantize
@@ -119,8 +121,8 @@ def solve_by_accuracy(
     A bisection over size, to 0.2 % of it, takes accuracy for falling with size. It is not, quite: so plans up to 4 %
     smaller than the one found are tried too, and the search goes on from each that passes.
 
-    Raises `BudgetError` without any of the two limits, for rules that limit size, BOPs or latency, where even the
-    largest plan loses more, and for metrics with products between layers, which have no frontier.
+    Raises `BudgetError` without any of the two limits, for rules that limit size, BOPs or latency, and where even the
+    largest plan loses more.
     """
     rules = rules | {"max_accuracy_drop": max_drop, "max_loss_increase": max_loss_increase}
     if unknown := rules.keys() - {field.name for field in fields(PlanSettings)}:
@@ -128,11 +130,11 @@ def solve_by_accuracy(
     request = PlanSettings(**rules)
     if not request.by_accuracy:
         raise BudgetError("give max_drop (--max-accuracy-drop) or max_loss_increase (--max-loss-increase)")
-    allocation.check(request)
-    front = allocation.frontier(
+    check(request)
+    front = frontier(
         sensitivity,
         space=request.space,
-        activation_bits=allocation.decided_activations(sensitivity, request),
+        activation_bits=decided_activations(sensitivity, request),
         fixed_bits=request.fixed_bits,
         min_bits=request.min_bits,
         allowed_bits=request.allowed_bits,

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import safetensors
@@ -28,7 +28,7 @@ from tracequant.progress import track
 from tracequant.quantizer import choose_weight_grid
 from tracequant.sensitivity import measure_weight_errors
 from tracequant.sensitivity_result import Sensitivity, combine
-from tracequant.settings import CROSS_METRICS, EXPANSIONS, Metric, WeightGrid
+from tracequant.settings import EXPANSIONS, Metric, WeightGrid
 from tracequant.task import Task, checked, checked_loss, total_loss
 
 # Elements of all layers' changes of the outputs together, above which they are not kept and "response" is left out.
@@ -51,15 +51,19 @@ def check_metrics(
     seed: int = 0,
     cache: str | Path | None = None,
     progress: bool = False,
+    *,
+    extra_scores: Mapping[str, Callable[[dict[str, int]], float]] | None = None,
 ) -> Check:
     """Rank correlations of every metric with the measured change of the loss on `batches`, labelled samples.
 
     Every layer of `curvature` is rounded alone at each of `weight_bits`, and `plans` random plans with bits from each
     of `offered` (all of `weight_bits` if None), ties kept; activations stay in float. That is a pass over the batches
     for each. Metrics: "trace", "l2", the eigenvalues' where `curvature` has them, and the expansions where
-    `perturbation`, measured at the same bits, is given. `cache` is a folder in which every measurement is saved, so
-    that an interrupted check goes on where it stopped and one with more plans measures only those. The model is left
-    as it was.
+    `perturbation`, measured at the same bits, is given. `extra_scores` ranks the random plans by other forms too: each
+    maps a plan's bits by layer to a number. No plan can be solved for these, so none of them is `trusted`.
+
+    `cache` is a folder in which every measurement is saved, so that an interrupted check resumes where it stopped, and
+    a check with more plans measures only those. The model is left as it was.
 
     Raises `ModelError` for bits that are not among those measured, and `DataError` for batches that cannot be used.
     """
@@ -89,9 +93,10 @@ def check_metrics(
         for bits, plan in track(drawn, "Random plans", progress):
             losses, _ = bench.measure(plan, outputs=False)
             scores = {
-                name: math.fsum(table.weight_omega[layer][b] for layer, b in plan.items()) + table.interaction(plan)
+                name: math.fsum(table.weight_omega[layer][b] for layer, b in plan.items())
                 for name, table in tables.items()
             }
+            scores |= {name: score(plan) for name, score in (extra_scores or {}).items()}
             scores["measured"] = math.fsum(alone[option] for option in plan.items())
             if keep:
                 added = [sum(parts) for parts in zip(*(moved[option] for option in plan.items()), strict=True)]
@@ -102,7 +107,7 @@ def check_metrics(
             name,
             num_bits,
             alone[name, num_bits],
-            {m: t.weight_omega[name][num_bits] for m, t in tables.items() if m not in CROSS_METRICS},
+            {metric: table.weight_omega[name][num_bits] for metric, table in tables.items()},
         )
         for name, num_bits in options
     )

@@ -15,10 +15,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tracequant import __version__, allocation, cost
+from tracequant import __version__, cost
+from tracequant.allocation.explain import exchange_rates, explain
+from tracequant.allocation.request import check as check_request
+from tracequant.allocation.solve import solve
+from tracequant.allocation.space import full_space, monotone_space
+from tracequant.allocation.stability import plan_stability
 from tracequant.errors import TracequantError
 from tracequant.evaluated import Check
-from tracequant.explain import exchange_rates, explain
 from tracequant.plan import MEGABYTE, BitPlan
 from tracequant.presets import PRESETS
 from tracequant.run import Measured, Run
@@ -33,7 +37,6 @@ from tracequant.settings import (
     TaskOptions,
     WeightGrid,
 )
-from tracequant.stability import plan_stability
 from tracequant.tables import read_latency, read_sensitivity
 
 app = typer.Typer(
@@ -351,7 +354,7 @@ def plan(
             _bad_parameter("--metric, --max-accuracy-drop and --max-loss-increase need a run directory")
         assert sensitivity is not None
         table = read_sensitivity(sensitivity)
-        solved = allocation.solve(table, **settings.keywords())
+        solved = solve(table, **settings.keywords())
     if out is not None:
         solved.save(out)
     keep = run is not None and (apply or not run.done("quantize"))
@@ -830,7 +833,7 @@ def _run_stages(
 ) -> None:
     from tracequant import distributed
 
-    allocation.check(plan)  # a bad budget should not cost an analysis
+    check_request(plan)  # a bad budget should not cost an analysis
     with distributed.process_group(analyze.device):
         first = _analyze_together(run, analyze, plan, finetune if finetune.steps else None)
         if first:
@@ -1125,8 +1128,8 @@ def _print_plan(
     print(f"Asked for: {solved.budget}. Uses {solved.size_bytes:,} bytes, {', '.join(spent)}.")
     units, options = len(points.weight_units), max(len(omega) for omega in sensitivity.weight_omega.values())
     print(
-        f"Search space: {_count(allocation.full_space(units, options))} assignments of weight bits,"
-        f" {_count(allocation.monotone_space(units, options))} of them monotone."
+        f"Search space: {_count(full_space(units, options))} assignments of weight bits,"
+        f" {_count(monotone_space(units, options))} of them monotone."
     )
     if solved.gap is None:
         print(f"Found by {solved.method}; nothing proven about better plans.")

@@ -43,7 +43,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from tracequant import allocation
+from tracequant.allocation.pricing import reprice, uniform_plan
+from tracequant.allocation.request import check as check_request
+from tracequant.allocation.solve import solve
+from tracequant.allocation.stability import is_stable, plan_stability
 from tracequant.artifact import Saveable, read_json, replace_file, write_json
 from tracequant.curvature.result import Curvature, Landscapes, Perturbation, Spectrum
 from tracequant.errors import ArtifactError, ModelError, RunError, SecondDerivativeError, TaskError
@@ -60,7 +63,6 @@ from tracequant.settings import (
     PlanSettings,
     RunSettings,
 )
-from tracequant.stability import is_stable, plan_stability
 
 if TYPE_CHECKING:
     import torch
@@ -280,7 +282,6 @@ class Run:
             measured.weight_grid,
             metric,
             perturbation,
-            self.settings().analyze.options.seed,
         )
 
     def metrics(self) -> list[Metric]:
@@ -307,7 +308,7 @@ class Run:
     def plan(self) -> BitPlan:
         """Result of plan; bits that were edited by hand count, with the size and Ω that they really have."""
         plan = BitPlan.load(self.path / "plan.json")
-        repriced = allocation.reprice(self.sensitivity(), plan)
+        repriced = reprice(self.sensitivity(), plan)
         if repriced == plan:
             return plan
         return replace(repriced, method="edited by hand", bound=None, prices={})
@@ -630,8 +631,8 @@ class Run:
         self._need("analyze")
         sensitivity = self.sensitivity_by(settings.metric)
         if not settings.by_accuracy:
-            return allocation.solve(sensitivity, **settings.keywords())
-        allocation.check(settings)
+            return solve(sensitivity, **settings.keywords())
+        check_request(settings)
         from tracequant.accuracy import solve_by_accuracy
 
         setup = self.setup()
@@ -653,7 +654,7 @@ class Run:
     def compare(self, settings: PlanSettings, metrics: Sequence[Metric]) -> dict[Metric, tuple[BitPlan, EvaluatedPlan]]:
         """Plans for one budget by each metric, evaluated after calibration without fine-tuning (Tables 3 and 5)."""
         self._need("analyze")
-        allocation.check(settings)
+        check_request(settings)
         plans = {metric: self.solve(replace(settings, metric=metric)) for metric in metrics}
         from tracequant.accuracy import Evaluator
 
@@ -936,7 +937,7 @@ class Run:
 
     def _nearest_uniform(self, sensitivity: Sensitivity, plan: BitPlan) -> tuple[int, BitPlan]:
         offered = sorted({b for options in sensitivity.weight_omega.values() for b in options})
-        plans = {b: allocation.uniform_plan(sensitivity, b, activation_bits=plan.activation_bits) for b in offered}
+        plans = {b: uniform_plan(sensitivity, b, activation_bits=plan.activation_bits) for b in offered}
         best = min(offered, key=lambda b: abs(plans[b].size_bytes - plan.size_bytes))
         return best, plans[best]
 

@@ -48,7 +48,7 @@ def measure_sensitivity(
     ‖Q(a) − a‖², with ranges chosen on `batches`. `metric` "trace" weights them by the average trace; the others are
     explained at `tracequant.sensitivity_result.combine`. What a metric needs besides is measured on `batches` where it
     is not given: the largest eigenvalues (on the first batch, where `curvature` has none) and the `perturbation` of
-    `measure_perturbation`. `seed` is that of the metric "random" and of these. With `activation_bits=()` activations
+    `measure_perturbation`, both by `seed`. With `activation_bits=()` activations
     stay in float. The tensor that the caller hands to the model is offered 8 bits only: images arrive that way.
     `weight_errors` are those of `measure_weight_errors` for these bits and this grid, where they are known already.
 
@@ -83,7 +83,7 @@ def measure_sensitivity(
         perturbation = measure_perturbation(
             model, batches, task, points, weight_bits, weight_grid, activation_bits, seed=seed, progress=progress
         )
-    found = combine(curvature, weight_errors, activation_errors, weight_grid, metric, perturbation, seed)
+    found = combine(curvature, weight_errors, activation_errors, weight_grid, metric, perturbation)
     _warn_of_falling_losses(found)
     return found
 

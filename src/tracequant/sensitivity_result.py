@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import random
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from tracequant.artifact import Saveable
 from tracequant.curvature.result import Curvature, Perturbation
 from tracequant.errors import ModelError
 from tracequant.points import QuantizationPoints
-from tracequant.settings import CROSS_METRICS, EXPANSIONS, METRICS, Latency, WeightGrid
+from tracequant.settings import EXPANSIONS, METRICS, Latency, WeightGrid
 
 # The tensor that enters the model keeps 8 bits in every plan: images are stored that way, and no layer gains from less.
 MODEL_INPUT_BITS = 8
@@ -24,9 +21,6 @@ class Sensitivity(Saveable):
     `weight_omega[layer][bits]` and `activation_omega[point][bits]` are in units of the loss; `*_errors` are the squared
     perturbations ‖Q(W) − W‖² and, averaged over samples, ‖Q(a) − a‖². Saved and loaded, it answers any budget without
     the model.
-
-    `interactions` is there for the metrics "cross" and "first+cross": E[(u · ΔW_a)(u · ΔW_b)], b ≤ a, over the options
-    (layer, bits) in the order of `weight_omega`. A plan's Ω then has the products of its layers' options besides.
 
     Two fields are for published tables (`tracequant.read_sensitivity`): `latency` in milliseconds by layer, weight bits
     and input bits, and `same_bits`, that a layer's input has as many bits as its weight.
@@ -42,15 +36,6 @@ class Sensitivity(Saveable):
     metric: str
     latency: Latency = field(default_factory=dict)
     same_bits: bool = False
-    interactions: tuple[tuple[float, ...], ...] | None = None
-
-    def interaction(self, weight_bits: Mapping[str, int]) -> float:
-        """What the products between layers add to a plan's Ω: Σ_{i<j} E[(u_i · ΔW_i)(u_j · ΔW_j)]."""
-        if self.interactions is None:
-            return 0.0
-        options = [(name, b) for name, by_bits in self.weight_omega.items() for b in by_bits]
-        chosen = [i for i, (name, b) in enumerate(options) if weight_bits[name] == b]
-        return math.fsum(self.interactions[i][j] for i in chosen for j in chosen if j < i)
 
     def __str__(self) -> str:
         lines = [f"Sensitivity of {len(self.weight_omega)} layers, metric {self.metric}; Ω by bits"]
@@ -68,22 +53,18 @@ def combine(
     weight_grid: WeightGrid,
     metric: str,
     perturbation: Perturbation | None = None,
-    seed: int = 0,
 ) -> Sensitivity:
     """Ω of every layer and activation by `metric`, from what was measured.
 
     - "trace": Tr(H_i)/n_i · ‖Q_b(W_i) − W_i‖² (Eq. 10); "l2" the perturbation alone (Table 3b);
     - "eigenvalue": λ_i/n_i · ‖ΔW_i‖², HAWQ's measure, and "eigenvalue_alone": λ_i · ‖ΔW_i‖² (Table 5);
-    - "quadratic": ½ E[(u · ΔW_i)²]; "first+quadratic" adds E[g · ΔW_i]; "cross" and "first+cross" add the products
-      between layers to a plan's Ω as well. All four need `perturbation`;
-    - "inverted": "trace" with the traces handed out in reverse order, the least to the layer that has the largest
-      (Table 3a); "random": the traces dealt out at random, by `seed`.
+    - "quadratic": ½ E[(u · ΔW_i)²]; "first+quadratic" adds E[g · ΔW_i]. Both need `perturbation`.
 
-    Activations have the same with the mean over samples of ‖Δa‖², or the expansion in their own rounding, without
-    products. Where that was not measured the expansions give them half of the trace's Ω, which is in units of the loss
-    too; the eigenvalues' metrics give them the trace's. A negative trace or eigenvalue, possible by
-    noise or away from a minimum, counts as zero: more bits must never look worse. Only first-order terms may be
-    negative. Raises `ModelError` for a metric whose ingredients are not there.
+    Activations have the same with the mean over samples of ‖Δa‖², or the expansion in their own rounding. Where that
+    was not measured the expansions give them half of the trace's Ω, which is in units of the loss too; the eigenvalues'
+    metrics give them the trace's. A negative trace or eigenvalue, possible by noise or away from a minimum, counts as
+    zero: more bits must never look worse. Only first-order terms may be negative. Raises `ModelError` for a metric
+    whose ingredients are not there.
     """
     if metric not in METRICS:
         raise ModelError(f"unknown metric {metric!r}; choose {', '.join(METRICS)}")
@@ -94,14 +75,10 @@ def combine(
         weight_factors, activation_factors = dict.fromkeys(traces, 1.0), dict.fromkeys(activation_traces, 1.0)
     elif metric in ("eigenvalue", "eigenvalue_alone"):
         weight_factors = _eigenvalues(curvature, divided=metric == "eigenvalue")
-    elif metric in ("inverted", "random"):
-        order = None if metric == "inverted" else random.Random(seed)
-        weight_factors, activation_factors = _dealt_out(traces, order), _dealt_out(activation_traces, order)
     elif metric in EXPANSIONS:
         activation_factors = {name: 0.5 * trace for name, trace in activation_traces.items()}
     weight_omega = _weighted(weight_errors, weight_factors)
     activation_omega = _weighted(activation_errors, activation_factors)
-    interactions = None
     if metric in EXPANSIONS:
         if perturbation is None:
             raise ModelError(f"metric {metric!r} needs the roundings measured: perturbation=measure_perturbation(...)")
@@ -119,7 +96,6 @@ def combine(
         expanded = perturbation.activation_omega(first_order)
         if {n: set(own) for n, own in expanded.items()} == {n: set(own) for n, own in activation_errors.items()}:
             activation_omega = expanded
-        interactions = perturbation.products if metric in CROSS_METRICS else None
     return Sensitivity(
         points=curvature.points,
         weight_omega=weight_omega,
@@ -129,7 +105,6 @@ def combine(
         average_traces={layer.name: traces[layer.name] for layer in curvature.points.layers},
         weight_grid=weight_grid,
         metric=metric,
-        interactions=interactions,
     )
 
 
@@ -150,10 +125,3 @@ def _eigenvalues(curvature: Curvature, divided: bool) -> dict[str, float]:
         layer.name: curvature.top_eigenvalues[layer.name] / (layer.numel if divided else 1)
         for layer in curvature.points.layers
     }
-
-
-def _dealt_out(traces: dict[str, float], order: random.Random | None) -> dict[str, float]:
-    """The same traces for other layers: in reverse order, or shuffled by `order`."""
-    ranked = sorted(traces, key=lambda name: traces[name])
-    receivers = ranked[::-1] if order is None else order.sample(ranked, len(ranked))
-    return {receiver: traces[name] for name, receiver in zip(ranked, receivers, strict=True)}

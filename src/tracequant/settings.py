@@ -10,13 +10,11 @@ from tracequant.options import option, validate
 
 # What stands for the loss that a layer's rounding costs; docs/method.md has the formulas. "trace" is HAWQ-V2's Eq. 10.
 Metric = Literal[
-    "trace", "l2", "eigenvalue", "eigenvalue_alone", "quadratic", "first+quadratic", "cross", "first+cross",
-    "inverted", "random",
+    "trace", "l2", "eigenvalue", "eigenvalue_alone", "quadratic", "first+quadratic",
 ]  # fmt: skip
 METRICS: tuple[Metric, ...] = get_args(Metric)
-# Those that rest on the roundings themselves (`tracequant.Perturbation`), and of them those with products of layers.
-EXPANSIONS: tuple[Metric, ...] = ("quadratic", "first+quadratic", "cross", "first+cross")
-CROSS_METRICS: tuple[Metric, ...] = ("cross", "first+cross")
+# Those that rest on the roundings themselves (`tracequant.Perturbation`).
+EXPANSIONS: tuple[Metric, ...] = ("quadratic", "first+quadratic")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tracequant.allocation.problem import Problem
+from tracequant.errors import BudgetError
+
 MAX_GROUP_CONFIGURATIONS = 1 << 16
 
 
@@ -78,6 +81,40 @@ def pareto_frontier(
         choices = np.concatenate([choices[before[kept]], group_choice[configuration[kept]]], axis=1)
     order = _frontier_order(cost, omega)
     return [Assignment(tuple(int(c) for c in choices[i]), int(cost[i]), float(omega[i])) for i in order]
+
+
+def best_choice(problem: Problem) -> tuple[int, ...] | None:
+    """The best choice that Appendix E finds within the problem's one limit on weights; None if it finds none."""
+    units, members = weight_units(problem)
+    feasible = [a for a in pareto_frontier(units, bool(problem.chain)) if a.cost <= problem.limits[0].bound]
+    if not feasible:
+        return None
+    found = dict(zip(members, feasible[-1].choice, strict=True))
+    return tuple(found.get(d, 0) for d in range(len(problem.decisions)))
+
+
+def weight_units(problem: Problem) -> tuple[list[Unit], list[int]]:
+    """The decisions about weights as units of the frontier searches, in the chain's order, and which they are.
+
+    The cost is that of the problem's one limit on weights.
+    """
+    if len(problem.limits) != 1:
+        raise BudgetError(
+            "a frontier and Appendix E's search take one limit, on size or weight bits, got"
+            f" {', '.join(limit.name for limit in problem.limits)}; leave the method at 'exact'"
+        )
+    (limit,) = problem.limits
+    members = list(problem.chain) or [d for d, decision in enumerate(problem.decisions) if decision.weights]
+    units = [
+        Unit(
+            problem.decisions[d].weights[0],
+            problem.decisions[d].bits,
+            tuple(int(amount) for amount in limit.amounts.single[d]),
+            tuple(float(omega) for omega in problem.objective.single[d]),
+        )
+        for d in members
+    ]
+    return units, members
 
 
 def _next_group(units: Sequence[Unit], group: int) -> Sequence[Unit]:

@@ -9,10 +9,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tracequant.allocation import Frontier
+from tracequant.allocation.explain import LayerRow
+from tracequant.allocation.frontier import Frontier
 from tracequant.curvature.result import Curvature, Spectrum
 from tracequant.evaluated import Check, LayerCheck, PlanCheck
-from tracequant.explain import LayerRow
 from tracequant.plan import MEGABYTE, BitPlan
 from tracequant.report.drawing import BIT_COLORS, GREY, RED, despine, name_axis, running_means, trace_bars
 
@@ -189,7 +189,7 @@ def _loss(fronts: Mapping[str, Frontier]) -> str:
 
 # What the self-check's figure shows of single layers and of plans; the table beside it has all.
 _LAYER_PANELS = ("l2", "eigenvalue", "trace", "first+quadratic")
-_PLAN_PANELS = ("trace", "first+quadratic", "first+cross", "response")
+_PLAN_PANELS = ("trace", "quadratic", "first+quadratic", "response")
 
 
 def check_figure(check: Check) -> Figure:

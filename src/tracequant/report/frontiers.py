@@ -6,8 +6,10 @@ import math
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from tracequant import allocation
-from tracequant.allocation import Frontier
+from tracequant.allocation.frontier import Frontier, frontier
+from tracequant.allocation.pricing import uniform_plan
+from tracequant.allocation.request import Method
+from tracequant.allocation.solve import solve
 from tracequant.errors import BudgetError
 from tracequant.evaluated import EvaluatedPlan, Evaluations
 from tracequant.plan import MEGABYTE, BitPlan
@@ -26,7 +28,7 @@ def evaluated_plans(sensitivity: Sensitivity, evaluations: Evaluations | None) -
         known = row.weight_bits.keys() == sensitivity.weight_omega.keys()
         if known and all(b in sensitivity.weight_omega[name] for name, b in row.weight_bits.items()):
             omega = math.fsum(sensitivity.weight_omega[name][b] for name, b in row.weight_bits.items())
-            found.append((row, omega + sensitivity.interaction(row.weight_bits)))
+            found.append((row, omega))
     return sorted(found, key=lambda entry: entry[0].size_bytes)
 
 
@@ -34,10 +36,10 @@ def frontiers(sensitivity: Sensitivity, plan: BitPlan, settings: PlanSettings | 
     """The frontiers at the plan's activations and within its rules: all plans, and what Appendix E finds of them."""
     rules = settings or PlanSettings()
     found: dict[str, Frontier] = {}
-    methods: tuple[allocation.Method, ...] = ("exact", "pareto")
+    methods: tuple[Method, ...] = ("exact", "pareto")
     for method in methods:
         with suppress(BudgetError):  # the exact tables may not fit into memory
-            found[method] = allocation.frontier(
+            found[method] = frontier(
                 sensitivity,
                 method=method,
                 activation_bits=plan.activation_bits,
@@ -53,7 +55,7 @@ def markers(run: Run, sensitivity: Sensitivity, plan: BitPlan) -> list[figures.M
     found = [figures.Marker("this plan", "", plan, "*", "#ffd166")]
     label = "uniform"
     for num_bits in sorted({b for options in sensitivity.weight_omega.values() for b in options}):
-        uniform = allocation.uniform_plan(sensitivity, num_bits, activation_bits=plan.activation_bits)
+        uniform = uniform_plan(sensitivity, num_bits, activation_bits=plan.activation_bits)
         if uniform.omega > 0 and uniform.size_bytes <= 2 * plan.size_bytes:
             found.append(figures.Marker(label, f"{num_bits} bits", uniform, "s", "#b8bec9"))
             label = ""
@@ -61,7 +63,7 @@ def markers(run: Run, sensitivity: Sensitivity, plan: BitPlan) -> list[figures.M
     if eigenvalues:
         ranking = {layer.name: eigenvalues[layer.name] / layer.numel for layer in sensitivity.points.layers}
         try:
-            hawq = allocation.solve(
+            hawq = solve(
                 sensitivity,
                 max_size_mb=plan.size_bytes / MEGABYTE,
                 space="monotone",

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import jinja2
 from matplotlib.figure import Figure
 
-from tracequant import __version__, allocation, cost
+from tracequant import __version__, cost
+from tracequant.allocation.explain import exchange_rates, explain
+from tracequant.allocation.space import full_space, monotone_space
 from tracequant.artifact import replace_file, write_text
-from tracequant.explain import exchange_rates, explain
 from tracequant.plan import MEGABYTE
 from tracequant.report import figures
 from tracequant.report.frontiers import evaluated_plans, frontiers, markers
@@ -84,8 +85,8 @@ def write_report(run: Run) -> Path:
         bops=cost.bit_operations(points, plan.weight_bits, plan.activation_bits),
         float_bops=cost.bit_operations(points, {}, {}),
         activation_average=cost.average_activation_bits(points, plan.activation_bits),
-        full_space=allocation.full_space(units, options),
-        monotone_space=allocation.monotone_space(units, options),
+        full_space=full_space(units, options),
+        monotone_space=monotone_space(units, options),
         megabyte=MEGABYTE,
         isinf=math.isinf,
         versions={"tracequant": __version__, **{name: version(name) for name in ("torch", "numpy", "scipy")}},

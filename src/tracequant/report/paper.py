@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from tracequant.allocation import Frontier
+from tracequant.allocation.frontier import Frontier
 from tracequant.artifact import replace_file, write_json
 from tracequant.curvature.result import Curvature
 from tracequant.errors import ModelError, RunError

@@ -1,23 +1,32 @@
-"""Plans whose Ω has products between layers: a local search on top of the exact solver.
+"""Products between layers: plans ranked and solved with the whole quadratic form ½ E[(Σ_i u_i · ΔW_i)²].
 
-With products Σ_{i<j} P(option of i, option of j) the objective is a quadratic form in the choice, for which no proof is
-attempted. The search starts at the exact optimum of the layers' own Ω, takes the best change of one decision or of two
-together that the limits allow until there is none, and then asks the exact solver for the optimum of the objective made
-linear at the plan it has reached, from where it searches again, as long as that helps. Last, a few decisions are
-changed at random and the search goes on from there, which may lead out of a plan that no two changes improve.
+The library's Ω is a sum over layers. The metrics "cross" and "first+cross" of the benchmarks add the products of every
+two layers, Σ_{i<j} E[(u_i · ΔW_i)(u_j · ΔW_j)], which `tracequant.Perturbation` holds. The objective is then a
+quadratic form in the choice of bits, and nothing is proven about the plans. The search starts at the plan of
+`tracequant.solve`. It takes the best change of one decision or of two together that the limits allow until there is
+none. Then it asks the exact solver for the optimum of the objective made linear at the plan it has reached, and
+searches again from there, as long as that helps. At the end it changes a few decisions at random and searches from
+there, which may lead out of a plan that no two changes improve.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+import tracequant as tq
 from tracequant.allocation import exact
-from tracequant.allocation.problem import Amounts, Problem
-from tracequant.sensitivity_result import Sensitivity
+from tracequant.allocation.build import build
+from tracequant.allocation.pricing import reprice
+from tracequant.allocation.problem import Amounts, Problem, chosen_bits
+from tracequant.settings import PlanSettings
+
+# Metric with products → the library's metric that has the same terms without them.
+CROSS_METRICS = {"cross": "quadratic", "first+cross": "first+quadratic"}
 
 # How often the exact solver is asked again, and how many changes a search may make.
 ROUNDS = 8
@@ -26,9 +35,55 @@ MOST_CHANGES = 10_000
 KICKS, KICKED = 20, 3
 
 
-def improve(problem: Problem, sensitivity: Sensitivity, choice: Sequence[int]) -> tuple[int, ...]:
+def interaction(perturbation: tq.Perturbation, weight_bits: Mapping[str, int]) -> float:
+    """What the products between layers add to a plan's Ω: Σ_{i<j} E[(u_i · ΔW_i)(u_j · ΔW_j)]."""
+    chosen = [i for i, (name, b) in enumerate(_options(perturbation)) if weight_bits[name] == b]
+    return math.fsum(perturbation.products[i][j] for i in chosen for j in chosen if j < i)
+
+
+def scores(perturbation: tq.Perturbation) -> dict[str, Callable[[dict[str, int]], float]]:
+    """The `extra_scores` of `tracequant.check_metrics`: Ω of a plan by each metric with products."""
+
+    def omega(first_order: bool) -> Callable[[dict[str, int]], float]:
+        table = perturbation.omega(first_order)
+        return lambda bits: math.fsum(table[n][b] for n, b in bits.items()) + interaction(perturbation, bits)
+
+    return {"cross": omega(False), "first+cross": omega(True)}
+
+
+def solve(sensitivity: tq.Sensitivity, perturbation: tq.Perturbation, request: PlanSettings) -> tq.BitPlan:
+    """The best plan found within the limits of `request`, its Ω with the products; never worse than `tq.solve`'s.
+
+    `sensitivity` has the terms of single layers: metric "quadratic" or "first+quadratic" of the same `perturbation`.
+    """
+    start = tq.solve(sensitivity, **request.keywords())
+    problems = build(sensitivity, request)
+    choices = []
+    for problem in problems:
+        choice = tuple(
+            decision.bits.index(
+                start.weight_bits[decision.weights[0]]
+                if decision.weights
+                else start.activation_bits[decision.activations[0]]
+            )
+            for decision in problem.decisions
+        )
+        has_weights = any(decision.weights for decision in problem.decisions)
+        choices.append(improve(problem, perturbation, choice) if has_weights else choice)
+    weight_bits, activation_bits = chosen_bits(problems, choices)
+    plan = reprice(sensitivity, replace(start, weight_bits=weight_bits, activation_bits=activation_bits))
+    return replace(
+        plan,
+        omega=plan.omega + interaction(perturbation, weight_bits),
+        method=f"{request.method} and local search, {request.space} space",
+        bound=None,
+        prices={},
+    )
+
+
+def improve(problem: Problem, perturbation: tq.Perturbation, choice: Sequence[int]) -> tuple[int, ...]:
     """The best choice that the search finds from `choice`, which keeps to the limits; never a worse one."""
-    form = _Form(problem, sensitivity)
+    form = _Form(problem, perturbation)
     best = form.search(list(choice))
     for _ in range(ROUNDS):
         solution = exact.minimise(replace(problem, objective=form.linear(best)))
@@ -50,21 +105,22 @@ def improve(problem: Problem, sensitivity: Sensitivity, choice: Sequence[int]) -
     return tuple(best)
 
 
+def _options(perturbation: tq.Perturbation) -> list[tuple[str, int]]:
+    """The options (layer, bits) in the order of the perturbation's products."""
+    return [(layer.name, b) for layer in perturbation.points.layers for b in perturbation.weight_bits]
+
+
 class _Form:
     """The objective over options, all decisions' options one after the other."""
 
-    def __init__(self, problem: Problem, sensitivity: Sensitivity) -> None:
-        assert sensitivity.interactions is not None
+    def __init__(self, problem: Problem, perturbation: tq.Perturbation) -> None:
         self._problem = problem
         sizes = [len(decision.bits) for decision in problem.decisions]
         self._first = np.concatenate([[0], np.cumsum(sizes)])
         self._owner = np.repeat(np.arange(len(sizes)), sizes)
-        number = {
-            option: i
-            for i, option in enumerate((n, b) for n, by_bits in sensitivity.weight_omega.items() for b in by_bits)
-        }
+        number = {option: i for i, option in enumerate(_options(perturbation))}
         lower = np.zeros((len(number), len(number)))
-        for i, row in enumerate(sensitivity.interactions):
+        for i, row in enumerate(perturbation.products):
             lower[i, : i + 1] = row
         products = lower + np.tril(lower, -1).T
         self._own = np.concatenate(problem.objective.single)

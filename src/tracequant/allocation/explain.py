@@ -115,7 +115,6 @@ class _Steps:
         gain += math.fsum(
             table.activation_omega[name][now] - table.activation_omega[name][num_bits] for name in activations
         )
-        gain += table.interaction(plan.weight_bits) - table.interaction(stepped.weight_bits)
         total = (plan.total_omega if plan.prices.keys() & {"bops", "latency"} else plan.omega) or 1.0
         if activations and not weights:
             total = plan.total_omega or 1.0

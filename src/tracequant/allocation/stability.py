@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from tracequant import allocation
+from tracequant.allocation.solve import solve
 from tracequant.curvature.result import Curvature
 from tracequant.plan import BitPlan
 from tracequant.sensitivity_result import Sensitivity, combine
@@ -42,7 +42,7 @@ def is_stable(
         widths = [b for options in weight_errors.values() for b in options]
         weights_only = replace(weights_only, average_bits=(min(widths) + max(widths)) / 2)
     sensitivity = combine(curvature, weight_errors, {}, weight_grid, "trace")
-    plan = allocation.solve(sensitivity, **weights_only.keywords())
+    plan = solve(sensitivity, **weights_only.keywords())
     kept = plan_stability(sensitivity, curvature, plan, weights_only, resamples=STOP_RESAMPLES)
     return kept is not None and min(kept.values()) >= share
 
@@ -83,7 +83,7 @@ def plan_stability(
             sensitivity.weight_grid,
             sensitivity.metric,
         )
-        again = allocation.solve(resampled, **settings.keywords())
+        again = solve(resampled, **settings.keywords())
         for name in names:
             kept[name] += again.weight_bits[name] == plan.weight_bits[name]
     return {name: count / resamples for name, count in kept.items()}
