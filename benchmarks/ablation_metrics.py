@@ -12,8 +12,8 @@ from dataclasses import replace
 
 import cross_terms
 import tracequant as tq
-from tracequant.sensitivity_result import combine
-from tracequant.settings import METRICS, PlanSettings
+from tracequant.core.sensitivity import combine
+from tracequant.core.settings import METRICS, PlanSettings
 
 ABLATION_METRICS: tuple[str, ...] = (*METRICS, *cross_terms.CROSS_METRICS, "inverted", "random")
 

@@ -19,14 +19,8 @@ import torch
 from torch import Tensor, nn
 
 import tracequant as tq
-from tracequant.quantizer import (
-    Grid,
-    Quantizer,
-    WeightQuantizer,
-    activation_quantizers,
-    choose_grid,
-    weight_quantizers,
-)
+from tracequant.quantization.grid import Grid, choose_grid
+from tracequant.quantization.quantizer import Quantizer, WeightQuantizer, activation_quantizers, weight_quantizers
 
 Order = Literal["sensitive_first", "sensitive_last"]
 

@@ -26,10 +26,10 @@ import numpy as np
 import scipy
 
 import tracequant as tq
-from tracequant import cost
-from tracequant.points import ActivationPoint, Layer, QuantizationPoints, StoredTensor
-from tracequant.sensitivity_result import Sensitivity
-from tracequant.settings import WeightGrid
+from tracequant.core import cost
+from tracequant.core.points import ActivationPoint, Layer, QuantizationPoints, StoredTensor
+from tracequant.core.sensitivity import Sensitivity
+from tracequant.core.settings import WeightGrid
 
 # Bottleneck blocks in each of the four stages; the last one is a network of 999 layers.
 NETWORKS: dict[str, tuple[int, int, int, int]] = {

@@ -34,16 +34,16 @@ from torchvision.models.resnet import BasicBlock
 
 import tracequant as tq
 from data import data_folder
-from tracequant.artifact import replace_file
-from tracequant.cost import float_bytes
-from tracequant.evaluated import spearman
-from tracequant.model_state import fingerprint
+from tracequant.core.cost import float_bytes
+from tracequant.core.evaluations import spearman
+from tracequant.core.files import replace_file
+from tracequant.core.settings import Metric
+from tracequant.model.state import fingerprint
+from tracequant.model.task import total_loss
 from tracequant.report.blocks import activation_blocks, weight_blocks
 from tracequant.report.paper_figures import figure_7, figure_8
-from tracequant.settings import Metric
-from tracequant.task import total_loss
 from tracequant.tasks.coco import CocoImages, Target
-from tracequant.tasks.detection import retinanet_blocks
+from tracequant.tasks.networks.retinanet import retinanet_blocks
 
 WIDTHS = (16, 32, 64, 128)
 CHANNELS = 32

@@ -36,11 +36,11 @@ import tracequant as tq
 from ablation_metrics import sensitivity_by
 from ablations import ProgressiveOrder, SmoothedTask, clipping_only
 from data import data_folder
-from tracequant.cost import average_activation_bits, float_bytes
-from tracequant.sensitivity import measure_weight_errors, with_eigenvalues
-from tracequant.settings import TaskOptions
-from tracequant.tasks import load_task
-from tracequant.verification import verify
+from tracequant.core.cost import average_activation_bits, float_bytes
+from tracequant.core.settings import TaskOptions
+from tracequant.deploy.verify import verify
+from tracequant.measure.sensitivity import measure_weight_errors, with_eigenvalues
+from tracequant.tasks.registry import load_task
 
 RESULTS = Path(__file__).parent / "results" / "cifar10_resnet20.json"
 WEIGHT_BITS, ACTIVATION_BITS = (1, 2, 3, 4, 8), (2, 3, 4, 6, 8)

@@ -23,7 +23,7 @@ from tracequant.allocation import exact
 from tracequant.allocation.build import build
 from tracequant.allocation.pricing import reprice
 from tracequant.allocation.problem import Amounts, Problem, chosen_bits
-from tracequant.settings import PlanSettings
+from tracequant.core.settings import PlanSettings
 
 # Metric with products → the library's metric that has the same terms without them.
 CROSS_METRICS = {"cross": "quadratic", "first+cross": "first+quadratic"}

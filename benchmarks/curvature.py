@@ -37,9 +37,9 @@ from torch.nn import functional as F
 
 import tracequant as tq
 from data import data_folder
-from tracequant.settings import TaskOptions
-from tracequant.tasks import load_task
+from tracequant.core.settings import TaskOptions
 from tracequant.tasks.imagenet import DEVIATION, MEAN
+from tracequant.tasks.registry import load_task
 
 # Layer → its trace by every repetition; one value for each draw where draws are independent.
 Traces = dict[str, list[float]]

@@ -23,10 +23,10 @@ import torch
 from torch import nn
 
 import tracequant as tq
-from tracequant import cost
-from tracequant.export.onnx import Profile
-from tracequant.latency import processor
-from tracequant.verification import verify
+from tracequant.core import cost
+from tracequant.deploy.onnx import Profile
+from tracequant.deploy.verify import verify
+from tracequant.measure.latency import processor
 
 RESULTS = Path(__file__).parent / "results" / "deployment.json"
 # Model, input size, activation bits (0 leaves them in float, in the profile weights-only).

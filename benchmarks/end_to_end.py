@@ -19,7 +19,7 @@ import torch
 
 from data import data_folder
 from tracequant import __version__
-from tracequant.plan import MEGABYTE
+from tracequant.core.plan import MEGABYTE
 from tracequant.run import Run
 
 

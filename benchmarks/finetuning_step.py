@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tracequant as tq
-from tracequant.tasks.residual import SmallResNet
+from tracequant.tasks.networks.residual import SmallResNet
 
 WEIGHT_BITS, ACTIVATION_BITS = 3, 4
 RESULTS = Path(__file__).parent / "results" / "finetuning_step.json"

@@ -17,9 +17,9 @@ import torch
 
 import tracequant as tq
 from data import data_folder
+from tracequant.core.settings import TaskOptions
 from tracequant.curvature.hutchinson import Probes
-from tracequant.settings import TaskOptions
-from tracequant.tasks import load_task
+from tracequant.tasks.registry import load_task
 
 
 def measure(name: str, setup: tq.TaskSetup, draws: int) -> None:

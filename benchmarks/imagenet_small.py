@@ -27,10 +27,10 @@ from ablation_metrics import ABLATION_METRICS, plan_by
 from data import data_folder
 from imagenet_tree import DATA, lay_out
 from metrics import kept
-from tracequant.accuracy import Evaluator
-from tracequant.sensitivity import with_eigenvalues
-from tracequant.settings import PlanSettings, TaskOptions
-from tracequant.tasks import load_task
+from tracequant.core.settings import PlanSettings, TaskOptions
+from tracequant.measure.accuracy import Evaluator
+from tracequant.measure.sensitivity import with_eigenvalues
+from tracequant.tasks.registry import load_task
 
 WIDTHS = (2, 3, 4, 8)
 AVERAGE_BITS = 4.0

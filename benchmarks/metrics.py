@@ -38,12 +38,12 @@ import cross_terms
 import tracequant as tq
 from ablation_metrics import ABLATION_METRICS, plan_by
 from data import data_folder
-from tracequant.accuracy import Evaluator
 from tracequant.allocation.pricing import reprice
-from tracequant.evaluated import PlanCheck, plan_group, spearman
-from tracequant.sensitivity import with_eigenvalues
-from tracequant.settings import PlanSettings, TaskOptions
-from tracequant.tasks import load_task
+from tracequant.core.evaluations import PlanCheck, plan_group, spearman
+from tracequant.core.settings import PlanSettings, TaskOptions
+from tracequant.measure.accuracy import Evaluator
+from tracequant.measure.sensitivity import with_eigenvalues
+from tracequant.tasks.registry import load_task
 
 WIDTHS = (2, 3, 4, 8)
 GROUPS = ((3, 4, 8), (2, 3))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from tracequant.quantizer import Grid
+from tracequant.quantization.grid import Grid
 
 VALUES = torch.randn(1_000_000, generator=torch.Generator().manual_seed(0))
 

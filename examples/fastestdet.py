@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torchvision.ops import batched_nms, box_iou
 
 import tracequant as tq
-from tracequant.cost import average_activation_bits
+from tracequant.core.cost import average_activation_bits
 from tracequant.tasks.coco import CocoImages, coco_metrics
 
 SIDE, CELLS, CLASSES = 352, 22, 80

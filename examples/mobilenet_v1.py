@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tracequant as tq
-from tracequant.settings import TaskOptions
+from tracequant.core.settings import TaskOptions
 from tracequant.tasks.imagenet import image_folder, standard_transforms
 from tracequant.tasks.weights import load_state, read_state
 

@@ -30,7 +30,8 @@ from test_finetune import (
     quantizers_of,
     state_of,
 )
-from tracequant.quantizer import activation_quantizers, choose_grid, weight_quantizers
+from tracequant.quantization.grid import choose_grid
+from tracequant.quantization.quantizer import activation_quantizers, weight_quantizers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from ablations import (

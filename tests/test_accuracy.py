@@ -5,8 +5,8 @@ import pytest
 
 import tiny_task
 import tracequant as tq
-from tracequant import accuracy
-from tracequant.accuracy import NEIGHBOURS, _smallest
+from tracequant.measure import accuracy
+from tracequant.measure.accuracy import NEIGHBOURS, _smallest
 
 
 @pytest.fixture(scope="module")

@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tracequant as tq
-from tracequant import cost
 from tracequant.allocation.pareto import Assignment, Unit, pareto_frontier
-from tracequant.errors import BudgetError
-from tracequant.plan import MEGABYTE
-from tracequant.points import ActivationPoint, Layer, QuantizationPoints, StoredTensor
-from tracequant.sensitivity_result import Sensitivity
-from tracequant.settings import WeightGrid
+from tracequant.core import cost
+from tracequant.core.errors import BudgetError
+from tracequant.core.plan import MEGABYTE
+from tracequant.core.points import ActivationPoint, Layer, QuantizationPoints, StoredTensor
+from tracequant.core.sensitivity import Sensitivity
+from tracequant.core.settings import WeightGrid
 
 PAPER_BITS = (1, 2, 4, 8)
 

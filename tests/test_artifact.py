@@ -9,9 +9,9 @@ import stat
 import pytest
 
 from tracequant import BitPlan, Curvature, Evaluation, QuantizationPoints, Sensitivity, TraceEstimate, WeightGrid
-from tracequant.artifact import FORMAT_VERSION, Saveable, read_json, replace_file, write_json
-from tracequant.errors import ArtifactError
-from tracequant.points import ActivationPoint, Layer, StoredTensor
+from tracequant.core.errors import ArtifactError
+from tracequant.core.files import FORMAT_VERSION, Saveable, read_json, replace_file, write_json
+from tracequant.core.points import ActivationPoint, Layer, StoredTensor
 
 POINTS = QuantizationPoints(
     layers=(

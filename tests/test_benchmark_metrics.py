@@ -20,10 +20,10 @@ import tracequant as tq
 from models import images, residual_net
 from test_perturbation import BITS, TASK, explicit
 from test_sensitivity import made_up
-from tracequant import cost
-from tracequant.sensitivity import measure_weight_errors
-from tracequant.sensitivity_result import combine
-from tracequant.settings import PlanSettings
+from tracequant.core import cost
+from tracequant.core.sensitivity import combine
+from tracequant.core.settings import PlanSettings
+from tracequant.measure.sensitivity import measure_weight_errors
 
 WIDTHS = (2, 4, 8)
 

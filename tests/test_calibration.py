@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from models import CLASSES, labelled
-from tracequant import ClassificationTask, calibration, discover
-from tracequant.calibration import _RangeSample, calibrate
-from tracequant.quantizer import choose_grid
-from tracequant.sensitivity import _activation_errors
+from tracequant import ClassificationTask, discover
+from tracequant.measure.sensitivity import _activation_errors
+from tracequant.quantization import calibrate as calibration
+from tracequant.quantization.calibrate import _RangeSample, calibrate
+from tracequant.quantization.grid import choose_grid
 
 TASK = ClassificationTask()
 

@@ -21,10 +21,10 @@ from tracequant import (
     discover,
     measure_perturbation,
 )
-from tracequant.check import _load
-from tracequant.evaluated import spearman
-from tracequant.hooks import weight_parameter
-from tracequant.quantizer import choose_weight_grid
+from tracequant.core.evaluations import spearman
+from tracequant.measure.check import _load
+from tracequant.model.hooks import weight_parameter
+from tracequant.quantization.grid import choose_weight_grid
 
 TASK = ClassificationTask()
 BITS = (2, 4)

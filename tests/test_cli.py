@@ -14,9 +14,10 @@ import torch
 
 import tiny_task
 import tracequant as tq
-from tracequant import cli, cost
+from tracequant import cli
+from tracequant.core import cost
+from tracequant.core.settings import FinetuneSettings
 from tracequant.run import Run
-from tracequant.settings import FinetuneSettings
 
 TASK = f"{Path(tiny_task.__file__)}:build"
 ANALYZE = ("--task", TASK, "--draws", "2", "--no-eigenvalues", "--activation-bits", "4")

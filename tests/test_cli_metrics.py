@@ -10,7 +10,7 @@ import pytest
 
 import tracequant as tq
 from test_cli import TASK, invoke, modified
-from tracequant import accuracy, check
+from tracequant.measure import accuracy, check
 from tracequant.run import Run
 
 

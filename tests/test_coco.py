@@ -14,17 +14,18 @@ import torch
 from PIL import Image
 
 from test_cli import invoke
-from tracequant.errors import DataError, TaskError
-from tracequant.match import match_names
+from tracequant.core.errors import DataError, TaskError
+from tracequant.core.match import match_names
+from tracequant.core.settings import TaskOptions
 from tracequant.run import Run, _with_blocks
-from tracequant.settings import TaskOptions
 
 pytest.importorskip("torchvision", reason="the detection task's networks are torchvision's")
 
 from safetensors.torch import save_file
 
 from tracequant.tasks.coco import CocoImages, SameSizeBatches, collate, loader
-from tracequant.tasks.detection import build, retinanet
+from tracequant.tasks.detection import build
+from tracequant.tasks.networks.retinanet import retinanet
 
 MOBILE = "retinanet_mobilenet_v2_fpn"
 SIZES = {1: (20, 10), 2: (12, 16), 5: (20, 10)}

@@ -36,12 +36,13 @@ from models import (
     tied_net,
     token_batch,
 )
-from tracequant import ClassificationTask, Curvature, DataError, ModelError, ResourceError, Task, cli, device, memory
-from tracequant.batch_digest import digest
-from tracequant.batches import join
+from tracequant import ClassificationTask, Curvature, DataError, ModelError, ResourceError, Task, cli
 from tracequant.curvature.batch_loop import MEMORY_SHARE
 from tracequant.curvature.gauss_newton import LEAST_SAMPLES, _GaussNewton
 from tracequant.curvature.hutchinson import LEAST_DRAWS, _Hutchinson
+from tracequant.model import device, memory
+from tracequant.model.batches import join
+from tracequant.model.digest import digest
 
 TASK = ClassificationTask()
 ESTIMATORS = {"gauss_newton": _GaussNewton, "hutchinson": _Hutchinson}

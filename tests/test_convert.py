@@ -13,17 +13,12 @@ from torch import Tensor, nn
 
 import tracequant as tq
 from models import snapshot
-from tracequant import cost
-from tracequant.convert import dequantized_state, quantize_activation
-from tracequant.errors import ModelError
-from tracequant.points import QuantizationPoints
-from tracequant.quantizer import (
-    activation_quantizers,
-    choose_grid,
-    choose_weight_grid,
-    input_quantizers,
-    weight_quantizers,
-)
+from tracequant.core import cost
+from tracequant.core.errors import ModelError
+from tracequant.core.points import QuantizationPoints
+from tracequant.quantization.convert import dequantized_state, quantize_activation
+from tracequant.quantization.grid import choose_grid, choose_weight_grid
+from tracequant.quantization.quantizer import activation_quantizers, input_quantizers, weight_quantizers
 
 torch.set_num_threads(1)
 

@@ -14,17 +14,17 @@ from torch.func import functional_call
 
 import tracequant as tq
 from models import exact_hessian, snapshot
+from tracequant.core.errors import DataError, TaskError
+from tracequant.core.match import match_names
 from tracequant.curvature.output_hessian import OutputHessian, factor
-from tracequant.errors import DataError, TaskError
-from tracequant.match import match_names
 from tracequant.model.discover import quantizable_names
-from tracequant.task import total_loss
+from tracequant.model.task import total_loss
 
 torchvision = pytest.importorskip("torchvision", reason="RetinaNet is torchvision's")
 
 from detectors import CLASSES, scenes, tiny_retinanet  # noqa: E402
 from tracequant.tasks.coco import coco_metrics  # noqa: E402
-from tracequant.tasks.detection import retinanet, retinanet_blocks  # noqa: E402
+from tracequant.tasks.networks.retinanet import retinanet, retinanet_blocks  # noqa: E402
 
 TASK = tq.RetinaNetTask()
 SIZES = ((16, 16), (16, 24), (16, 16))
@@ -348,7 +348,7 @@ def test_from_analysis_to_a_packed_file_with_ties_and_mixed_activations(tmp_path
 def test_onnx_has_the_heads_for_images_of_any_size(tmp_path: Path) -> None:
     """A runtime's heads in the place of the model's give the same outputs, losses and mAP."""
     pytest.importorskip("onnxruntime", reason="ONNX files are run by the extra 'onnx'")
-    from tracequant.verification import verify
+    from tracequant.deploy.verify import verify
 
     model = tiny_retinanet(dtype=torch.float32)
     batches = [scenes(*SIZES, dtype=torch.float32), scenes((32, 16), (24, 24), dtype=torch.float32)]

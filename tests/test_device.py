@@ -13,11 +13,12 @@ from torch import Tensor, nn
 import tracequant as tq
 from models import CLASSES, labelled, snapshot
 from test_sensitivity import made_up
-from tracequant import ClassificationTask, RunError, device
-from tracequant.accuracy import Evaluator
-from tracequant.calibration import calibrate
-from tracequant.landscape import loss_landscapes
-from tracequant.sensitivity import _activation_errors
+from tracequant import ClassificationTask, RunError
+from tracequant.measure.accuracy import Evaluator
+from tracequant.measure.landscape import loss_landscapes
+from tracequant.measure.sensitivity import _activation_errors
+from tracequant.model import device
+from tracequant.quantization.calibrate import calibrate
 
 TASK = ClassificationTask()
 

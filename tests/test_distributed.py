@@ -19,8 +19,9 @@ import torch.distributed as dist
 import tiny_task
 import tracequant as tq
 from models import gelu_mlp, labelled
-from tracequant import ClassificationTask, Curvature, cli, distributed
-from tracequant.errors import SecondDerivativeError
+from tracequant import ClassificationTask, Curvature, cli
+from tracequant.core.errors import SecondDerivativeError
+from tracequant.model import distributed
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 

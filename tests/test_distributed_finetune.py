@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorData
 
 import tracequant as tq
 from test_distributed import together
-from tracequant import distributed
-from tracequant.errors import ArtifactError, DataError
-from tracequant.plan import BitPlan
+from tracequant.core.errors import ArtifactError, DataError
+from tracequant.core.plan import BitPlan
+from tracequant.model import distributed
 from tracequant.quantization.batchnorm import average_statistics
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import tracequant as tq
-from tracequant import cost
 from tracequant.allocation import dynamic, milp
 from tracequant.allocation.explain import exchange_rates, explain
 from tracequant.allocation.pareto import Unit
-from tracequant.errors import BudgetError
-from tracequant.plan import MEGABYTE
-from tracequant.points import ActivationPoint, Layer, QuantizationPoints, StoredTensor
-from tracequant.sensitivity_result import Sensitivity
-from tracequant.settings import PlanSettings, WeightGrid
+from tracequant.core import cost
+from tracequant.core.errors import BudgetError
+from tracequant.core.plan import MEGABYTE
+from tracequant.core.points import ActivationPoint, Layer, QuantizationPoints, StoredTensor
+from tracequant.core.sensitivity import Sensitivity
+from tracequant.core.settings import PlanSettings, WeightGrid
 
 WEIGHT_LIMITS = ("max_size_mb", "compression", "average_bits", "max_bops_g", "max_latency_ms")
 ACTIVATION_LIMITS = ("average_activation_bits", "activation_compression", "max_activation_mb")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import tracequant as tq
-from tracequant.batches import Batch
+from tracequant.model.batches import Batch
 
 torchvision = pytest.importorskip("torchvision", reason="the families are torchvision's, timm's and transformers'")
 

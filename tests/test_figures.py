@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 import tracequant as tq
 from test_cli import TASK, invoke
-from tracequant.curvature.result import Landscape, Landscapes
+from tracequant.core.curvature import Landscape, Landscapes
 from tracequant.report import paper_figures
 from tracequant.report.blocks import activation_blocks, block_names, weight_blocks
 from tracequant.report.drawing import NAME_LENGTH, name_axis, shortened

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import tracequant as tq
-from tracequant.errors import ArtifactError, DataError, ModelError, SettingsError
-from tracequant.points import QuantizationPoints
+from tracequant.core.errors import ArtifactError, DataError, ModelError, SettingsError
+from tracequant.core.points import QuantizationPoints
 from tracequant.quantization import checkpoint, training
-from tracequant.quantizer import Quantizer, WeightQuantizer, activation_quantizers, weight_quantizers
+from tracequant.quantization.quantizer import Quantizer, WeightQuantizer, activation_quantizers, weight_quantizers
 
 torch.set_num_threads(1)
 

@@ -43,9 +43,8 @@ from tracequant import (
     discover,
     top_eigenvalues,
 )
-from tracequant import (
-    estimate_curvature as estimate_by_any_method,
-)
+from tracequant import estimate_curvature as estimate_by_any_method
+from tracequant.core.curvature import summarize
 from tracequant.curvature.hutchinson import hutchinson
 from tracequant.curvature.products import (
     draw_probe,
@@ -55,9 +54,8 @@ from tracequant.curvature.products import (
     reading_variables,
     require_grad,
 )
-from tracequant.curvature.result import summarize
-from tracequant.model_state import frozen_evaluation
-from tracequant.task import forward
+from tracequant.model.state import frozen_evaluation
+from tracequant.model.task import forward
 
 TASK = ClassificationTask()
 estimate_curvature = functools.partial(estimate_by_any_method, method="hutchinson")

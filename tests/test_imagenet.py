@@ -13,9 +13,10 @@ import torch
 
 import tracequant as tq
 from image_tree import make_tree
-from tracequant.models.squeezenext import SqueezeNext
-from tracequant.settings import TaskOptions
-from tracequant.tasks import imagenet, load_task
+from tracequant.core.settings import TaskOptions
+from tracequant.tasks import imagenet
+from tracequant.tasks.networks.squeezenext import SqueezeNext
+from tracequant.tasks.registry import load_task
 
 torchvision = pytest.importorskip("torchvision", reason="the imagenet task needs the extra 'vision'")
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tracequant as tq
-from tracequant.curvature.result import Landscapes
+from tracequant.core.curvature import Landscapes
 from tracequant.curvature.spectrum import top_eigenvectors
-from tracequant.landscape import loss_landscapes
+from tracequant.measure.landscape import loss_landscapes
 
 Batch = tuple[Tensor, Tensor]
 

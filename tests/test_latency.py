@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 import tracequant as tq
 from models import AttentionNet, EnergyTask, SharedHeadNet, TiedNet, build, images, labelled
-from tracequant.errors import ArtifactError, DataError, ModelError
-from tracequant.latency import LatencyMeasurements
+from tracequant.core.errors import ArtifactError, DataError, ModelError
+from tracequant.measure.latency import LatencyMeasurements
 
 onnx = pytest.importorskip("onnx", reason="needs the extra 'onnx'")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")
 pytest.importorskip("onnxscript", reason="needs the extra 'onnx'")
-latency = pytest.importorskip("tracequant.latency")
+latency = pytest.importorskip("tracequant.measure.latency")
 
 TASK = EnergyTask()
 

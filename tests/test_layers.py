@@ -24,17 +24,10 @@ from models import (
     tied_net,
     token_batch,
 )
-from tracequant import (
-    ClassificationTask,
-    DataError,
-    ModelError,
-    QuantizationPoints,
-    discover,
-    estimate_curvature,
-)
-from tracequant.hooks import reading, weight_parameter
-from tracequant.match import match_names
+from tracequant import ClassificationTask, DataError, ModelError, QuantizationPoints, discover, estimate_curvature
+from tracequant.core.match import match_names
 from tracequant.model.discover import quantizable_names
+from tracequant.model.hooks import reading, weight_parameter
 
 TASK = ClassificationTask()
 

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from models import CLASSES, labelled, snapshot
 from test_sensitivity import made_up
-from tracequant import ClassificationTask, ResourceError, TaskError, check_metrics, discover, memory
-from tracequant.calibration import calibrate
-from tracequant.landscape import loss_landscapes
-from tracequant.memory import Microbatches
-from tracequant.sensitivity import _activation_errors
+from tracequant import ClassificationTask, ResourceError, TaskError, check_metrics, discover
+from tracequant.measure.landscape import loss_landscapes
+from tracequant.measure.sensitivity import _activation_errors
+from tracequant.model import memory
+from tracequant.model.memory import Microbatches
+from tracequant.quantization.calibrate import calibrate
 
 TASK = ClassificationTask()
 # A loss whose value for a batch is not the mean of those of its halves.

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 import tracequant as tq
 from models import ConvNet, EnergyTask, ResidualNet, SharedHeadNet, TiedNet, build, snapshot
-from tracequant.errors import ModelError
-from tracequant.packed_layout import symmetric_zero_point
-from tracequant.quantizer import activation_quantizers
-from tracequant.tasks.residual import SmallResNet
+from tracequant.core.errors import ModelError
+from tracequant.core.packed_layout import symmetric_zero_point
+from tracequant.quantization.quantizer import activation_quantizers
+from tracequant.tasks.networks.residual import SmallResNet
 
 ort = pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")
 onnx = pytest.importorskip("onnx", reason="needs the extra 'onnx'")
@@ -421,7 +421,7 @@ def test_names_metadata_and_versions(tmp_path: Path) -> None:
     metadata = {entry.key: entry.value for entry in written.metadata_props}
 
     assert metadata["tracequant.version"] == tq.__version__
-    assert json.loads(metadata["tracequant.plan"]) == {
+    assert json.loads(metadata["tracequant.core.plan"]) == {
         "weight_bits": {"conv1": 4, "conv2": 4, "fc": 4}, "activation_bits": {"conv1": 4, "conv2": 4, "fc": 4},
         "rounded_outputs": ["bn2"],
     }  # fmt: skip
@@ -473,7 +473,7 @@ def test_the_model_stays_as_it_was(tmp_path: Path) -> None:
 
 def test_verification_finds_what_is_there(tmp_path: Path) -> None:
     """A faithful file differs by rounding alone; one of another plan does not pass for it."""
-    from tracequant.verification import verify
+    from tracequant.deploy.verify import verify
 
     model, inputs = net("residual")
     task = tq.ClassificationTask()
@@ -503,7 +503,7 @@ def test_verification_finds_what_is_there(tmp_path: Path) -> None:
 
 def test_outputs_that_are_no_tensors_are_left_alone(tmp_path: Path) -> None:
     """A model that also returns None, and a task that takes the logits."""
-    from tracequant.verification import verify
+    from tracequant.deploy.verify import verify
 
     class Several(nn.Module):
         def __init__(self) -> None:
@@ -570,7 +570,7 @@ def test_frozen_batch_norm_is_what_it_computes(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_not_onnx_is_refused(tmp_path: Path) -> None:
-    from tracequant.verification import verify
+    from tracequant.deploy.verify import verify
 
     model, inputs = net("convolutions")
     (tmp_path / "model.onnx").write_bytes(b"no such thing")
@@ -591,7 +591,7 @@ def test_a_file_that_onnx_cannot_hold_is_refused_before_it_is_written(
     model, inputs = net("convolutions")
     quantized = quantized_with(model, inputs, lambda i: 8)
     size = tq.export_onnx(quantized, tmp_path / "model.onnx", inputs).file_bytes
-    monkeypatch.setattr("tracequant.export.onnx.LARGEST_FILE", size // 10)
+    monkeypatch.setattr("tracequant.deploy.onnx.LARGEST_FILE", size // 10)
     with pytest.raises(ModelError, match="more than the 2 GiB that one can hold"):
         tq.export_onnx(quantized, tmp_path / "larger.onnx", inputs)
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]

@@ -14,10 +14,10 @@ from torch.nn import functional as F
 
 import tracequant as tq
 from models import EnergyTask
-from tracequant import cost
-from tracequant.errors import ModelError
-from tracequant.packed import read_packed
-from tracequant.quantizer import activation_quantizers, input_quantizers, output_quantizers
+from tracequant.core import cost
+from tracequant.core.errors import ModelError
+from tracequant.deploy.packed import read_packed
+from tracequant.quantization.quantizer import activation_quantizers, input_quantizers, output_quantizers
 
 TASK = EnergyTask()
 ANY = (-math.inf, math.inf)

@@ -28,13 +28,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tracequant as tq
-from tracequant import cost
-from tracequant.convert import dequantized_state
-from tracequant.errors import ArtifactError, ModelError, TracequantError
-from tracequant.packed import pack_codes, read_packed, unpack_codes
-from tracequant.packed_layout import PackedWeight
-from tracequant.points import QuantizationPoints
-from tracequant.quantizer import input_quantizers, output_quantizers, weight_quantizers
+from tracequant.core import cost
+from tracequant.core.errors import ArtifactError, ModelError, TracequantError
+from tracequant.core.packed_layout import PackedWeight
+from tracequant.core.points import QuantizationPoints
+from tracequant.deploy.packed import pack_codes, read_packed, unpack_codes
+from tracequant.quantization.convert import dequantized_state
+from tracequant.quantization.quantizer import input_quantizers, output_quantizers, weight_quantizers
 
 torch.set_num_threads(1)
 
@@ -972,7 +972,7 @@ def test_bfloat16_is_widened(tmp_path: Path) -> None:
 def test_reading_does_not_import_torch(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(packed_bytes())
     script = (
-        "import sys; from tracequant.packed import read_packed;"
+        "import sys; from tracequant.deploy.packed import read_packed;"
         f"file = read_packed({str(tmp_path / 'model.safetensors')!r});"
         "[w.dequantize() for w in file.weights()]; file.tensors(); list(file.activations());"
         "assert 'torch' not in sys.modules"

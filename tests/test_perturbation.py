@@ -36,16 +36,16 @@ from tracequant import (
     measure_perturbation,
     measure_sensitivity,
 )
-from tracequant.calibration import calibrate
+from tracequant.core.sensitivity import combine
+from tracequant.core.settings import EXPANSIONS, METRICS
 from tracequant.curvature import batch_loop
 from tracequant.curvature.output_hessian import loss_hessian
-from tracequant.hooks import reading, weight_parameter
-from tracequant.model_state import frozen_evaluation
-from tracequant.quantizer import choose_weight_grid
-from tracequant.sensitivity import measure_weight_errors
-from tracequant.sensitivity_result import combine
-from tracequant.settings import EXPANSIONS, METRICS
-from tracequant.task import total_loss
+from tracequant.measure.sensitivity import measure_weight_errors
+from tracequant.model.hooks import reading, weight_parameter
+from tracequant.model.state import frozen_evaluation
+from tracequant.model.task import total_loss
+from tracequant.quantization.calibrate import calibrate
+from tracequant.quantization.grid import choose_weight_grid
 
 TASK = ClassificationTask()
 BITS = (2, 4)

@@ -14,9 +14,9 @@ import torch
 import tiny_task
 from image_tree import make_tree
 from tracequant import cli
+from tracequant.core.settings import RunSettings
 from tracequant.presets import PRESETS, Preset
 from tracequant.run import Run
-from tracequant.settings import RunSettings
 
 TASK = f"{Path(tiny_task.__file__)}:build"
 
@@ -129,7 +129,7 @@ def test_an_unknown_preset_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
 NETWORKS = {
     "paper-resnet50": ("torchvision.models.resnet50(num_classes=3)", 64),
     "paper-inceptionv3": ("torchvision.models.inception_v3(num_classes=3, init_weights=False)", 75),
-    "paper-squeezenext": ("tracequant.models.SqueezeNext(2.0, num_classes=3)", 64),
+    "paper-squeezenext": ("tracequant.tasks.networks.squeezenext.SqueezeNext(2.0, num_classes=3)", 64),
 }
 
 
@@ -141,8 +141,6 @@ def command(preset: str, folder: Path, out: Path, small: bool = False) -> list[s
     """The whole flow of a preset on six small images."""
     pytest.importorskip("torchvision", reason="the imagenet task needs the extra 'vision'")
     import torchvision  # noqa: F401
-
-    import tracequant.models  # noqa: F401
 
     make, size = SMALL if small else NETWORKS[preset]
     weights = folder / f"{preset}.pth"

@@ -11,21 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tracequant.convert import quantize_activation, quantize_weight
-from tracequant.errors import ModelError
-from tracequant.packed_layout import symmetric_zero_point
-from tracequant.quantizer import (
+from tracequant.core.errors import ModelError
+from tracequant.core.packed_layout import symmetric_zero_point
+from tracequant.core.settings import WeightGrid
+from tracequant.quantization.convert import quantize_activation, quantize_weight
+from tracequant.quantization.grid import Grid, choose_grid, choose_weight_grid, grid_for_range
+from tracequant.quantization.quantizer import (
     ActivationQuantizer,
     FakeQuantize,
-    Grid,
     Quantizer,
     activation_quantizers,
-    choose_grid,
-    choose_weight_grid,
-    grid_for_range,
     weight_quantizers,
 )
-from tracequant.settings import WeightGrid
 
 torch.set_num_threads(1)
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tracequant as tq
-from tracequant.batches import Batch
 from tracequant.curvature import choose_estimator
 from tracequant.curvature.choose_estimator import choose_method
+from tracequant.model.batches import Batch
 
 torchvision = pytest.importorskip("torchvision", reason="the architectures are torchvision's")
 

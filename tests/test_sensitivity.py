@@ -36,10 +36,10 @@ from tracequant import (
     estimate_curvature,
     measure_sensitivity,
 )
-from tracequant import sensitivity as sensitivity_module
-from tracequant.calibration import calibrate
 from tracequant.curvature.spectrum import top_eigenvalues
-from tracequant.quantizer import Grid, choose_weight_grid
+from tracequant.measure import sensitivity as sensitivity_module
+from tracequant.quantization.calibrate import calibrate
+from tracequant.quantization.grid import Grid, choose_weight_grid
 
 TASK = ClassificationTask()
 

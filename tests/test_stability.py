@@ -4,10 +4,10 @@ import pytest
 
 from tracequant.allocation.solve import solve
 from tracequant.allocation.stability import is_stable, plan_stability
-from tracequant.curvature.result import Curvature, TraceEstimate
-from tracequant.points import Layer, QuantizationPoints
-from tracequant.sensitivity_result import combine
-from tracequant.settings import PlanSettings, WeightGrid
+from tracequant.core.curvature import Curvature, TraceEstimate
+from tracequant.core.points import Layer, QuantizationPoints
+from tracequant.core.sensitivity import combine
+from tracequant.core.settings import PlanSettings, WeightGrid
 
 SETTINGS = PlanSettings(average_bits=3)
 

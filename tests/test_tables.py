@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 import tracequant as tq
-from tracequant import cli, cost
-from tracequant.errors import ArtifactError, BudgetError
-from tracequant.plan import MEGABYTE
+from tracequant import cli
+from tracequant.core import cost
+from tracequant.core.errors import ArtifactError, BudgetError
+from tracequant.core.plan import MEGABYTE
 
 DATA = Path(os.environ.get("TRACEQUANT_DATA") or Path(__file__).parents[2] / "shared" / "data")
 PUBLISHED = DATA.parent / "reference" / "hawqv3_resnet18.json"

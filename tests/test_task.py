@@ -24,9 +24,9 @@ from models import (
     token_batch,
 )
 from tracequant import ClassificationTask, DataError, Task, TaskError
-from tracequant.batches import check_finite, reusable
-from tracequant.device import model_device
-from tracequant.task import checked, forward, total_loss
+from tracequant.model.batches import check_finite, reusable
+from tracequant.model.device import model_device
+from tracequant.model.task import checked, forward, total_loss
 
 TASK = ClassificationTask()
 

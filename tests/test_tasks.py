@@ -9,9 +9,10 @@ import safetensors.torch
 import torch
 
 import tracequant as tq
-from tracequant.settings import TaskOptions
-from tracequant.tasks import cifar10, load_task
-from tracequant.tasks.residual import SmallResNet
+from tracequant.core.settings import TaskOptions
+from tracequant.tasks import cifar10
+from tracequant.tasks.networks.residual import SmallResNet
+from tracequant.tasks.registry import load_task
 
 pytest.importorskip("torchvision", reason="the cifar10 task needs the extra 'vision'")
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tracequant.plan import MEGABYTE
+from tracequant.core.plan import MEGABYTE
 from tracequant.run import Run
 
 HERE = Path(__file__).parent

@@ -14,19 +14,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tracequant.accuracy import solve_by_accuracy
     from tracequant.allocation.frontier import Frontier, frontier
     from tracequant.allocation.pricing import uniform_plan
     from tracequant.allocation.solve import solve
     from tracequant.allocation.space import full_space, monotone_space
-    from tracequant.check import check_metrics
-    from tracequant.classification import ClassificationTask
-    from tracequant.convert import quantize, to_float
-    from tracequant.curvature.estimate import estimate_curvature
-    from tracequant.curvature.perturbation import measure_perturbation
-    from tracequant.curvature.result import Curvature, Density, Perturbation, Spectrum, TraceEstimate
-    from tracequant.curvature.spectrum import spectral_density, top_eigenvalues
-    from tracequant.errors import (
+    from tracequant.core.curvature import Curvature, Density, Perturbation, Spectrum, TraceEstimate
+    from tracequant.core.errors import (
         ArtifactError,
         BudgetError,
         DataError,
@@ -37,54 +30,61 @@ if TYPE_CHECKING:
         TaskError,
         TracequantError,
     )
-    from tracequant.evaluated import AccuracySearch, Check, EvaluatedPlan, Evaluations
-    from tracequant.export.onnx import OnnxFile, export_onnx
-    from tracequant.export.packed import load, pack
-    from tracequant.latency import measure_latency
+    from tracequant.core.evaluations import AccuracySearch, Check, EvaluatedPlan, Evaluations
+    from tracequant.core.plan import BitPlan
+    from tracequant.core.points import ActivationPoint, Layer, OutputPoint, QuantizationPoints
+    from tracequant.core.sensitivity import Sensitivity
+    from tracequant.core.settings import FinetuneSettings, WeightGrid
+    from tracequant.core.tables import read_latency, read_sensitivity, write_latency
+    from tracequant.curvature.estimate import estimate_curvature
+    from tracequant.curvature.spectrum import spectral_density, top_eigenvalues
+    from tracequant.deploy.onnx import OnnxFile, export_onnx
+    from tracequant.deploy.pack import load, pack
+    from tracequant.measure.accuracy import solve_by_accuracy
+    from tracequant.measure.check import check_metrics
+    from tracequant.measure.latency import measure_latency
+    from tracequant.measure.perturbation import measure_perturbation
+    from tracequant.measure.sensitivity import measure_sensitivity
+    from tracequant.model.classification import ClassificationTask
     from tracequant.model.discover import discover
-    from tracequant.plan import BitPlan
-    from tracequant.points import ActivationPoint, Layer, OutputPoint, QuantizationPoints
+    from tracequant.model.task import Evaluation, Exported, Task, TaskSetup
+    from tracequant.quantization.convert import quantize, to_float
     from tracequant.quantization.finetune import finetune
-    from tracequant.sensitivity import measure_sensitivity
-    from tracequant.sensitivity_result import Sensitivity
-    from tracequant.settings import FinetuneSettings, WeightGrid
-    from tracequant.tables import read_latency, read_sensitivity, write_latency
-    from tracequant.task import Evaluation, Exported, Task, TaskSetup
-    from tracequant.tasks.detection import RetinaNetTask
+    from tracequant.tasks.retinanet import RetinaNetTask
 
 __version__ = "0.1.0"
 
 _MODULES = {
-    "tracequant.accuracy": ("solve_by_accuracy",),
-    "tracequant.check": ("check_metrics",),
-    "tracequant.curvature.perturbation": ("measure_perturbation",),
-    "tracequant.evaluated": ("AccuracySearch", "Check", "EvaluatedPlan", "Evaluations"),
-    "tracequant.classification": ("ClassificationTask",),
+    "tracequant.measure.accuracy": ("solve_by_accuracy",),
+    "tracequant.measure.check": ("check_metrics",),
+    "tracequant.measure.perturbation": ("measure_perturbation",),
+    "tracequant.core.evaluations": ("AccuracySearch", "Check", "EvaluatedPlan", "Evaluations"),
+    "tracequant.model.classification": ("ClassificationTask",),
     "tracequant.allocation.frontier": ("Frontier", "frontier"),
     "tracequant.allocation.pricing": ("uniform_plan",),
     "tracequant.allocation.solve": ("solve",),
     "tracequant.allocation.space": ("full_space", "monotone_space"),
-    "tracequant.convert": ("quantize", "to_float"),
+    "tracequant.quantization.convert": ("quantize", "to_float"),
     "tracequant.curvature.estimate": ("estimate_curvature",),
-    "tracequant.curvature.result": ("Curvature", "Density", "Perturbation", "Spectrum", "TraceEstimate"),
+    "tracequant.core.curvature": ("Curvature", "Density", "Perturbation", "Spectrum", "TraceEstimate"),
     "tracequant.curvature.spectrum": ("spectral_density", "top_eigenvalues"),
     "tracequant.model.discover": ("discover",),
-    "tracequant.errors": (
+    "tracequant.core.errors": (
         "ArtifactError", "BudgetError", "DataError", "ModelError", "ResourceError", "RunError", "SettingsError",
         "TaskError", "TracequantError",
     ),
-    "tracequant.export.onnx": ("OnnxFile", "export_onnx"),
-    "tracequant.export.packed": ("load", "pack"),
-    "tracequant.latency": ("measure_latency",),
-    "tracequant.plan": ("BitPlan",),
-    "tracequant.points": ("ActivationPoint", "Layer", "OutputPoint", "QuantizationPoints"),
+    "tracequant.deploy.onnx": ("OnnxFile", "export_onnx"),
+    "tracequant.deploy.pack": ("load", "pack"),
+    "tracequant.measure.latency": ("measure_latency",),
+    "tracequant.core.plan": ("BitPlan",),
+    "tracequant.core.points": ("ActivationPoint", "Layer", "OutputPoint", "QuantizationPoints"),
     "tracequant.quantization.finetune": ("finetune",),
-    "tracequant.sensitivity": ("measure_sensitivity",),
-    "tracequant.sensitivity_result": ("Sensitivity",),
-    "tracequant.settings": ("FinetuneSettings", "WeightGrid"),
-    "tracequant.tables": ("read_latency", "read_sensitivity", "write_latency"),
-    "tracequant.task": ("Evaluation", "Exported", "Task", "TaskSetup"),
-    "tracequant.tasks.detection": ("RetinaNetTask",),
+    "tracequant.measure.sensitivity": ("measure_sensitivity",),
+    "tracequant.core.sensitivity": ("Sensitivity",),
+    "tracequant.core.settings": ("FinetuneSettings", "WeightGrid"),
+    "tracequant.core.tables": ("read_latency", "read_sensitivity", "write_latency"),
+    "tracequant.model.task": ("Evaluation", "Exported", "Task", "TaskSetup"),
+    "tracequant.tasks.registry.detection": ("RetinaNetTask",),
 }  # fmt: skip
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

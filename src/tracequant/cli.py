@@ -15,19 +15,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tracequant import __version__, cost
+from tracequant import __version__
 from tracequant.allocation.explain import exchange_rates, explain
 from tracequant.allocation.request import check as check_request
 from tracequant.allocation.solve import solve
 from tracequant.allocation.space import full_space, monotone_space
 from tracequant.allocation.stability import plan_stability
-from tracequant.errors import TracequantError
-from tracequant.evaluated import Check
-from tracequant.plan import MEGABYTE, BitPlan
-from tracequant.presets import PRESETS
-from tracequant.run import Measured, Run
-from tracequant.sensitivity_result import Sensitivity
-from tracequant.settings import (
+from tracequant.core import cost
+from tracequant.core.errors import TracequantError
+from tracequant.core.evaluations import Check
+from tracequant.core.plan import MEGABYTE, BitPlan
+from tracequant.core.sensitivity import Sensitivity
+from tracequant.core.settings import (
     METRICS,
     AnalyzeSettings,
     FinetuneSettings,
@@ -37,7 +36,9 @@ from tracequant.settings import (
     TaskOptions,
     WeightGrid,
 )
-from tracequant.tables import read_latency, read_sensitivity
+from tracequant.core.tables import read_latency, read_sensitivity
+from tracequant.presets import PRESETS
+from tracequant.run import Measured, Run
 
 app = typer.Typer(
     name="tracequant",
@@ -495,7 +496,7 @@ def finetune(
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune the quantized model. Interrupted, the same command goes on from the last checkpoint."""
-    from tracequant import distributed
+    from tracequant.model import distributed
 
     run, recipe = _open(run_path, quiet), _recipe(locals())
     with distributed.process_group(run.settings().analyze.device):
@@ -594,7 +595,7 @@ def inspect(
     file: Annotated[Path, typer.Argument(help="a packed file", metavar="FILE")], as_json: AsJson = False
 ) -> None:
     """Check a packed file and show its layers, bits, shapes and bytes. Needs neither the model nor torch."""
-    from tracequant.packed import read_packed
+    from tracequant.deploy.packed import read_packed
 
     contents = read_packed(file)
     layout = contents.layout
@@ -831,7 +832,7 @@ def _run_stages(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    from tracequant import distributed
+    from tracequant.model import distributed
 
     check_request(plan)  # a bad budget should not cost an analysis
     with distributed.process_group(analyze.device):
@@ -860,7 +861,7 @@ def _analyze_together(
     run: Run, analyze: AnalyzeSettings, plan: PlanSettings | None = None, finetune: FinetuneSettings | None = None
 ) -> bool:
     """Analyze, along with the other processes under `torchrun`. Whether this one is the first, which plans alone."""
-    from tracequant import distributed
+    from tracequant.model import distributed
 
     with distributed.process_group(analyze.device):
         first = distributed.rank() == 0

@@ -47,13 +47,13 @@ from tracequant.allocation.pricing import reprice, uniform_plan
 from tracequant.allocation.request import check as check_request
 from tracequant.allocation.solve import solve
 from tracequant.allocation.stability import is_stable, plan_stability
-from tracequant.artifact import Saveable, read_json, replace_file, write_json
-from tracequant.curvature.result import Curvature, Landscapes, Perturbation, Spectrum
-from tracequant.errors import ArtifactError, ModelError, RunError, SecondDerivativeError, TaskError
-from tracequant.evaluated import Check, EvaluatedPlan, Evaluations
-from tracequant.plan import BitPlan
-from tracequant.sensitivity_result import Sensitivity, combine
-from tracequant.settings import (
+from tracequant.core.curvature import Curvature, Landscapes, Perturbation, Spectrum
+from tracequant.core.errors import ArtifactError, ModelError, RunError, SecondDerivativeError, TaskError
+from tracequant.core.evaluations import Check, EvaluatedPlan, Evaluations
+from tracequant.core.files import Saveable, read_json, replace_file, write_json
+from tracequant.core.plan import BitPlan
+from tracequant.core.sensitivity import Sensitivity, combine
+from tracequant.core.settings import (
     EXPANSIONS,
     METRICS,
     AnalyzeSettings,
@@ -67,12 +67,12 @@ from tracequant.settings import (
 if TYPE_CHECKING:
     import torch
 
-    from tracequant.batches import Batch
-    from tracequant.export.onnx import OnnxFile, Profile
-    from tracequant.points import QuantizationPoints
+    from tracequant.core.points import QuantizationPoints
+    from tracequant.deploy.onnx import OnnxFile, Profile
+    from tracequant.deploy.verify import Verification
+    from tracequant.model.batches import Batch
+    from tracequant.model.task import TaskSetup
     from tracequant.report.paper import FigureOptions, PaperFigures
-    from tracequant.task import TaskSetup
-    from tracequant.verification import Verification
 
 Stage = Literal["analyze", "plan", "quantize", "finetune", "pack", "report"]
 STAGES: tuple[Stage, ...] = ("analyze", "plan", "quantize", "finetune", "pack", "report")
@@ -330,9 +330,9 @@ class Run:
     def setup(self) -> TaskSetup:
         """Model, task and data, loaded once; `RunError` if the weights are not those that were analysed."""
         if self._setup is None:
-            from tracequant.device import choose_device
-            from tracequant.model_state import fingerprint
-            from tracequant.tasks import load_task
+            from tracequant.model.device import choose_device
+            from tracequant.model.state import fingerprint
+            from tracequant.tasks.registry import load_task
 
             settings = self.settings().analyze
             setup = load_task(settings.task, settings.options)
@@ -350,10 +350,10 @@ class Run:
         """Measure curvature and sensitivities; of several processes the first writes what all have measured."""
         if self.done("analyze"):
             return
-        from tracequant import distributed
         from tracequant.curvature.estimate import estimate_curvature
+        from tracequant.measure.sensitivity import measure_sensitivity, measure_weight_errors, with_eigenvalues
+        from tracequant.model import distributed
         from tracequant.model.discover import discover
-        from tracequant.sensitivity import measure_sensitivity, measure_weight_errors, with_eigenvalues
 
         start = self._begin("analyze") if distributed.rank() == 0 else 0.0
         settings = self.settings().analyze
@@ -429,7 +429,7 @@ class Run:
 
     def _perturbation(self, points: QuantizationPoints) -> Perturbation:
         """The expansion in the roundings, measured on the calibration data."""
-        from tracequant.curvature.perturbation import measure_perturbation
+        from tracequant.measure.perturbation import measure_perturbation
 
         setup, settings = self.setup(), self.settings().analyze
         return measure_perturbation(
@@ -453,7 +453,7 @@ class Run:
         `solve`.
         """
         self._need("analyze")
-        from tracequant.check import check_metrics
+        from tracequant.measure.check import check_metrics
 
         start = time.perf_counter()
         setup, settings, curvature = self.setup(), self.settings().analyze, self.curvature()
@@ -499,8 +499,8 @@ class Run:
         Patterns match whole names. Everything is measured on the first calibration batch.
         """
         self._need("analyze")
+        from tracequant.core.match import match_names
         from tracequant.curvature.spectrum import spectral_density, top_eigenvalues
-        from tracequant.match import match_names
 
         setup, points, batches = self.setup(), self.curvature().points, self._first_batch()
         seed = self.settings().analyze.options.seed
@@ -568,7 +568,7 @@ class Run:
         path = self.path / "landscapes" / f"{asked}.json"
         if path.is_file() and (known := Landscapes.load(path)).complete:
             return known
-        from tracequant.landscape import DEFAULT_SIZE, loss_landscapes
+        from tracequant.measure.landscape import DEFAULT_SIZE, loss_landscapes
 
         setup = self.setup()
         return loss_landscapes(
@@ -633,7 +633,7 @@ class Run:
         if not settings.by_accuracy:
             return solve(sensitivity, **settings.keywords())
         check_request(settings)
-        from tracequant.accuracy import solve_by_accuracy
+        from tracequant.measure.accuracy import solve_by_accuracy
 
         setup = self.setup()
         search = solve_by_accuracy(
@@ -656,7 +656,7 @@ class Run:
         self._need("analyze")
         check_request(settings)
         plans = {metric: self.solve(replace(settings, metric=metric)) for metric in metrics}
-        from tracequant.accuracy import Evaluator
+        from tracequant.measure.accuracy import Evaluator
 
         setup = self.setup()
         evaluator = Evaluator(
@@ -682,8 +682,8 @@ class Run:
             return
         self._need("plan")
         start = self._begin("quantize")
-        from tracequant.cost import float_bytes
-        from tracequant.export.packed import pack
+        from tracequant.core.cost import float_bytes
+        from tracequant.deploy.pack import pack
 
         setup, plan, sensitivity = self.setup(), self.plan(), self.sensitivity()
         task, model = setup.task, setup.model
@@ -709,7 +709,7 @@ class Run:
 
         Of several processes all call this and train together; the first one decides, evaluates and writes.
         """
-        from tracequant import distributed
+        from tracequant.model import distributed
 
         first = distributed.rank() == 0
         start = self._begin_finetune(recipe) if first else None
@@ -747,7 +747,7 @@ class Run:
 
     def check_recipe(self, recipe: FinetuneSettings) -> None:
         """Raise `TaskError` if the recipe has a teacher and the task has no distillation loss."""
-        from tracequant.task import Task
+        from tracequant.model.task import Task
 
         task = self.setup().task
         if recipe.distillation > 0 and type(task).distillation_loss is Task.distillation_loss:
@@ -760,8 +760,8 @@ class Run:
         """The row of a fine-tuned model (None in processes beside the first) and the losses."""
         from safetensors.torch import save_file
 
-        from tracequant import distributed
-        from tracequant.export.packed import pack
+        from tracequant.deploy.pack import pack
+        from tracequant.model import distributed
         from tracequant.quantization.finetune import finetune
 
         settings = self.settings().finetune
@@ -797,7 +797,7 @@ class Run:
             return
         from safetensors.torch import load_file
 
-        from tracequant.export.packed import pack
+        from tracequant.deploy.pack import pack
 
         self._need("quantize")
         plan, fine_tuned = self.plan(), self.done("finetune")
@@ -830,7 +830,7 @@ class Run:
         return self._evaluate(path)
 
     def _evaluate(self, path: Path) -> Measured:
-        from tracequant.export.packed import load
+        from tracequant.deploy.pack import load
 
         setup = self.setup()
         evaluation = setup.task.evaluate(load(path, setup.model), setup.evaluation, self._progress)
@@ -841,8 +841,8 @@ class Run:
     ) -> OnnxFile:
         """Write the packed model to `model.onnx`; whether sizes stay open is the task's choice where it is None."""
         self._need("pack")
-        from tracequant.export.onnx import export_onnx
-        from tracequant.export.packed import load
+        from tracequant.deploy.onnx import export_onnx
+        from tracequant.deploy.pack import load
 
         setup = self.setup()
         part = setup.task.exported(load(self.path / "model.safetensors", setup.model))
@@ -859,8 +859,8 @@ class Run:
     def verify(self) -> Verification:
         """Compare `model.onnx` with the packed model on the evaluation data."""
         self._need("pack")
-        from tracequant.export.packed import load
-        from tracequant.verification import verify
+        from tracequant.deploy.pack import load
+        from tracequant.deploy.verify import verify
 
         path = self.path / "model.onnx"
         if not path.is_file():
@@ -878,8 +878,8 @@ class Run:
         Measurements are kept in `latency.json`, with which an interrupted call goes on.
         """
         self._need("analyze")
-        from tracequant.latency import measure_latency
-        from tracequant.tables import write_latency
+        from tracequant.core.tables import write_latency
+        from tracequant.measure.latency import measure_latency
 
         setup, offered = self.setup(), self.settings().analyze
         table = measure_latency(
@@ -942,7 +942,7 @@ class Run:
         return best, plans[best]
 
     def _quantized(self, plan: BitPlan) -> torch.nn.Module:
-        from tracequant.convert import quantize
+        from tracequant.quantization.convert import quantize
 
         setup = self.setup()
         return quantize(setup.model, plan, setup.calibration, setup.task, self._progress)

@@ -6,8 +6,8 @@ from tracequant.allocation import exact
 from tracequant.allocation.build import build
 from tracequant.allocation.problem import chosen_bits
 from tracequant.allocation.refuse import refuse
-from tracequant.sensitivity_result import Sensitivity
-from tracequant.settings import PlanSettings
+from tracequant.core.sensitivity import Sensitivity
+from tracequant.core.settings import PlanSettings
 
 
 def decided_activations(sensitivity: Sensitivity, request: PlanSettings) -> dict[str, int]:

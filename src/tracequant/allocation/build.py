@@ -8,13 +8,13 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from tracequant import cost
 from tracequant.allocation.limits import Offer, limits_of, owners, rounded_up
 from tracequant.allocation.problem import ROUNDING, Amounts, Decision, Problem
-from tracequant.errors import BudgetError
-from tracequant.plan import MEGABYTE
-from tracequant.sensitivity_result import Sensitivity
-from tracequant.settings import PlanSettings
+from tracequant.core import cost
+from tracequant.core.errors import BudgetError
+from tracequant.core.plan import MEGABYTE
+from tracequant.core.sensitivity import Sensitivity
+from tracequant.core.settings import PlanSettings
 
 
 def build(sensitivity: Sensitivity, request: PlanSettings, ranking: dict[str, float] | None = None) -> list[Problem]:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracequant.allocation.pareto import Unit
-from tracequant.errors import BudgetError
+from tracequant.core.errors import BudgetError
 
 RESOLUTION = 1e-12
 MEMORY = 1 << 31

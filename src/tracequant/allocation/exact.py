@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracequant.allocation.problem import Amounts, Decision, Limit, Problem
-from tracequant.errors import BudgetError
+from tracequant.core.errors import BudgetError
 
 # The share of Ω within which a choice counts as proven: HiGHS works with tolerances of 1e-6 and less of the core.
 TOLERANCE = 1e-9
@@ -149,7 +149,7 @@ def _restricted(problem: Problem, kept: list[list[int]]) -> Problem:
 
 def _solve(problem: Problem) -> Solution | None:
     """Bound, core, proof: the core grows until what it leaves out cannot be better than what it holds."""
-    from tracequant.allocation.milp import Programme  # here: importing scipy.optimize takes half a second
+    from tracequant.allocation.milp import Programme
 
     deadline = time.monotonic() + TIME_LIMIT_S
     only = tuple(0 for _ in problem.decisions)

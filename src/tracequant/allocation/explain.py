@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
-from tracequant import cost
-from tracequant.plan import MEGABYTE, PRICE_UNITS, BitPlan
-from tracequant.points import Layer
-from tracequant.sensitivity_result import Sensitivity
-from tracequant.settings import Latency
+from tracequant.core import cost
+from tracequant.core.plan import MEGABYTE, PRICE_UNITS, BitPlan
+from tracequant.core.points import Layer
+from tracequant.core.sensitivity import Sensitivity
+from tracequant.core.settings import Latency
 
 
 @dataclass(frozen=True)

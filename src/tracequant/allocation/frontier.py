@@ -17,9 +17,9 @@ from tracequant.allocation.pareto import pareto_frontier, weight_units
 from tracequant.allocation.pricing import priced
 from tracequant.allocation.problem import chosen_bits
 from tracequant.allocation.request import Method, Space, check, listed, plain
-from tracequant.plan import BitPlan
-from tracequant.sensitivity_result import Sensitivity
-from tracequant.settings import PlanSettings
+from tracequant.core.plan import BitPlan
+from tracequant.core.sensitivity import Sensitivity
+from tracequant.core.settings import PlanSettings
 
 
 class Frontier(Sequence[BitPlan]):

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tracequant import cost
 from tracequant.allocation.problem import ROUNDING, Amounts, Decision, Limit
-from tracequant.errors import BudgetError
-from tracequant.plan import MEGABYTE
-from tracequant.points import ActivationPoint, Layer
-from tracequant.sensitivity_result import Sensitivity
-from tracequant.settings import Latency, PlanSettings
+from tracequant.core import cost
+from tracequant.core.errors import BudgetError
+from tracequant.core.plan import MEGABYTE
+from tracequant.core.points import ActivationPoint, Layer
+from tracequant.core.sensitivity import Sensitivity
+from tracequant.core.settings import Latency, PlanSettings
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracequant.allocation.problem import Problem
-from tracequant.errors import BudgetError
+from tracequant.core.errors import BudgetError
 
 MAX_GROUP_CONFIGURATIONS = 1 << 16
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from tracequant import cost
 from tracequant.allocation.activations import decided_activations
 from tracequant.allocation.request import check
-from tracequant.errors import BudgetError
-from tracequant.plan import BitPlan
-from tracequant.sensitivity_result import Sensitivity
-from tracequant.settings import PlanSettings
+from tracequant.core import cost
+from tracequant.core.errors import BudgetError
+from tracequant.core.plan import BitPlan
+from tracequant.core.sensitivity import Sensitivity
+from tracequant.core.settings import PlanSettings
 
 
 def priced(

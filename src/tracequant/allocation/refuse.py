@@ -9,7 +9,7 @@ from typing import NoReturn
 from tracequant.allocation import exact
 from tracequant.allocation.problem import Problem
 from tracequant.allocation.request import WEIGHT_LIMITS
-from tracequant.errors import BudgetError
+from tracequant.core.errors import BudgetError
 
 # How far above the largest plan a budget may be before it is refused: as far as rounding it to a readable number takes
 # it.

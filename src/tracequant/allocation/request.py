@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from tracequant.allocation.problem import Problem
-from tracequant.errors import BudgetError
-from tracequant.settings import PlanSettings
+from tracequant.core.errors import BudgetError
+from tracequant.core.settings import PlanSettings
 
 Space = Literal["full", "monotone"]
 Method = Literal["exact", "pareto"]

@@ -13,9 +13,9 @@ from tracequant.allocation.pricing import priced
 from tracequant.allocation.problem import chosen_bits
 from tracequant.allocation.refuse import refuse, refuse_too_large
 from tracequant.allocation.request import Method, Space, check, describe, listed, plain
-from tracequant.plan import BitPlan
-from tracequant.sensitivity_result import Sensitivity
-from tracequant.settings import Latency, PlanSettings
+from tracequant.core.plan import BitPlan
+from tracequant.core.sensitivity import Sensitivity
+from tracequant.core.settings import Latency, PlanSettings
 
 
 def solve(

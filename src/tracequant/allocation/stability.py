@@ -13,10 +13,10 @@ from dataclasses import replace
 import numpy as np
 
 from tracequant.allocation.solve import solve
-from tracequant.curvature.result import Curvature
-from tracequant.plan import BitPlan
-from tracequant.sensitivity_result import Sensitivity, combine
-from tracequant.settings import PlanSettings, WeightGrid
+from tracequant.core.curvature import Curvature
+from tracequant.core.plan import BitPlan
+from tracequant.core.sensitivity import Sensitivity, combine
+from tracequant.core.settings import PlanSettings, WeightGrid
 
 # The rule is applied after every batch, which leaves less time than a report has.
 STOP_RESAMPLES = 40

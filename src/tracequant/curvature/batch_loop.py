@@ -16,18 +16,19 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import nn
 
-from tracequant import distributed, errors, memory
-from tracequant.batch_digest import digest
-from tracequant.batches import Batch, Batches, reusable
+from tracequant.core import errors
+from tracequant.core.curvature import Curvature
+from tracequant.core.errors import DataError, ModelError, ResourceError, RunError, TaskError, TracequantError
+from tracequant.core.progress import track
 from tracequant.curvature import microbatch
 from tracequant.curvature.microbatch import Microbatch
 from tracequant.curvature.parts import Part, all_notes
-from tracequant.curvature.result import Curvature
 from tracequant.curvature.store import Store
-from tracequant.device import Precision, measuring, model_device
-from tracequant.errors import DataError, ModelError, ResourceError, RunError, TaskError, TracequantError
-from tracequant.progress import track
-from tracequant.task import Task, checked
+from tracequant.model import distributed, memory
+from tracequant.model.batches import Batch, Batches, reusable
+from tracequant.model.device import Precision, measuring, model_device
+from tracequant.model.digest import digest
+from tracequant.model.task import Task, checked
 
 # Share of the free main memory that a batch may be expected to take before it is cut.
 MEMORY_SHARE = 0.7

@@ -17,15 +17,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tracequant.batches import Batch, Batches
+from tracequant.core.errors import DataError, ModelError, ResourceError, SecondDerivativeError, TaskError
+from tracequant.core.points import QuantizationPoints
 from tracequant.curvature.output_hessian import factor, loss_hessian
 from tracequant.curvature.products import draw_probe, first_derivatives, hessian_vector_product, require_grad
-from tracequant.device import arithmetic, model_device
-from tracequant.errors import DataError, ModelError, ResourceError, SecondDerivativeError, TaskError
-from tracequant.memory import out_of_memory
-from tracequant.model_state import double_backward, frozen_evaluation
-from tracequant.points import QuantizationPoints
-from tracequant.task import Task, checked, forward
+from tracequant.model.batches import Batch, Batches
+from tracequant.model.device import arithmetic, model_device
+from tracequant.model.memory import out_of_memory
+from tracequant.model.state import double_backward, frozen_evaluation
+from tracequant.model.task import Task, checked, forward
 
 # Float32 rounding leaves 1e-6 to 1e-4; a GELU or SiLU network differs by percents and more.
 TOLERANCE = 1e-3

@@ -9,16 +9,16 @@ from typing import Any, Literal
 
 from torch import nn
 
-from tracequant import distributed
-from tracequant.batches import Batches, reusable
+from tracequant.core.curvature import Curvature
+from tracequant.core.errors import ModelError
+from tracequant.core.points import QuantizationPoints
 from tracequant.curvature.choose_estimator import choose_method
 from tracequant.curvature.gauss_newton import gauss_newton
 from tracequant.curvature.hutchinson import hutchinson
-from tracequant.curvature.result import Curvature
-from tracequant.errors import ModelError
+from tracequant.model import distributed
+from tracequant.model.batches import Batches, reusable
 from tracequant.model.discover import discover
-from tracequant.points import QuantizationPoints
-from tracequant.task import Task
+from tracequant.model.task import Task
 
 ESTIMATORS: dict[str, Callable[..., Curvature]] = {"gauss_newton": gauss_newton, "hutchinson": hutchinson}
 

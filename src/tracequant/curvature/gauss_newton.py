@@ -27,18 +27,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tracequant.batches import Batches
+from tracequant.core.curvature import Curvature, TraceEstimate
+from tracequant.core.points import QuantizationPoints
 from tracequant.curvature.batch_loop import Stop, collect
 from tracequant.curvature.microbatch import Microbatch
 from tracequant.curvature.output_hessian import Factored
 from tracequant.curvature.parts import Part, exceeded, together, warn_of_error
 from tracequant.curvature.passes import Passes
-from tracequant.curvature.result import Curvature, TraceEstimate
 from tracequant.curvature.sweep import Squares, Sweep
-from tracequant.device import Precision
-from tracequant.hooks import idle_layers
-from tracequant.points import QuantizationPoints
-from tracequant.task import Task
+from tracequant.model.batches import Batches
+from tracequant.model.device import Precision
+from tracequant.model.hooks import idle_layers
+from tracequant.model.task import Task
 
 DEFAULT_DRAWS = 2
 # Fewer samples do not tell their own spread, by which `relative_error` stops.

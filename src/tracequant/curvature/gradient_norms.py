@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-from tracequant.kinds import CONVOLUTIONS, TRANSPOSED
+from tracequant.model.kinds import CONVOLUTIONS, TRANSPOSED
 
 # Elements of the largest intermediate: samples are taken in chunks that stay below it.
 CHUNK_ELEMENTS = 1 << 23

@@ -25,7 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from tracequant.batches import Batches
+from tracequant.core.curvature import Curvature, TraceEstimate, summarize
+from tracequant.core.errors import ModelError, SecondDerivativeError
+from tracequant.core.points import QuantizationPoints
 from tracequant.curvature.batch_loop import Stop, collect
 from tracequant.curvature.microbatch import Microbatch
 from tracequant.curvature.parts import Part, all_notes, together, warn_of_error
@@ -41,13 +43,11 @@ from tracequant.curvature.products import (
     reading_variables,
     require_grad,
 )
-from tracequant.curvature.result import Curvature, TraceEstimate, summarize
-from tracequant.device import Precision, model_device
-from tracequant.errors import ModelError, SecondDerivativeError
-from tracequant.hooks import weight_parameter
-from tracequant.model_state import double_backward
-from tracequant.points import QuantizationPoints
-from tracequant.task import Task
+from tracequant.model.batches import Batches
+from tracequant.model.device import Precision, model_device
+from tracequant.model.hooks import weight_parameter
+from tracequant.model.state import double_backward
+from tracequant.model.task import Task
 
 Probes = Literal["shared", "per_layer"]
 Mode = Literal["reverse", "forward"]

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tracequant.batches import Batch, join
-from tracequant.device import Precision, model_device
-from tracequant.errors import TaskError
-from tracequant.task import Task, checked_loss, total_loss
+from tracequant.core.errors import TaskError
+from tracequant.model.batches import Batch, join
+from tracequant.model.device import Precision, model_device
+from tracequant.model.task import Task, checked_loss, total_loss
 
 
 @dataclass(frozen=True)

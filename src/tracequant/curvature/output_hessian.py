@@ -35,9 +35,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from tracequant.batches import Batch
-from tracequant.errors import ModelError
-from tracequant.task import Task, total_loss
+from tracequant.core.errors import ModelError
+from tracequant.model.batches import Batch
+from tracequant.model.task import Task, total_loss
 
 DENSE_LIMIT = 128
 # Elements of all blocks at all positions: 512 MiB in float64.

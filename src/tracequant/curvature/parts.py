@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from tracequant.curvature.result import Curvature
+from tracequant.core.curvature import Curvature
 
 
 @dataclass(frozen=True)

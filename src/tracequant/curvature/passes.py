@@ -9,13 +9,13 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from tracequant.core.points import QuantizationPoints
 from tracequant.curvature.microbatch import Microbatch
 from tracequant.curvature.output_hessian import GROUP, Cotangents, Factored, differentiable, factor
 from tracequant.curvature.products import generator, require_grad
 from tracequant.curvature.sweep import Sweep
-from tracequant.device import model_device
-from tracequant.points import QuantizationPoints
-from tracequant.task import Task
+from tracequant.model.device import model_device
+from tracequant.model.task import Task
 
 # Samples that serve to check what the model's graph is like.
 CHECK_SAMPLES = 4

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from tracequant.batches import Batch
-from tracequant.errors import ModelError, SecondDerivativeError
-from tracequant.hooks import idle_layers, reading, weight_parameter
-from tracequant.model_state import double_backward, frozen_evaluation
-from tracequant.points import QuantizationPoints
-from tracequant.task import Task, forward
+from tracequant.core.errors import ModelError, SecondDerivativeError
+from tracequant.core.points import QuantizationPoints
+from tracequant.model.batches import Batch
+from tracequant.model.hooks import idle_layers, reading, weight_parameter
+from tracequant.model.state import double_backward, frozen_evaluation
+from tracequant.model.task import Task, forward
 
 Distribution = Literal["rademacher", "gaussian"]
 

@@ -16,7 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tracequant.batches import Batches, reusable
+from tracequant.core.curvature import Density
+from tracequant.core.errors import ModelError
+from tracequant.core.points import QuantizationPoints
+from tracequant.core.progress import track
 from tracequant.curvature.products import (
     draw_probe,
     first_derivatives,
@@ -24,13 +27,10 @@ from tracequant.curvature.products import (
     hessian_vector_product,
     require_grad,
 )
-from tracequant.curvature.result import Density
-from tracequant.device import measuring, model_device
-from tracequant.errors import ModelError
-from tracequant.model_state import double_backward
-from tracequant.points import QuantizationPoints
-from tracequant.progress import track
-from tracequant.task import Task, checked, forward
+from tracequant.model.batches import Batches, reusable
+from tracequant.model.device import measuring, model_device
+from tracequant.model.state import double_backward
+from tracequant.model.task import Task, checked, forward
 
 # v, flat, to H v, flat.
 _Operator = Callable[[Tensor], Tensor]

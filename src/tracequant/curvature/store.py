@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from tracequant.artifact import replace_file
-from tracequant.batches import Batch
+from tracequant.core.errors import DataError
+from tracequant.core.files import replace_file
 from tracequant.curvature.parts import Part
-from tracequant.errors import DataError
-from tracequant.task import Task, forward
+from tracequant.model.batches import Batch
+from tracequant.model.task import Task, forward
 
 
 class Store:

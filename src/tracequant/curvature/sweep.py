@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from tracequant.core.errors import ModelError
+from tracequant.core.points import Layer, QuantizationPoints
 from tracequant.curvature import gradient_norms
 from tracequant.curvature.output_hessian import Cotangents
 from tracequant.curvature.products import reading_variables
-from tracequant.errors import ModelError
-from tracequant.hooks import idle_layers, replace_inputs
-from tracequant.points import Layer, QuantizationPoints
+from tracequant.model.hooks import idle_layers, replace_inputs
 
 # Relative difference that rounding in float32 may leave between two ways to one gradient.
 CHECK_TOLERANCE = 1e-3

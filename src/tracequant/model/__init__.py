@@ -1,1 +1,1 @@
-"""The user's model and data, borrowed."""
+"""The user's model and data: the task, discovery of layers, hooks, state, device, processes."""

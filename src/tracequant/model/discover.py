@@ -9,15 +9,15 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tracequant.batches import Batches
-from tracequant.calls import group_activations, output_points, record_calls
-from tracequant.errors import ModelError
-from tracequant.hooks import weight_parameter
-from tracequant.kinds import CONVOLUTIONS, DTYPE_NAMES, TRANSPOSED
-from tracequant.match import match_names, some_names
-from tracequant.model_state import fingerprint
-from tracequant.points import Layer, QuantizationPoints, StoredTensor
-from tracequant.task import Task
+from tracequant.core.errors import ModelError
+from tracequant.core.match import match_names, some_names
+from tracequant.core.points import Layer, QuantizationPoints, StoredTensor
+from tracequant.model.batches import Batches
+from tracequant.model.calls import group_activations, output_points, record_calls
+from tracequant.model.hooks import weight_parameter
+from tracequant.model.kinds import CONVOLUTIONS, DTYPE_NAMES, TRANSPOSED
+from tracequant.model.state import fingerprint
+from tracequant.model.task import Task
 
 
 def discover(

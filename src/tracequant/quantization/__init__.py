@@ -1,1 +1,1 @@
-"""Grids, fake quantization, calibration and quantization-aware training."""
+"""Grids, fake quantization, calibration and fine-tuning."""

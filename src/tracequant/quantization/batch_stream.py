@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from tracequant import distributed
-from tracequant.batches import Batch, Batches
-from tracequant.errors import DataError
-from tracequant.task import Task
+from tracequant.core.errors import DataError
+from tracequant.model import distributed
+from tracequant.model.batches import Batch, Batches
+from tracequant.model.task import Task
 
 
 class BatchStream(Iterator[Batch]):

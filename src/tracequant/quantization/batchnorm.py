@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tracequant import distributed
-from tracequant.batches import Batch
-from tracequant.quantizer import Quantizer
-from tracequant.task import Task
+from tracequant.model import distributed
+from tracequant.model.batches import Batch
+from tracequant.model.task import Task
+from tracequant.quantization.quantizer import Quantizer
 
 
 def set_batchnorm_mode(model: nn.Module, training: bool) -> list[_BatchNorm]:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tracequant import distributed
-from tracequant.artifact import replace_file
-from tracequant.device import model_device
-from tracequant.errors import ArtifactError
+from tracequant.core.errors import ArtifactError
+from tracequant.core.files import replace_file
+from tracequant.model import distributed
+from tracequant.model.device import model_device
 from tracequant.quantization.training import Training
 
 

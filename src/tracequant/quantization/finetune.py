@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from tracequant import distributed
-from tracequant.batches import Batches
-from tracequant.device import model_device
-from tracequant.errors import SettingsError
-from tracequant.options import resolve, takes
-from tracequant.progress import track
+from tracequant.core.errors import SettingsError
+from tracequant.core.options import resolve, takes
+from tracequant.core.progress import track
+from tracequant.core.settings import FinetuneSettings
+from tracequant.model import distributed
+from tracequant.model.batches import Batches
+from tracequant.model.device import model_device
+from tracequant.model.task import Task
 from tracequant.quantization import checkpoint as checkpoints
 from tracequant.quantization.batchnorm import average_statistics, reestimate_statistics, set_batchnorm_mode
 from tracequant.quantization.objective import Objective, teaching
 from tracequant.quantization.training import Training, quantizers_of
-from tracequant.settings import FinetuneSettings
-from tracequant.task import Task
 
 # BatchNorm's statistics are measured anew on this many batches.
 REESTIMATION_BATCHES = 50

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tracequant.batches import Batch, check_finite
-from tracequant.device import model_device
-from tracequant.errors import ModelError
-from tracequant.hooks import replace_inputs
-from tracequant.model_state import frozen_evaluation
-from tracequant.quantizer import weight_quantizers
-from tracequant.settings import FinetuneSettings
-from tracequant.task import Task, total_loss
+from tracequant.core.errors import ModelError
+from tracequant.core.settings import FinetuneSettings
+from tracequant.model.batches import Batch, check_finite
+from tracequant.model.device import model_device
+from tracequant.model.hooks import replace_inputs
+from tracequant.model.state import frozen_evaluation
+from tracequant.model.task import Task, total_loss
+from tracequant.quantization.quantizer import weight_quantizers
 
 
 class Objective(AbstractContextManager["Objective"]):

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tracequant import distributed
-from tracequant.batches import Batches, reusable
-from tracequant.device import model_device
-from tracequant.errors import DataError, ModelError
+from tracequant.core.errors import DataError, ModelError
+from tracequant.core.settings import FinetuneSettings
+from tracequant.model import distributed
+from tracequant.model.batches import Batches, reusable
+from tracequant.model.device import model_device
 from tracequant.quantization.batch_stream import BatchStream
-from tracequant.quantizer import Quantizer, activation_quantizers, weight_quantizers
-from tracequant.settings import FinetuneSettings
+from tracequant.quantization.quantizer import Quantizer, activation_quantizers, weight_quantizers
 
 # Scales learn down to this share of what they were calibrated to.
 SCALE_FLOOR = 0.01

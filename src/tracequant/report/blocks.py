@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tracequant.curvature.result import Curvature, TraceEstimate
-from tracequant.errors import RunError
-from tracequant.points import QuantizationPoints
+from tracequant.core.curvature import Curvature, TraceEstimate
+from tracequant.core.errors import RunError
+from tracequant.core.points import QuantizationPoints
 from tracequant.report.drawing import known_error
 
 

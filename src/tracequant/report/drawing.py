@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 
-from tracequant.curvature.result import TraceEstimate
+from tracequant.core.curvature import TraceEstimate
 
 # One colour for each bit width, dark for few and bright for many, the same in every figure.
 BIT_COLORS = {bits: to_hex(mpl.colormaps["viridis"](0.05 + 0.9 * (bits - 1) / 7)) for bits in range(1, 9)}

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 
 from tracequant.allocation.explain import LayerRow
 from tracequant.allocation.frontier import Frontier
-from tracequant.curvature.result import Curvature, Spectrum
-from tracequant.evaluated import Check, LayerCheck, PlanCheck
-from tracequant.plan import MEGABYTE, BitPlan
+from tracequant.core.curvature import Curvature, Spectrum
+from tracequant.core.evaluations import Check, LayerCheck, PlanCheck
+from tracequant.core.plan import MEGABYTE, BitPlan
 from tracequant.report.drawing import BIT_COLORS, GREY, RED, despine, name_axis, running_means, trace_bars
 
 

@@ -10,12 +10,12 @@ from tracequant.allocation.frontier import Frontier, frontier
 from tracequant.allocation.pricing import uniform_plan
 from tracequant.allocation.request import Method
 from tracequant.allocation.solve import solve
-from tracequant.errors import BudgetError
-from tracequant.evaluated import EvaluatedPlan, Evaluations
-from tracequant.plan import MEGABYTE, BitPlan
+from tracequant.core.errors import BudgetError
+from tracequant.core.evaluations import EvaluatedPlan, Evaluations
+from tracequant.core.plan import MEGABYTE, BitPlan
+from tracequant.core.sensitivity import Sensitivity
+from tracequant.core.settings import PlanSettings
 from tracequant.report import figures
-from tracequant.sensitivity_result import Sensitivity
-from tracequant.settings import PlanSettings
 
 if TYPE_CHECKING:
     from tracequant.run import Run

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 import jinja2
 from matplotlib.figure import Figure
 
-from tracequant import __version__, cost
+from tracequant import __version__
 from tracequant.allocation.explain import exchange_rates, explain
 from tracequant.allocation.space import full_space, monotone_space
-from tracequant.artifact import replace_file, write_text
-from tracequant.plan import MEGABYTE
+from tracequant.core import cost
+from tracequant.core.files import replace_file, write_text
+from tracequant.core.plan import MEGABYTE
 from tracequant.report import figures
 from tracequant.report.frontiers import evaluated_plans, frontiers, markers
 

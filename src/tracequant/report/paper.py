@@ -13,11 +13,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from tracequant.allocation.frontier import Frontier
-from tracequant.artifact import replace_file, write_json
-from tracequant.curvature.result import Curvature
-from tracequant.errors import ModelError, RunError
-from tracequant.plan import MEGABYTE, BitPlan
-from tracequant.points import QuantizationPoints
+from tracequant.core.curvature import Curvature
+from tracequant.core.errors import ModelError, RunError
+from tracequant.core.files import replace_file, write_json
+from tracequant.core.plan import MEGABYTE, BitPlan
+from tracequant.core.points import QuantizationPoints
 from tracequant.report import figures, paper_figures
 from tracequant.report.blocks import Block, activation_blocks, block_names, refuse_idle, weight_blocks
 from tracequant.report.frontiers import evaluated_plans, frontiers, markers

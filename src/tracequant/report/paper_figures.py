@@ -13,7 +13,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
-from tracequant.curvature.result import Curvature, Landscape, Landscapes
+from tracequant.core.curvature import Curvature, Landscape, Landscapes
 from tracequant.report.blocks import Block
 from tracequant.report.drawing import BIT_COLORS, GREY, RED, despine, name_axis, running_means, shortened, trace_bars
 

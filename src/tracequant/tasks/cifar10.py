@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from tracequant.batches import Batch
-from tracequant.classification import ClassificationTask
-from tracequant.errors import TaskError
-from tracequant.settings import TaskOptions
-from tracequant.task import TaskSetup
-from tracequant.tasks import refuse
+from tracequant.core.errors import TaskError
+from tracequant.core.settings import TaskOptions
+from tracequant.model.batches import Batch
+from tracequant.model.classification import ClassificationTask
+from tracequant.model.task import TaskSetup
 from tracequant.tasks.imagenet import DEVIATION, MEAN
-from tracequant.tasks.residual import SmallResNet
+from tracequant.tasks.networks.residual import SmallResNet
+from tracequant.tasks.registry import refuse
 from tracequant.tasks.weights import load_state, read_state
 
 DEPTHS = {"resnet20": 20, "resnet32": 32, "resnet44": 44, "resnet56": 56}

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from tracequant.batches import Batch
-from tracequant.errors import DataError, TaskError
+from tracequant.core.errors import DataError, TaskError
+from tracequant.model.batches import Batch
 
 # Names of COCO's summary, in the order of `COCOeval.stats`.
 METRICS = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large")

@@ -19,13 +19,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from tracequant.artifact import replace_file
-from tracequant.classification import ClassificationTask
-from tracequant.errors import TaskError
-from tracequant.progress import track
-from tracequant.settings import TaskOptions
-from tracequant.task import TaskSetup
-from tracequant.tasks import refuse, residual
+from tracequant.core.errors import TaskError
+from tracequant.core.files import replace_file
+from tracequant.core.progress import track
+from tracequant.core.settings import TaskOptions
+from tracequant.model.classification import ClassificationTask
+from tracequant.model.task import TaskSetup
+from tracequant.tasks.networks import residual
+from tracequant.tasks.registry import refuse
 
 TRAIN_SAMPLES = 1000
 EPOCHS = 40

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from tracequant.classification import ClassificationTask
-from tracequant.errors import DataError, TaskError
-from tracequant.models import squeezenext
-from tracequant.settings import TaskOptions
-from tracequant.task import TaskSetup
+from tracequant.core.errors import DataError, TaskError
+from tracequant.core.settings import TaskOptions
+from tracequant.model.classification import ClassificationTask
+from tracequant.model.task import TaskSetup
+from tracequant.tasks.networks import squeezenext
 from tracequant.tasks.weights import load_state, read_state
 
 SAMPLES, BATCH_SIZE, WORKERS = 512, 64, 4

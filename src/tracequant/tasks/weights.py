@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from tracequant.errors import TaskError
+from tracequant.core.errors import TaskError
 
 # What training scripts keep a state dict under, beside other things.
 WRAPPERS = ("state_dict", "model_state_dict", "model")

@@ -1,0 +1,1 @@
+"""Everything that runs the model to learn what rounding costs."""

@@ -1,0 +1,201 @@
+"""The smallest plan that loses no more accuracy than it may, by evaluating plans of the exact frontier."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from tracequant.allocation.activations import decided_activations
+from tracequant.allocation.frontier import frontier
+from tracequant.allocation.request import check
+from tracequant.core.errors import ArtifactError, BudgetError, DataError
+from tracequant.core.evaluations import AccuracySearch, EvaluatedPlan, Evaluations
+from tracequant.core.plan import BitPlan
+from tracequant.core.sensitivity import Sensitivity
+from tracequant.core.settings import PlanSettings
+from tracequant.model.batches import Batches, reusable
+from tracequant.model.device import measuring
+from tracequant.model.digest import digest
+from tracequant.model.state import fingerprint
+from tracequant.model.task import Evaluation, Task
+from tracequant.quantization.convert import quantize
+
+# The bisection ends when sizes differ by less than this share.
+RESOLUTION = 0.002
+# Then plans this much smaller, one after the other, are tried as well: accuracy goes up and down along the frontier.
+NEIGHBOURS = (0.005, 0.01, 0.02, 0.04)
+
+
+class Evaluator:
+    """Evaluates plans of one model after calibration, each once: results are kept, in a file too where one is given."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        calibration: Batches,
+        evaluation: Batches,
+        cache: str | Path | None = None,
+        progress: bool = False,
+    ) -> None:
+        self._model, self._task = model, task
+        self._calibration, self._evaluation = reusable(calibration), reusable(evaluation)
+        self._path = None if cache is None else Path(cache)
+        self._progress = progress
+        # The first batches stand for all: a loader that shuffles gives others, and nothing is taken from the file. The
+        # task's loss and metric cannot be compared, but their values on such a batch can.
+        first = [list(itertools.islice(batches, 1)) for batches in (self._calibration, self._evaluation)]
+        parts = [fingerprint(model), task.metric_name]
+        with contextlib.suppress(DataError):  # one batch may have no metric (mAP of images without boxes)
+            value = self._evaluated(model, first[1])
+            parts += [f"{value.metric:.5g}", f"{value.loss:.5g}"]
+        parts += [digest(batch) for batches in first for batch in batches]
+        for batches in (self._calibration, self._evaluation):
+            with contextlib.suppress(TypeError):
+                parts.append(str(len(batches)))  # type: ignore[arg-type]
+        context = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+        self.results = self._load(context)
+
+    def of(self, plan: BitPlan) -> EvaluatedPlan:
+        """Metric and loss of the model quantized by `plan`, measured only where that was not done before."""
+        for known in self.results.plans:
+            if known.weight_bits == plan.weight_bits and known.activation_bits == plan.activation_bits:
+                return known
+        quantized = quantize(self._model, plan, self._calibration, self._task, self._progress)
+        result = self._evaluated(quantized, self._evaluation)
+        found = EvaluatedPlan(plan.weight_bits, plan.activation_bits, plan.size_bytes, result.metric, result.loss)
+        self.results = replace(self.results, plans=(*self.results.plans, found))
+        self._save()
+        return found
+
+    def _evaluated(self, model: nn.Module, batches: Batches) -> Evaluation:
+        with measuring(model):  # also where the task has an `evaluate` of its own
+            return self._task.evaluate(model, batches, self._progress)
+
+    def _load(self, context: str) -> Evaluations:
+        if self._path is not None:
+            with contextlib.suppress(ArtifactError):  # none yet, or damaged
+                saved = Evaluations.load(self._path)
+                if saved.context == context:
+                    return saved
+        plain = self._evaluated(self._model, self._evaluation)
+        self.results = Evaluations(context, plain.metric_name, plain.samples, plain.metric, plain.loss, ())
+        self._save()
+        return self.results
+
+    def _save(self) -> None:
+        if self._path is not None:
+            self.results.save(self._path)
+
+
+def solve_by_accuracy(
+    model: nn.Module,
+    sensitivity: Sensitivity,
+    task: Task,
+    calibration: Batches,
+    evaluation: Batches,
+    max_drop: float | None = None,
+    max_loss_increase: float | None = None,
+    cache: str | Path | None = None,
+    progress: bool = False,
+    **rules: Any,
+) -> AccuracySearch:
+    """The smallest plan of the exact frontier whose metric falls by at most `max_drop` points below the float model's.
+
+    Plans are quantized, calibrated on `calibration` and evaluated on `evaluation`, which should be held out from both
+    training and calibration; nothing is fine-tuned. `max_drop` supposes a metric of which more is better;
+    `max_loss_increase` limits the rise of the loss, in its own units. With both, both hold. `rules` are those of
+    `solve` about bits and activations (`fixed_bits`, `min_bits`, `allowed_bits`, `allowed_activation_bits`,
+    `average_activation_bits`, `activation_compression`, `max_activation_mb`, `space`). `cache` is a file of evaluations
+    that is read, if it is of the same model and data, and added to after each one, so that an interrupted search goes
+    on where it stopped.
+
+    A bisection over size, to 0.2 % of it, takes accuracy for falling with size. It is not, quite: so plans up to 4 %
+    smaller than the one found are tried too, and the search goes on from each that passes.
+
+    Raises `BudgetError` without any of the two limits, for rules that limit size, BOPs or latency, and where even the
+    largest plan loses more.
+    """
+    rules = rules | {"max_accuracy_drop": max_drop, "max_loss_increase": max_loss_increase}
+    if unknown := rules.keys() - {field.name for field in fields(PlanSettings)}:
+        raise BudgetError(f"solve_by_accuracy has no rule {', '.join(sorted(unknown))}")
+    request = PlanSettings(**rules)
+    if not request.by_accuracy:
+        raise BudgetError("give max_drop (--max-accuracy-drop) or max_loss_increase (--max-loss-increase)")
+    check(request)
+    front = frontier(
+        sensitivity,
+        space=request.space,
+        activation_bits=decided_activations(sensitivity, request),
+        fixed_bits=request.fixed_bits,
+        min_bits=request.min_bits,
+        allowed_bits=request.allowed_bits,
+    )
+    evaluator = Evaluator(model, task, calibration, evaluation, cache, progress)
+    base = evaluator.results
+    steps: dict[int, EvaluatedPlan] = {}
+
+    def passes(index: int) -> bool:
+        if index not in steps:
+            steps[index] = evaluator.of(front[index])
+        found = steps[index]
+        return (max_drop is None or found.metric >= base.float_metric - max_drop) and (
+            max_loss_increase is None or found.loss <= base.float_loss + max_loss_increase
+        )
+
+    last = len(front) - 1
+    if not passes(last):
+        found = steps[last]
+        raise BudgetError(
+            f"even the largest plan, {front[last].size_mb:.4g} MB, changes {base.metric_name} from"
+            f" {base.float_metric:.4g} to {found.metric:.4g} and the loss from {base.float_loss:.4g} to"
+            f" {found.loss:.4g}; asked for was {describe(request)}; allow more, or offer more bits (--bits,"
+            " --activation-bits)"
+        )
+    best = _smallest(front.size_bytes, passes)
+    plan = replace(
+        front[best],
+        method=f"{front[best].method}, by evaluation",
+        budget=f"{describe(request)} ({base.samples:,} samples)",
+    )
+    return AccuracySearch(
+        plan, steps[best], tuple(steps.values()), base.metric_name, base.float_metric, base.float_loss, base.samples
+    )
+
+
+def describe(request: PlanSettings) -> str:
+    """The limits in words."""
+    asked = []
+    if request.max_accuracy_drop is not None:
+        asked.append(f"at most {request.max_accuracy_drop:g} points below the float model")
+    if request.max_loss_increase is not None:
+        asked.append(f"a loss at most {request.max_loss_increase:g} above the float model's")
+    return ", ".join(asked)
+
+
+def _smallest(sizes: np.ndarray[Any, np.dtype[np.int64]], passes: Callable[[int], bool]) -> int:
+    """The smallest index found that passes, given that the last one does."""
+    if passes(0):
+        return 0
+    fails, best = 0, len(sizes) - 1
+    while best - fails > 1 and sizes[best] - sizes[fails] > RESOLUTION * sizes[best]:
+        middle = int(np.searchsorted(sizes, (sizes[fails] + sizes[best]) / 2))
+        middle = min(max(middle, fails + 1), best - 1)
+        if passes(middle):
+            best = middle
+        else:
+            fails = middle
+    while True:
+        tries = [int(np.searchsorted(sizes, sizes[best] * (1 - share), side="right")) - 1 for share in NEIGHBOURS]
+        smaller = next((index for index in tries if 0 <= index < best and passes(index)), None)
+        if smaller is None:
+            return best
+        best = smaller

@@ -1,0 +1,149 @@
+"""From a bit plan and a float model to a fake-quantized model."""
+
+from __future__ import annotations
+
+import copy
+import glob
+from collections.abc import Iterable, Sequence
+from typing import cast
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from tracequant.core.errors import ModelError
+from tracequant.core.plan import BitPlan
+from tracequant.core.points import OUTPUT_BITS, OutputPoint
+from tracequant.model.batches import Batches, reusable
+from tracequant.model.discover import discover, quantizable_names
+from tracequant.model.hooks import weight_parameter
+from tracequant.model.task import Task
+from tracequant.quantization.calibrate import calibrate
+from tracequant.quantization.grid import Grid, choose_weight_grid
+from tracequant.quantization.quantizer import ActivationQuantizer, OutputQuantizer, WeightQuantizer
+
+# The children by which a module of a quantized model rounds what it reads and what it returns.
+QUANTIZER_NAMES = ("input_quantizer", "output_quantizer")
+
+
+def quantize(model: nn.Module, plan: BitPlan, batches: Batches, task: Task, progress: bool = False) -> nn.Module:
+    """A copy of `model` whose weights and activations are rounded as `plan` says; `model` itself is untouched.
+
+    Module classes stay what they are: a weight is quantized by a parametrization, an activation by a forward pre-hook
+    of its consumers, and the output of a convolution that others read as well (`OutputPoint`) by a forward hook, with 8
+    bits, where the plan quantizes the convolution's input. Ranges are chosen on `batches` with the weights already
+    quantized. Layers and activations that the plan does not name stay in float.
+
+    Raises `ModelError` if the plan names something that the model does not have.
+    """
+    batches = reusable(batches)
+    _check_names(plan.weight_bits, quantizable_names(model), "layer")
+    points = discover(model, batches, task, include=tuple(glob.escape(name) for name in plan.weight_bits))
+    _check_names(plan.activation_bits, list(points.activation_by_name), "activation")
+    quantized = copy.deepcopy(model)
+    for layer in points.layers:
+        weight = weight_parameter(quantized, layer)
+        axis = layer.channel_axis if plan.weight_grid.per_channel else None
+        grid = choose_weight_grid(weight, plan.weight_bits[layer.name], layer.channel_axis, plan.weight_grid)
+        quantize_weight(quantized, layer.sites, grid, axis, plan.weight_grid.symmetric)
+    if plan.activation_bits:
+        options = {name: [num_bits] for name, num_bits in plan.activation_bits.items()}
+        outputs = points.rounded_outputs(plan.activation_bits)
+        grids = calibrate(quantized, batches, task, points, options, outputs, progress)
+        for name, num_bits in plan.activation_bits.items():
+            consumers = points.activation_by_name[name].consumers
+            modules = [quantized.get_submodule(consumer) for consumer in consumers]
+            quantize_activation(modules, name, grids[name][num_bits])
+        for point in outputs:
+            quantize_output(quantized, point.module, grids[point.name][OUTPUT_BITS])
+    return quantized
+
+
+def quantize_weight(
+    model: nn.Module, sites: Sequence[Sequence[str]], grid: Grid, axis: int | None, symmetric: bool
+) -> WeightQuantizer:
+    """Register one weight quantizer at every site of a weight; tied weights share it."""
+    quantizer = WeightQuantizer(grid, axis, symmetric)
+    for module_name, parameter in sites:
+        parametrize.register_parametrization(model.get_submodule(module_name), parameter, quantizer)
+    return quantizer
+
+
+def quantize_activation(consumers: Sequence[nn.Module], name: str, grid: Grid) -> ActivationQuantizer:
+    """Let all consumers read their input through one quantizer."""
+    quantizer = ActivationQuantizer(name, grid)
+    for module in dict.fromkeys(consumers):
+        quantizer.attach(module)
+    return quantizer
+
+
+def quantize_output(model: nn.Module, module_name: str, grid: Grid) -> OutputQuantizer:
+    """Let a module return its output rounded."""
+    quantizer = OutputQuantizer(OutputPoint(module_name, module_name).name, grid)
+    quantizer.attach(model.get_submodule(module_name))
+    return quantizer
+
+
+def to_float(quantized: nn.Module) -> nn.Module:
+    """A copy of a fake-quantized model as an ordinary one, whose weights hold the values of their codes.
+
+    No parametrizations, no hooks, the state dict of the float model; activations are not rounded. For other tools that
+    take a plain module (torch.export, TensorRT, compressed-tensors).
+    """
+    model = copy.deepcopy(quantized)
+    for module in list(model.modules()):
+        if parametrize.is_parametrized(module):
+            _make_plain(module)
+    for module in list(model.modules()):
+        for child in QUANTIZER_NAMES:
+            quantizer = getattr(module, child, None)
+            if isinstance(quantizer, ActivationQuantizer):
+                quantizer.detach(module)
+    return model
+
+
+def _make_plain(module: nn.Module) -> None:
+    """Replace a module's quantized weights by parameters of the same values.
+
+    Not by `remove_parametrizations`, which takes the weight from the class too, and the copy shares it with the model.
+    """
+    chains = cast(nn.ModuleDict, module.parametrizations)
+    weights: dict[str, nn.Parameter | None] = {}
+    for name in chains:
+        original = cast(nn.Parameter, chains[name].original)
+        with torch.no_grad():
+            # Of tied weights every site writes the same values: rounding twice is rounding once.
+            original.copy_(getattr(module, name))
+        weights[name] = original
+    del module.parametrizations
+    module.__class__ = type(module).__bases__[0]
+    # Weights come before biases, as in the float model.
+    weights |= module._parameters
+    module._parameters.clear()
+    module._parameters.update(weights)
+
+
+def dequantized_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict of the float model that a fake-quantized one came from, weights rounded to their grids."""
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        parts = name.split(".")
+        if "parametrizations" in parts:
+            index = parts.index("parametrizations")
+            if parts[-1] != "original":
+                continue
+            owner, parameter = ".".join(parts[:index]), parts[index + 1]
+            state[".".join(filter(None, (owner, parameter)))] = getattr(model.get_submodule(owner), parameter).detach()
+        elif not any(child in parts for child in QUANTIZER_NAMES):
+            state[name] = tensor
+    return state
+
+
+def _check_names(wanted: Iterable[str], present: Iterable[str], kind: str) -> None:
+    known = set(present)
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise ModelError(
+            f"the plan names {kind} {', '.join(unknown[:4])}, which this model does not have; the plan is of another"
+            " model, or was made with other include/exclude patterns"
+        )

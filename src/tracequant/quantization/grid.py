@@ -1,0 +1,134 @@
+"""Uniform affine grids, 1 to 8 bits (HAWQ-V2, Appendix A)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tracequant.core.errors import ModelError
+from tracequant.core.packed_layout import symmetric_zero_point
+from tracequant.core.settings import WeightGrid
+
+MAX_BITS = 8
+
+
+# The scale of a tensor of zeros, and the least that training may reach.
+SMALLEST_SCALE = 1e-8
+
+
+RangeMethod = Literal["minmax", "percentile", "mse"]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A uniform grid: `scale` and `zero_point` (in units of the scale) broadcast against the tensor they quantize."""
+
+    scale: Tensor
+    zero_point: Tensor
+    num_bits: int
+
+    def quantize(self, values: Tensor) -> Tensor:
+        """Codes 0 ... 2^bits - 1 as floats, shape of `values`."""
+        codes = values / self.scale
+        if self.num_bits <= 2:
+            # The levels of a balanced grid lie between the multiples of its scale.
+            balanced = self.zero_point != self.zero_point.floor()
+            before = torch.where(balanced, self.zero_point, 0.0)
+            codes.add_(before).round_().add_(self.zero_point - before)
+        else:
+            codes.round_().add_(self.zero_point)
+        return codes.clamp_(0, 2**self.num_bits - 1)
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """The values that codes stand for. `quantize` gives exactly the same codes back."""
+        return (codes - self.zero_point) * self.scale
+
+    def round(self, values: Tensor) -> Tensor:
+        """Each value replaced by its nearest on the grid, values outside the range by the grid's ends."""
+        # `dequantize` in place: the same operations, and so the same bits.
+        return self.quantize(values).sub_(self.zero_point).mul_(self.scale)
+
+
+def check_bits(num_bits: int) -> None:
+    """Raise `ModelError` unless 1 <= num_bits <= 8."""
+    if not 1 <= num_bits <= MAX_BITS:
+        raise ModelError(f"bit widths go from 1 to {MAX_BITS}, got {num_bits}")
+
+
+def grid_for_range(low: Tensor, high: Tensor, num_bits: int, symmetric: bool) -> Grid:
+    """The grid that covers `[low, high]`; ranges are widened to contain 0; one of zero width gets the least scale."""
+    check_bits(num_bits)
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    levels = 2**num_bits - 1
+    if symmetric:
+        zero_point = torch.full_like(low, symmetric_zero_point(num_bits))
+        if num_bits <= 2:
+            scale = 2 * torch.maximum(-low, high) / levels
+        else:
+            # Two's complement reaches one step further down than up.
+            scale = torch.maximum(-low / 2 ** (num_bits - 1), high / (2 ** (num_bits - 1) - 1))
+    else:
+        scale = (high - low) / levels
+    # A tensor of zeros, or so small that 1 / scale overflows. Balanced grids have no zero: theirs must be close to it.
+    scale = torch.where(scale > 1e-30, scale, torch.full_like(scale, SMALLEST_SCALE))
+    if not symmetric:
+        zero_point = torch.round(-low / scale).clamp(0, levels)
+    return Grid(scale, zero_point, num_bits)
+
+
+def choose_grid(
+    values: Tensor,
+    num_bits: int,
+    symmetric: bool = True,
+    channel_axis: int | None = None,
+    method: RangeMethod = "mse",
+    percentile: float = 99.9,
+    candidates: int = 80,
+) -> Grid:
+    """The grid for `values`, one per slice along `channel_axis`, or one for the whole tensor if that is None.
+
+    `method`: "minmax" covers all values; "percentile" covers the central `percentile` % of them; "mse" tries
+    `candidates` fractions of the min-max range and keeps, per channel, the one with the least squared error.
+    """
+    check_bits(num_bits)
+    rows = values.detach().reshape(1, -1) if channel_axis is None else _rows(values.detach(), channel_axis)
+    if rows.numel() == 0:
+        raise ModelError("cannot choose a quantization range for a tensor without elements")
+    low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
+    if method == "percentile":
+        # kthvalue rather than quantile, which refuses tensors of more than 16 million elements.
+        below = max(1, math.ceil(rows.shape[1] * (100 - percentile) / 200))
+        low = rows.kthvalue(below, 1, keepdim=True).values
+        high = rows.kthvalue(rows.shape[1] - below + 1, 1, keepdim=True).values
+    grid = grid_for_range(low, high, num_bits, symmetric)
+    if method == "mse":
+        best = (grid.round(rows) - rows).square().sum(1, keepdim=True)
+        for step in range(1, candidates):
+            shrink = 1 - step / candidates
+            trial = grid_for_range(low * shrink, high * shrink, num_bits, symmetric)
+            error = (trial.round(rows) - rows).square().sum(1, keepdim=True)
+            better = error < best
+            best = torch.where(better, error, best)
+            grid = Grid(
+                torch.where(better, trial.scale, grid.scale),
+                torch.where(better, trial.zero_point, grid.zero_point),
+                num_bits,
+            )
+    shape = [1] * values.ndim
+    if channel_axis is not None:
+        shape[channel_axis] = -1
+    return Grid(grid.scale.reshape(shape), grid.zero_point.reshape(shape), num_bits)
+
+
+def choose_weight_grid(weight: Tensor, num_bits: int, channel_axis: int, settings: WeightGrid) -> Grid:
+    """The grid for a weight tensor under `settings`."""
+    axis = channel_axis if settings.per_channel else None
+    return choose_grid(weight, num_bits, settings.symmetric, axis, settings.range)
+
+
+def _rows(values: Tensor, axis: int) -> Tensor:
+    return values.movedim(axis, 0).flatten(1) if values.ndim > 1 else values.reshape(-1, 1)
