@@ -39,8 +39,8 @@ import tracequant as tq
 from ablation_metrics import ABLATION_METRICS, plan_by
 from data import data_folder
 from tracequant.accuracy import Evaluator
-from tracequant.allocation.pricing import reprice
 from tracequant.evaluated import PlanCheck, plan_group, spearman
+from tracequant.plan import reprice
 from tracequant.sensitivity import with_eigenvalues
 from tracequant.settings import PlanSettings, TaskOptions
 from tracequant.tasks import load_task

@@ -188,7 +188,7 @@ def test_plan_edited_by_hand_is_followed(copy: Path) -> None:
     assert invoke("quantize", copy, "-q") == 0
     edited = Run(copy).plan()
     assert edited.weight_bits == bits
-    assert edited.method == "edited by hand"
+    assert edited.method == "edited"
     assert edited.size_bytes == Run(copy).quantize_result().mixed.size_bytes != plan.size_bytes
     dataclasses.replace(plan, weight_bits=dict.fromkeys(bits, 5)).save(copy / "plan.json")
     assert invoke("quantize", copy, "-q") == 2

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tracequant.accuracy import solve_by_accuracy
+    from tracequant.allocation.explain import Explanation, explain
     from tracequant.allocation.frontier import Frontier, frontier
-    from tracequant.allocation.pricing import uniform_plan
     from tracequant.allocation.solve import solve
     from tracequant.allocation.space import full_space, monotone_space
+    from tracequant.allocation.stability import plan_stability
+    from tracequant.allocation.uniform import uniform_plan
     from tracequant.check import check_metrics
     from tracequant.convert import quantize, to_float
     from tracequant.curvature.estimate import estimate_curvature
@@ -57,10 +59,12 @@ _MODULES = {
     "tracequant.check": ("check_metrics",),
     "tracequant.curvature.perturbation": ("measure_perturbation",),
     "tracequant.evaluated": ("AccuracySearch", "Check", "EvaluatedPlan", "Evaluations"),
+    "tracequant.allocation.explain": ("Explanation", "explain"),
     "tracequant.allocation.frontier": ("Frontier", "frontier"),
-    "tracequant.allocation.pricing": ("uniform_plan",),
+    "tracequant.allocation.uniform": ("uniform_plan",),
     "tracequant.allocation.solve": ("solve",),
     "tracequant.allocation.space": ("full_space", "monotone_space"),
+    "tracequant.allocation.stability": ("plan_stability",),
     "tracequant.convert": ("quantize", "to_float"),
     "tracequant.curvature.estimate": ("estimate_curvature",),
     "tracequant.curvature.result": ("Curvature", "Density", "Perturbation", "Spectrum", "TraceEstimate"),
@@ -87,13 +91,13 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "AccuracySearch", "ActivationPoint", "ArtifactError", "BitPlan", "BudgetError", "Check", "ClassificationTask",
-    "Curvature", "DataError", "Density", "EvaluatedPlan", "Evaluation", "Evaluations", "Exported", "Frontier",
-    "Layer", "ModelError", "OnnxFile", "OutputPoint", "Perturbation", "QuantizationPoints", "ResourceError",
+    "Curvature", "DataError", "Density", "EvaluatedPlan", "Evaluation", "Evaluations", "Explanation", "Exported",
+    "Frontier", "Layer", "ModelError", "OnnxFile", "OutputPoint", "Perturbation", "QuantizationPoints", "ResourceError",
     "RetinaNetTask", "RunError", "Sensitivity", "Spectrum", "Task", "TaskError", "TaskSetup", "TraceEstimate",
-    "TracequantError", "WeightGrid", "check_metrics", "discover", "estimate_curvature", "export_onnx", "finetune",
-    "frontier", "full_space", "load", "measure_latency", "measure_perturbation", "measure_sensitivity",
-    "monotone_space", "pack", "quantize", "read_latency", "read_sensitivity", "solve", "solve_by_accuracy",
-    "spectral_density", "to_float", "top_eigenvalues", "uniform_plan", "write_latency",
+    "TracequantError", "WeightGrid", "check_metrics", "discover", "estimate_curvature", "explain", "export_onnx",
+    "finetune", "frontier", "full_space", "load", "measure_latency", "measure_perturbation", "measure_sensitivity",
+    "monotone_space", "pack", "plan_stability", "quantize", "read_latency", "read_sensitivity", "solve",
+    "solve_by_accuracy", "spectral_density", "to_float", "top_eigenvalues", "uniform_plan", "write_latency",
 ]  # fmt: skip
 
 

@@ -43,15 +43,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tracequant.allocation.pricing import reprice, uniform_plan
 from tracequant.allocation.request import check as check_request
 from tracequant.allocation.solve import solve
 from tracequant.allocation.stability import is_stable, plan_stability
+from tracequant.allocation.uniform import uniform_plan
 from tracequant.artifact import Saveable, read_json, replace_file, write_json
 from tracequant.curvature.result import Curvature, Landscapes, Perturbation, Spectrum
 from tracequant.errors import ArtifactError, ModelError, RunError, SecondDerivativeError, TaskError
 from tracequant.evaluated import Check, EvaluatedPlan, Evaluations
-from tracequant.plan import BitPlan
+from tracequant.plan import BitPlan, reprice
 from tracequant.sensitivity_result import Sensitivity, combine
 from tracequant.settings import (
     EXPANSIONS,
@@ -310,7 +310,7 @@ class Run:
         repriced = reprice(self.sensitivity(), plan)
         if repriced == plan:
             return plan
-        return replace(repriced, method="edited by hand", bound=None, prices={})
+        return replace(repriced, method="edited", bound=None, prices={})
 
     def quantize_result(self) -> QuantizeResult:
         """Result of quantize."""
@@ -618,7 +618,7 @@ class Run:
         if settings is None:
             return None
         if self._stability is None or self._stability[0] != plan:
-            self._stability = plan, plan_stability(self.sensitivity(), self.curvature(), plan, settings)
+            self._stability = plan, plan_stability(self.sensitivity(), plan, self.curvature(), settings)
         return self._stability[1]
 
     def solve(self, settings: PlanSettings) -> BitPlan:
