@@ -372,7 +372,13 @@ def plan(
         stable = plan_stability(table, solved, run.curvature(), settings) if run is not None and stability else None
         _print_plan(table, solved, settings, stable)
         if run is not None and not keep:
-            _err.print("The run is quantized by another plan and keeps it; add --apply to replace it.", style="yellow")
+            own = run.plan()
+            if (own.weight_bits, own.activation_bits) == (solved.weight_bits, solved.activation_bits):
+                _err.print("The run is quantized by this very plan.")
+            else:
+                _err.print(
+                    "The run is quantized by another plan and keeps it; add --apply to replace it.", style="yellow"
+                )
 
 
 @app.command()
