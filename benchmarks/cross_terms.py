@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 import tracequant as tq
 from tracequant.allocation import exact
 from tracequant.allocation.build import build
-from tracequant.allocation.pricing import reprice
 from tracequant.allocation.problem import Amounts, Problem, chosen_bits
+from tracequant.core.plan import reprice
 from tracequant.core.settings import PlanSettings
 
 # Metric with products → the library's metric that has the same terms without them.

@@ -38,8 +38,8 @@ import cross_terms
 import tracequant as tq
 from ablation_metrics import ABLATION_METRICS, plan_by
 from data import data_folder
-from tracequant.allocation.pricing import reprice
 from tracequant.core.evaluations import PlanCheck, plan_group, spearman
+from tracequant.core.plan import reprice
 from tracequant.core.settings import PlanSettings, TaskOptions
 from tracequant.measure.accuracy import Evaluator
 from tracequant.measure.sensitivity import with_eigenvalues

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import random
@@ -19,7 +20,7 @@ import tracequant as tq
 from tracequant.allocation.pareto import Assignment, Unit, pareto_frontier
 from tracequant.core import cost
 from tracequant.core.errors import BudgetError
-from tracequant.core.plan import MEGABYTE
+from tracequant.core.plan import MEGABYTE, reprice
 from tracequant.core.points import ActivationPoint, Layer, QuantizationPoints, StoredTensor
 from tracequant.core.sensitivity import Sensitivity
 from tracequant.core.settings import WeightGrid
@@ -420,8 +421,149 @@ def test_plan_says_what_it_is() -> None:
     plan = tq.solve(make_sensitivity(), average_bits=4)
     assert plan.budget == "at most 4 bits on average"
     assert "full" in plan.method
-    assert "bits on average" in str(plan)
-    assert "MB" in str(plan)
+    assert "bits on average" in plan.summary
+    assert "MB" in plan.summary
+
+
+def test_printed_plan_shows_layers_bits_and_reasons() -> None:
+    sensitivity = make_sensitivity(ties=TIES)
+    plan = tq.solve(sensitivity, average_bits=5, fixed_bits={"block0.fc": 4})
+    lines = str(plan).split("\n")
+    assert lines[0] == plan.summary
+    assert lines[1].split() == ["layer", "bits", "why"]
+    for line, (name, num_bits) in zip(lines[2:], plan.weight_bits.items(), strict=False):
+        assert line.split()[:2] == [name, str(num_bits)]
+        assert line.endswith(plan.reasons[name])
+    assert plan.reasons["block0.fc"].startswith("only 4 bits allowed; trace ")
+    assert lines[-1] == "inputs of layers: 5 at 8 bits"
+    ((tied, other), *_) = sensitivity.points.ties
+    assert f"tied to {other}" in plan.reasons[tied]
+    assert "only" not in plan.reasons[tied]
+    # The step that a reason tells of is one of the whole tie, in the weights' Ω.
+    table, now = sensitivity.weight_omega, plan.weight_bits[tied]
+    more = min(b for b in table[tied] if b > now)
+    change = sum(table[name][more] - table[name][now] for name in (tied, other)) / plan.omega
+    told = re.search(rf"([+-][\d.e-]+)% at {more} bits", plan.reasons[tied])
+    assert told is not None
+    assert float(told[1]) == pytest.approx(100 * change, abs=0.5, rel=0.05)
+
+
+def test_printed_plan_fits_a_screen() -> None:
+    plan = tq.solve(make_sensitivity(layers=200), average_bits=4)
+    lines = str(plan).split("\n")
+    assert len(lines) <= 35
+    assert max(map(len, lines[1:])) <= 100
+    shown = len(lines) - 4  # the summary, the head, the line that says how many more, the inputs
+    assert f"... {200 - shown} more" in lines[-2]
+    assert len(plan.reasons) == 200
+
+
+def test_reasons_make_no_other_plan_and_old_files_load(tmp_path: Path) -> None:
+    plan = tq.solve(make_sensitivity(), average_bits=4)
+    document = plan.to_json()
+    del document["reasons"]
+    old = tq.BitPlan.from_json(document)
+    assert old == plan
+    assert "block0.fc" in str(old)
+    plan.save(tmp_path / "plan.json")
+    assert tq.BitPlan.load(tmp_path / "plan.json").reasons == plan.reasons
+
+
+def test_explanation_has_a_row_for_every_layer_and_prints() -> None:
+    sensitivity = make_sensitivity()
+    plan = tq.solve(sensitivity, average_bits=4)
+    explanation = tq.explain(sensitivity, plan)
+    lines = str(explanation).split("\n")
+    assert [row.name for row in explanation.rows] == list(plan.weight_bits)
+    for line, row in zip(lines[1:], explanation.rows, strict=False):
+        assert line.split()[:2] == [row.name, str(plan.weight_bits[row.name])]
+        assert line.endswith(row.why)
+    (rate,) = explanation.rates
+    assert lines[-1] == rate
+
+
+# Plans that are edited
+
+
+def test_an_edited_plan_is_priced_anew() -> None:
+    sensitivity = make_sensitivity()
+    plan = tq.solve(sensitivity, average_bits=4, average_activation_bits=6)
+    edited = plan.with_bits({"block[12].*": 2, "block2.fc": 3}, sensitivity, activation_bits={"block4*": 4})
+    assert edited.weight_bits == plan.weight_bits | {"block1.fc": 2, "block2.fc": 3}
+    assert edited.activation_bits == plan.activation_bits | {"block4.fc": 4}
+    check_plan(sensitivity, edited)
+    raw = dataclasses.replace(plan, weight_bits=edited.weight_bits, activation_bits=edited.activation_bits)
+    assert edited == dataclasses.replace(reprice(sensitivity, raw), method="edited", bound=None, prices={})
+    assert (edited.method, edited.bound, edited.gap, edited.prices) == ("edited", None, None, {})
+    assert edited.budget == plan.budget
+    assert [name for name, why in edited.reasons.items() if why.startswith("edited; ")] == ["block1.fc", "block2.fc"]
+    everything = plan.with_bits({"*": 4}, sensitivity)
+    assert everything.size_bytes == tq.uniform_plan(sensitivity, 4).size_bytes
+    # The model's input keeps its 8 bits.
+    assert plan.with_bits({}, sensitivity, activation_bits={"*": 4}).activation_bits["block0.fc"] == 8
+
+
+def test_ties_hold_in_an_edited_plan() -> None:
+    sensitivity = make_sensitivity(ties=TIES)
+    plan = tq.solve(sensitivity, average_bits=4)
+    ((tied, other), *_) = sensitivity.points.ties
+    others = [b for b in (2, 3, 4, 8) if b != plan.weight_bits[tied]]
+    with pytest.raises(BudgetError, match=f"tied layers have the same bits.*{tied}: {others[0]}"):
+        plan.with_bits({tied: others[0]}, sensitivity)
+    assert plan.with_bits({tied: others[0], other: others[0]}, sensitivity).weight_bits[other] == others[0]
+    by_hand = dataclasses.replace(plan, weight_bits=plan.weight_bits | {tied: others[0]})
+    with pytest.raises(BudgetError, match="tied layers have the same bits"):
+        reprice(sensitivity, by_hand)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"weight_bits": {"Block1.fc": 4}}, "weight_bits pattern 'Block1.fc' matches no layer; there are block0.fc"),
+        ({"weight_bits": {"block1.fc": 5}}, "layer block1.fc 5 bits, sensitivities cover [2, 3, 4, 8] bits"),
+        (
+            {"weight_bits": {}, "activation_bits": {"block0.fc": 4}},
+            "activation_bits pattern 'block0.fc' matches no activation; there are block1.fc",
+        ),
+        (
+            {"weight_bits": {}, "activation_bits": {"block1.fc": 2}},
+            "activation block1.fc 2 bits, sensitivities cover [4, 8]",
+        ),
+    ],
+)
+def test_edits_that_are_refused(edit: dict[str, dict[str, int]], message: str) -> None:
+    sensitivity = make_sensitivity()
+    plan = tq.solve(sensitivity, average_bits=4)
+    with pytest.raises(BudgetError, match=re.escape(message)):
+        plan.with_bits(sensitivity=sensitivity, **edit)
+
+
+def test_a_plan_is_edited_with_its_own_sensitivity() -> None:
+    sensitivity = make_sensitivity()
+    plan = tq.solve(sensitivity, average_bits=4)
+    other = dataclasses.replace(sensitivity, points=dataclasses.replace(sensitivity.points, fingerprint="another"))
+    with pytest.raises(BudgetError, match=r"fingerprint 0123456789abcdef, the sensitivity for one of another"):
+        plan.with_bits({"*": 4}, other)
+
+
+def test_inputs_that_share_the_bits_of_weights_follow_an_edit() -> None:
+    sensitivity = dataclasses.replace(make_sensitivity(activation_bits=(2, 3, 4, 8)), same_bits=True)
+    table = {name: {b: 1.0 / b for b in (2, 3, 4, 8)} for name in sensitivity.activation_omega}
+    sensitivity = dataclasses.replace(sensitivity, activation_omega=table)
+    plan = tq.solve(sensitivity, average_bits=4)
+    edited = plan.with_bits({"block2.fc": 2, "block0.fc": 3}, sensitivity)
+    assert edited.activation_bits == edited.weight_bits == plan.weight_bits | {"block2.fc": 2, "block0.fc": 3}
+    first, second, *rest = sensitivity.points.layers
+    shared = dataclasses.replace(
+        sensitivity,
+        points=dataclasses.replace(
+            sensitivity.points, layers=(first, dataclasses.replace(second, activation=first.name), *rest)
+        ),
+    )
+    plan = tq.solve(shared, average_bits=4)
+    other = 2 if plan.weight_bits[first.name] != 2 else 3
+    with pytest.raises(BudgetError, match="layers that read one input have its bits"):
+        plan.with_bits({first.name: other}, shared)
 
 
 def test_solve_is_a_function_of_its_arguments() -> None:

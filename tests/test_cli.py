@@ -189,10 +189,21 @@ def test_plan_edited_by_hand_is_followed(copy: Path) -> None:
     assert invoke("quantize", copy, "-q") == 0
     edited = Run(copy).plan()
     assert edited.weight_bits == bits
-    assert edited.method == "edited by hand"
+    assert edited.method == "edited"
     assert edited.size_bytes == Run(copy).quantize_result().mixed.size_bytes != plan.size_bytes
     dataclasses.replace(plan, weight_bits=dict.fromkeys(bits, 5)).save(copy / "plan.json")
     assert invoke("quantize", copy, "-q") == 2
+
+
+def test_plan_knows_the_plan_that_the_run_is_quantized_by(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run(copy)
+    assert run.done("quantize")
+    assert invoke("plan", copy, "--average-bits", "3") == 0
+    own = capsys.readouterr().err
+    assert "by this very plan" in own
+    assert "another plan" not in own
+    assert invoke("plan", copy, "--average-bits", "2.2") == 0
+    assert "by another plan and keeps it" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_apply_replaces_an_edited_plan(copy: Path) -> None:

@@ -31,7 +31,7 @@ def shares(values: dict[str, tuple[float, ...]]) -> dict[str, float]:
     errors = {name: {2: 1.0, 4: 0.1} for name in values}
     sensitivity = combine(curvature, errors, {}, WeightGrid(), "trace")
     plan = solve(sensitivity, average_bits=3)
-    found = plan_stability(sensitivity, curvature, plan, SETTINGS)
+    found = plan_stability(sensitivity, plan, curvature, SETTINGS)
     assert found is not None
     return found
 
@@ -56,7 +56,7 @@ def test_without_several_values_there_is_no_answer() -> None:
     curvature = made_of({"a": (1.0,)})
     sensitivity = combine(curvature, {"a": {2: 1.0}}, {}, WeightGrid(), "trace")
     plan = solve(sensitivity, average_bits=2)
-    assert plan_stability(sensitivity, curvature, plan, SETTINGS) is None
+    assert plan_stability(sensitivity, plan, curvature, SETTINGS) is None
 
 
 ERRORS = {2: 1.0, 4: 0.1}

@@ -14,8 +14,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tracequant.allocation.explain import Explanation, explain
     from tracequant.allocation.frontier import Frontier, frontier
-    from tracequant.allocation.pricing import uniform_plan
     from tracequant.allocation.solve import solve
     from tracequant.allocation.space import full_space, monotone_space
     from tracequant.core.curvature import Curvature, Density, Perturbation, Spectrum, TraceEstimate
@@ -61,7 +61,7 @@ _MODULES = {
     "tracequant.core.evaluations": ("AccuracySearch", "Check", "EvaluatedPlan", "Evaluations"),
     "tracequant.model.classification": ("ClassificationTask",),
     "tracequant.allocation.frontier": ("Frontier", "frontier"),
-    "tracequant.allocation.pricing": ("uniform_plan",),
+    "tracequant.allocation.uniform": ("uniform_plan",),
     "tracequant.allocation.solve": ("solve",),
     "tracequant.allocation.space": ("full_space", "monotone_space"),
     "tracequant.quantization.convert": ("quantize", "to_float"),

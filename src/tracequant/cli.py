@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tracequant import __version__
-from tracequant.allocation.explain import exchange_rates, explain
+from tracequant.allocation.explain import explain
 from tracequant.allocation.request import check as check_request
 from tracequant.allocation.solve import solve
 from tracequant.allocation.space import full_space, monotone_space
@@ -364,10 +364,16 @@ def plan(
     if as_json:
         _print_json(solved.to_json())
     elif not quiet:
-        stable = plan_stability(table, run.curvature(), solved, settings) if run is not None and stability else None
+        stable = plan_stability(table, solved, run.curvature(), settings) if run is not None and stability else None
         _print_plan(table, solved, settings, stable)
         if run is not None and not keep:
-            _err.print("The run is quantized by another plan and keeps it; add --apply to replace it.", style="yellow")
+            own = run.plan()
+            if (own.weight_bits, own.activation_bits) == (solved.weight_bits, solved.activation_bits):
+                _err.print("The run is quantized by this very plan.")
+            else:
+                _err.print(
+                    "The run is quantized by another plan and keeps it; add --apply to replace it.", style="yellow"
+                )
 
 
 @app.command()
@@ -1089,7 +1095,7 @@ def _print_plan(
     sensitivity: Sensitivity, solved: BitPlan, settings: PlanSettings, stability: dict[str, float] | None = None
 ) -> None:
     console = Console()
-    table = Table(title=str(solved), title_justify="left")
+    table = Table(title=solved.summary, title_justify="left")
     columns = [
         "layer",
         "weights",
@@ -1104,7 +1110,8 @@ def _print_plan(
     for column in [*columns, "why"] if wide else columns:
         table.add_column(column, justify="left" if column in ("layer", "why") else "right", overflow="fold")
     latency = settings.latency if settings.latency is not None else sensitivity.latency
-    for row in explain(sensitivity, solved, latency):
+    explanation = explain(sensitivity, solved, latency=latency)
+    for row in explanation.rows:
         cells = [
             row.name,
             f"{row.numel:,}",
@@ -1138,7 +1145,7 @@ def _print_plan(
         print(f"Proven: no plan within the budget has a lower Ω than {solved.total_omega:.6g}.")
     else:
         print(f"Not proven within the time: the best Ω is between {solved.bound:.6g} and {solved.total_omega:.6g}.")
-    for rate in exchange_rates(solved):
+    for rate in explanation.rates:
         print(f"Rate of exchange: {rate}.")
 
 

@@ -43,7 +43,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from tracequant.allocation.pricing import reprice, uniform_plan
 from tracequant.allocation.request import check as check_request
 from tracequant.allocation.solve import solve
 from tracequant.allocation.stability import is_stable, plan_stability
@@ -311,7 +310,7 @@ class Run:
         repriced = reprice(self.sensitivity(), plan)
         if repriced == plan:
             return plan
-        return replace(repriced, method="edited by hand", bound=None, prices={})
+        return replace(repriced, method="edited", bound=None, prices={})
 
     def quantize_result(self) -> QuantizeResult:
         """Result of quantize."""
@@ -620,7 +619,7 @@ class Run:
         if settings is None:
             return None
         if self._stability is None or self._stability[0] != plan:
-            self._stability = plan, plan_stability(self.sensitivity(), self.curvature(), plan, settings)
+            self._stability = plan, plan_stability(self.sensitivity(), plan, self.curvature(), settings)
         return self._stability[1]
 
     def solve(self, settings: PlanSettings) -> BitPlan:

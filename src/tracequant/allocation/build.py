@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Iterable, Sequence
 
@@ -12,7 +11,7 @@ from tracequant.allocation.limits import Offer, limits_of, owners, rounded_up
 from tracequant.allocation.problem import ROUNDING, Amounts, Decision, Problem
 from tracequant.core import cost
 from tracequant.core.errors import BudgetError
-from tracequant.core.plan import MEGABYTE
+from tracequant.core.plan import MEGABYTE, matching_names
 from tracequant.core.sensitivity import Sensitivity
 from tracequant.core.settings import PlanSettings
 
@@ -88,11 +87,7 @@ def _allowed(kind: str, offered: dict[str, dict[int, float]], rules: Iterable[_R
     """The bits that sensitivities cover and that every rule with a matching shell pattern allows, by name."""
     left = {name: tuple(sorted(omega)) for name, omega in offered.items()}
     for rule, pattern, keep in rules:
-        matching = [name for name in left if fnmatch.fnmatchcase(name, pattern)]
-        if not matching:
-            shown = ", ".join(list(left)[:6]) + (", ..." if len(left) > 6 else "")
-            raise BudgetError(f"{rule} pattern {pattern!r} matches no {kind}; there are {shown or 'none'}")
-        for name in matching:
+        for name in matching_names(rule, kind, pattern, list(left)):
             bits = tuple(b for b in left[name] if b in keep)
             if not bits:
                 raise BudgetError(

@@ -1,4 +1,4 @@
-"""Why a layer got its bits, in figures and in words. No torch."""
+"""Why a layer got its bits, in figures and in words."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from tracequant.core import cost
 from tracequant.core.plan import MEGABYTE, PRICE_UNITS, BitPlan
 from tracequant.core.points import Layer
+from tracequant.core.reasons import aligned, neighbours, ordinal, trace_ranks
 from tracequant.core.sensitivity import Sensitivity
 from tracequant.core.settings import Latency
 
@@ -31,11 +32,37 @@ class LayerRow:
     why: str
 
 
-def explain(sensitivity: Sensitivity, plan: BitPlan, latency: Latency | None = None) -> list[LayerRow]:
-    """A row for every layer of `plan`, in the model's order; `latency` is the table that it was solved with, if any."""
+@dataclass(frozen=True)
+class Explanation:
+    """A row for every layer of a plan, in the model's order, and the rates of exchange of the resources that bind."""
+
+    rows: tuple[LayerRow, ...]
+    rates: tuple[str, ...]
+
+    def __str__(self) -> str:
+        cells = [
+            (
+                row.name,
+                str(row.num_bits),
+                str(row.activation_bits or "float"),
+                f"{row.average_trace:.3g}",
+                f"{row.omega_share:.1%}",
+                row.why,
+            )
+            for row in self.rows
+        ]
+        head = ("layer", "bits", "input bits", "Tr(H)/n", "share of Ω", "why")
+        return "\n".join([*aligned(head, cells, right={1, 2, 3, 4}), *self.rates])
+
+
+def explain(sensitivity: Sensitivity, plan: BitPlan, *, latency: Latency | None = None) -> Explanation:
+    """Why every layer of `plan` has its bits: what it costs, and what a step to fewer or more bits would change.
+
+    `sensitivity` is the table that the plan was solved from, and `latency` the one of milliseconds, where it was not
+    the sensitivity's own. The explanation prints as a table; `rows` has its figures.
+    """
     points = sensitivity.points
-    ranked = sorted(points.layers, key=lambda layer: -sensitivity.average_traces[layer.name])
-    rank = {layer.name: i + 1 for i, layer in enumerate(ranked)}
+    rank = trace_ranks(sensitivity)
     steps = _Steps(sensitivity, plan, sensitivity.latency if latency is None else latency)
     rows = []
     for layer in points.layers:
@@ -54,10 +81,10 @@ def explain(sensitivity: Sensitivity, plan: BitPlan, latency: Latency | None = N
                 omega=omega[num_bits],
                 omega_share=omega[num_bits] / plan.omega if plan.omega else 0.0,
                 code_bytes=cost.code_bytes(layer, num_bits, plan.weight_grid),
-                why="; ".join([f"trace {_ordinal(rank[layer.name])} of {len(points.layers)}", *steps.of(layer)]),
+                why="; ".join([f"trace {ordinal(rank[layer.name])} of {len(points.layers)}", *steps.of(layer)]),
             )
         )
-    return rows
+    return Explanation(tuple(rows), tuple(exchange_rates(plan)))
 
 
 def exchange_rates(plan: BitPlan) -> list[str]:
@@ -86,7 +113,7 @@ class _Steps:
         if len(group) > 1:
             sentences.append(f"tied to {len(group) - 1} other{'s' if len(group) > 2 else ''}")
         omega, now = self._sensitivity.weight_omega[layer.name], self._plan.weight_bits[layer.name]
-        fewer, more = _neighbours(omega, now)
+        fewer, more = neighbours(omega, now)
         shared = {
             self._sensitivity.points.by_name[name].activation or "" for name in group if self._sensitivity.same_bits
         } & self._plan.activation_bits.keys()
@@ -96,7 +123,7 @@ class _Steps:
         name = layer.activation or ""
         if not self._sensitivity.same_bits and name in self._plan.activation_bits:
             now = self._plan.activation_bits[name]
-            _, more = _neighbours(self._sensitivity.activation_omega[name], now)
+            _, more = neighbours(self._sensitivity.activation_omega[name], now)
             if more is not None:
                 sentences.append(self._step("input: ", more, now, (), {name}))
         return sentences
@@ -158,16 +185,6 @@ _RESOURCES: dict[str, Callable[[float], str] | None] = {
     "bops": lambda change: f"{change:.3g} G BOPs",
     "latency": lambda change: f"{change:.2g} ms",
 }
-
-
-def _neighbours(options: Collection[int], now: int) -> tuple[int | None, int | None]:
-    """The next bit widths below and above."""
-    return max((b for b in options if b < now), default=None), min((b for b in options if b > now), default=None)
-
-
-def _ordinal(number: int) -> str:
-    suffix = "th" if 10 <= number % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
-    return f"{number}{suffix}"
 
 
 def _bytes(count: int) -> str:

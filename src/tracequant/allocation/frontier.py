@@ -14,10 +14,9 @@ from tracequant.allocation.activations import decided_activations
 from tracequant.allocation.build import build
 from tracequant.allocation.limits import base_bytes
 from tracequant.allocation.pareto import pareto_frontier, weight_units
-from tracequant.allocation.pricing import priced
 from tracequant.allocation.problem import chosen_bits
 from tracequant.allocation.request import Method, Space, check, listed, plain
-from tracequant.core.plan import BitPlan
+from tracequant.core.plan import BitPlan, priced
 from tracequant.core.sensitivity import Sensitivity
 from tracequant.core.settings import PlanSettings
 
@@ -99,7 +98,7 @@ def frontier(
         for d, option in zip(members, choice, strict=True):
             found[d] = option
         weights, shared = chosen_bits([problem], [found])
-        return priced(sensitivity, weights, {**activation_bits, **shared}, label, "frontier")
+        return priced(sensitivity, weights, {**activation_bits, **shared}, method=label, budget="frontier")
 
     if method == "exact":
         points = dynamic.exact_frontier(units, space == "monotone")

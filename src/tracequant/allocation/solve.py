@@ -9,11 +9,11 @@ from dataclasses import replace
 from tracequant.allocation import exact
 from tracequant.allocation.build import build
 from tracequant.allocation.pareto import best_choice
-from tracequant.allocation.pricing import priced
-from tracequant.allocation.problem import chosen_bits
+from tracequant.allocation.problem import Problem, chosen_bits
 from tracequant.allocation.refuse import refuse, refuse_too_large
 from tracequant.allocation.request import Method, Space, check, describe, listed, plain
-from tracequant.core.plan import BitPlan
+from tracequant.core.plan import BitPlan, priced
+from tracequant.core.reasons import in_bits
 from tracequant.core.sensitivity import Sensitivity
 from tracequant.core.settings import Latency, PlanSettings
 
@@ -97,10 +97,28 @@ def solve(
             if price > 0:
                 prices[limit.resource] = prices.get(limit.resource, 0.0) + price * limit.price_unit
     refuse_too_large(problems)
-    bits = chosen_bits(problems, choices)
-    plan = priced(sensitivity, *bits, f"{method}, {space} space", describe(request, problems))
+    weight_bits, activation_bits = chosen_bits(problems, choices)
+    plan = priced(
+        sensitivity,
+        weight_bits,
+        activation_bits,
+        method=f"{method}, {space} space",
+        budget=describe(request, problems),
+        notes=_notes(sensitivity, problems),
+    )
     if method == "pareto":
         return plan
     bound = math.fsum(bounds)
     proven = plan.total_omega - bound <= exact.TOLERANCE * abs(plan.total_omega)
     return replace(plan, bound=plan.total_omega if proven else bound, prices=prices)
+
+
+def _notes(sensitivity: Sensitivity, problems: list[Problem]) -> dict[str, str]:
+    """Layer name → what the rules leave it, where that is a single width of several that were measured."""
+    return {
+        name: f"only {in_bits(decision.bits[0])} allowed"
+        for problem in problems
+        for decision in problem.decisions
+        for name in decision.weights
+        if len(decision.bits) == 1 and len(sensitivity.weight_omega[name]) > 1
+    }

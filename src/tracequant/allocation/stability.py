@@ -1,4 +1,4 @@
-"""How firmly the samples decide a plan: the plan solved again for resampled traces. No torch.
+"""How firmly the samples decide a plan: the plan solved again for resampled traces.
 
 The same few uncertain inputs dominate the traces of all layers, so that the ratios between layers, which decide the
 plan, are known better than any single trace. The honest measure of convergence is therefore the plan itself: draw the
@@ -43,22 +43,25 @@ def is_stable(
         weights_only = replace(weights_only, average_bits=(min(widths) + max(widths)) / 2)
     sensitivity = combine(curvature, weight_errors, {}, weight_grid, "trace")
     plan = solve(sensitivity, **weights_only.keywords())
-    kept = plan_stability(sensitivity, curvature, plan, weights_only, resamples=STOP_RESAMPLES)
+    kept = plan_stability(sensitivity, plan, curvature, weights_only, resamples=STOP_RESAMPLES)
     return kept is not None and min(kept.values()) >= share
 
 
 def plan_stability(
     sensitivity: Sensitivity,
-    curvature: Curvature,
     plan: BitPlan,
+    curvature: Curvature,
     settings: PlanSettings,
+    *,
     resamples: int = 100,
     seed: int = 0,
 ) -> dict[str, float] | None:
     """Layer name → share of `resamples` in which it gets the bits it has in `plan`; None without values to draw from.
 
-    Traces of weights are resampled (samples together for all layers); perturbations and activations stay as they are.
-    None too for metrics that do not rest on the traces, and for a plan that was found by evaluations.
+    `plan` was solved from `sensitivity` for `settings`, and `curvature` is what the sensitivity was measured with: it
+    holds the traces by sample. Traces of weights are drawn anew, samples together for all layers; perturbations and
+    activations stay as they are. None too for metrics that do not rest on the traces, and for a plan that was found by
+    evaluations.
     """
     if curvature.weight_values is None or sensitivity.metric not in ("trace", "l2") or settings.by_accuracy:
         return None

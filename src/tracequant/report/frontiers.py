@@ -7,9 +7,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from tracequant.allocation.frontier import Frontier, frontier
-from tracequant.allocation.pricing import uniform_plan
 from tracequant.allocation.request import Method
 from tracequant.allocation.solve import solve
+from tracequant.allocation.uniform import uniform_plan
 from tracequant.core.errors import BudgetError
 from tracequant.core.evaluations import EvaluatedPlan, Evaluations
 from tracequant.core.plan import MEGABYTE, BitPlan

@@ -13,7 +13,7 @@ import jinja2
 from matplotlib.figure import Figure
 
 from tracequant import __version__
-from tracequant.allocation.explain import exchange_rates, explain
+from tracequant.allocation.explain import explain
 from tracequant.allocation.space import full_space, monotone_space
 from tracequant.core import cost
 from tracequant.core.files import replace_file, write_text
@@ -29,7 +29,8 @@ def write_report(run: Run) -> Path:
     """Write `report.html` and `figures/*.png|svg` into the run directory, from the artifacts that exist."""
     settings, curvature, sensitivity, plan = run.settings(), run.curvature(), run.sensitivity(), run.plan()
     points = sensitivity.points
-    rows = explain(sensitivity, plan, settings.plan.latency if settings.plan else None)
+    explanation = explain(sensitivity, plan, latency=settings.plan.latency if settings.plan else None)
+    rows = explanation.rows
     results = run.result_rows()
     fronts = frontiers(sensitivity, plan, settings.plan)
     evaluations = run.evaluations()
@@ -71,7 +72,7 @@ def write_report(run: Run) -> Path:
         stability=run.stability(),
         points=points,
         plan=plan,
-        rates=exchange_rates(plan),
+        rates=explanation.rates,
         rows=rows,
         results=results,
         metric_name=run.quantize_result().metric_name if results else "",

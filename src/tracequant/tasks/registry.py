@@ -16,10 +16,10 @@ from tracequant.model.task import TaskSetup
 
 # Task name → module with a function `build(options: TaskOptions) -> TaskSetup`, imported when it is asked for.
 TASKS = {
-    "digits": "tracequant.tasks.registry.digits",
-    "cifar10": "tracequant.tasks.registry.cifar10",
-    "imagenet": "tracequant.tasks.registry.imagenet",
-    "detection": "tracequant.tasks.registry.detection",
+    "digits": "tracequant.tasks.digits",
+    "cifar10": "tracequant.tasks.cifar10",
+    "imagenet": "tracequant.tasks.imagenet",
+    "detection": "tracequant.tasks.detection",
 }
 
 
