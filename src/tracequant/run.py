@@ -31,7 +31,6 @@ here imports torch until a stage needs the model.
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import itertools
 import json
@@ -48,6 +47,7 @@ from tracequant.artifact import Saveable, read_json, replace_file, write_json
 from tracequant.curvature.result import Curvature, Landscapes, Perturbation, Spectrum
 from tracequant.errors import ArtifactError, ModelError, RunError, SecondDerivativeError, TaskError
 from tracequant.evaluated import Check, EvaluatedPlan, Evaluations
+from tracequant.match import match_names, matching
 from tracequant.plan import BitPlan
 from tracequant.sensitivity_result import Sensitivity, combine
 from tracequant.settings import (
@@ -499,14 +499,13 @@ class Run:
         """
         self._need("analyze")
         from tracequant.curvature.spectrum import spectral_density, top_eigenvalues
-        from tracequant.match import match_names
 
         setup, points, batches = self.setup(), self.curvature().points, self._first_batch()
         seed = self.settings().analyze.options.seed
         names = list(points.by_name)
-        chosen = match_names(layers, names, "layer")
+        chosen = match_names(layers, names, "layers")
         whole = ["*"] if "*" in densities else []
-        wanted = whole + match_names([p for p in densities if p != "*"], names, "density")
+        wanted = whole + match_names([p for p in densities if p != "*"], names, "densities")
         if not (top and chosen) and not wanted:
             raise RunError(
                 f"there is nothing to measure: {top} eigenvalues of layers that match {list(layers)}, and no density"
@@ -921,7 +920,7 @@ class Run:
         blocks = [
             pattern
             for pattern in _with_blocks(options.blocks, self.setup)
-            if pattern in options.blocks or fnmatch.filter(layers, pattern)
+            if pattern in options.blocks or matching(pattern, layers)
         ]
         return draw_figures(self, numbers, out, replace(options, blocks=tuple(blocks)))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from tracequant import cost
 from tracequant.errors import BudgetError
+from tracequant.match import match_names
 from tracequant.plan import MEGABYTE
 from tracequant.points import ActivationPoint, Layer
 from tracequant.sensitivity_result import Sensitivity
@@ -179,11 +179,7 @@ def _allowed(kind: str, offered: dict[str, dict[int, float]], rules: Iterable[_R
     """The bits that sensitivities cover and that every rule with a matching shell pattern allows, by name."""
     left = {name: tuple(sorted(omega)) for name, omega in offered.items()}
     for rule, pattern, keep in rules:
-        matching = [name for name in left if fnmatch.fnmatchcase(name, pattern)]
-        if not matching:
-            shown = ", ".join(list(left)[:6]) + (", ..." if len(left) > 6 else "")
-            raise BudgetError(f"{rule} pattern {pattern!r} matches no {kind}; there are {shown or 'none'}")
-        for name in matching:
+        for name in match_names([pattern], list(left), rule, kind, BudgetError):
             bits = tuple(b for b in left[name] if b in keep)
             if not bits:
                 raise BudgetError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import fnmatch
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from torch.utils.data import Subset
 from tracequant.batches import Batch, Batches
 from tracequant.device import measuring, model_device
 from tracequant.errors import DataError, TaskError
+from tracequant.match import matching
 from tracequant.memory import Microbatches
 from tracequant.model.discover import quantizable_names
 from tracequant.model_state import frozen_evaluation
@@ -437,10 +437,7 @@ def retinanet_blocks(model: nn.Module) -> tuple[str, ...]:
     patterns.extend(f"backbone.fpn.*_blocks.{i}" for i in range(len(backbone.fpn.inner_blocks)))
     patterns.extend(["backbone.fpn.extra_blocks", "head.classification_head", "head.regression_head"])
     names = quantizable_names(model)
-    found = [
-        next((p for p in (pattern, f"{pattern}.*") if any(fnmatch.fnmatchcase(n, p) for n in names)), None)
-        for pattern in patterns
-    ]
+    found = [next((p for p in (pattern, f"{pattern}.*") if matching(p, names)), None) for pattern in patterns]
     return tuple(pattern for pattern in found if pattern is not None)
 
 
