@@ -55,11 +55,11 @@ def check_metrics(
     """Rank correlations of every metric with the measured change of the loss on `batches`, labelled samples.
 
     Every layer of `curvature` is rounded alone at each of `weight_bits`, and `plans` random plans with bits from each
-    of `offered` (all of `weight_bits` if None), ties kept; activations stay in float. That is a pass over the batches
-    for each. Metrics: "trace", "l2", the eigenvalues' where `curvature` has them, and the expansions where
-    `perturbation`, measured at the same bits, is given. `cache` is a folder in which every measurement is saved, so
-    that an interrupted check goes on where it stopped and one with more plans measures only those. The model is left
-    as it was.
+    of `offered` (all of `weight_bits` if None), ties kept; activations stay in float. Each of these takes a
+    pass over the batches. Metrics: "trace", "l2", the eigenvalues' where `curvature` has them, and the expansions where
+    `perturbation`, measured at the same bits, is given. `cache` is a folder that keeps every measurement: an
+    interrupted check resumes where it stopped, and a check with more plans measures only the new ones. The model is
+    left as it was.
 
     Raises `ModelError` for bits that are not among those measured, and `DataError` for batches that cannot be used.
     """
@@ -119,7 +119,7 @@ def check_metrics(
 
 
 class _Bench:
-    """Measures the model with some of its weights rounded, and remembers."""
+    """Measures the model with some of its weights rounded, and keeps what it needs to do so again."""
 
     def __init__(
         self,
@@ -197,7 +197,7 @@ class _Bench:
 
 
 def _load(path: Path, device: torch.device) -> _Measured | None:
-    """What was saved, on a device; None where there is nothing, or it is damaged."""
+    """The saved measurement, on a device; None where there is none or the file is damaged."""
     if not path.is_file():
         return None
     try:
