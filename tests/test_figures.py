@@ -190,8 +190,8 @@ def test_without_a_plan_the_others_are_drawn(
     ("options", "message"),
     [
         (("--figure", 3), "no figure 3 to draw; choose from 2, 4, 5, 6, 7, 8"),
-        (("--layer", "nowhere*"), "layer 'nowhere*' matches no layer; layers are conv1"),
-        (("--block", "layer9.*"), "block 'layer9.*' matches no layer"),
+        (("--layer", "nowhere*"), "layers pattern 'nowhere*' matches no layer; there are conv1"),
+        (("--block", "layer9.*"), "blocks pattern 'layer9.*' matches no layer"),
         (("--block", "blocks"), "the task does not say what its model's blocks are"),
         (("--figure", 2, "--grid", 4), "an odd number of points to a side"),
     ],

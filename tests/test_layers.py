@@ -25,7 +25,6 @@ from models import (
     token_batch,
 )
 from tracequant import ClassificationTask, DataError, ModelError, QuantizationPoints, discover, estimate_curvature
-from tracequant.core.match import match_names
 from tracequant.model.discover import quantizable_names
 from tracequant.model.hooks import reading, weight_parameter
 
@@ -104,16 +103,17 @@ def test_patterns_match_whole_names():
 
 
 @pytest.mark.parametrize("option", ["include", "exclude", "ties"])
-def test_a_pattern_without_a_match_warns(option):
+def test_a_pattern_without_a_match_is_an_error(option):
     patterns = ["fc", "conv"] if option == "include" else ["conv"]
-    with pytest.warns(UserWarning, match=r"pattern 'conv' matches no layer; layers are conv1, conv2, fc"):
+    with pytest.raises(ModelError, match=rf"{option} pattern 'conv' matches no layer; there are conv1, conv2, fc"):
         discover(conv_net(), images(), TASK, **{option: patterns})
 
 
-def test_patterns_that_match_do_not_warn():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert match_names(["a*", "b"], ["b", "a1", "a2", "c"], "include") == ["b", "a1", "a2"]
+def test_a_tie_may_name_layers_that_are_left_out():
+    """A task names all blocks of its model; an analysis may leave some out."""
+    points = discover(conv_net(), images(), TASK, exclude=["conv*"], ties=["conv*", "fc"])
+    assert names(points) == ["fc"]
+    assert points.ties == ()
 
 
 def test_patterns_that_leave_no_layer_are_an_error():

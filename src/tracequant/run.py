@@ -31,7 +31,6 @@ here imports torch until a stage needs the model.
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import itertools
 import json
@@ -504,9 +503,9 @@ class Run:
         setup, points, batches = self.setup(), self.curvature().points, self._first_batch()
         seed = self.settings().analyze.options.seed
         names = list(points.by_name)
-        chosen = match_names(layers, names, "layer")
+        chosen = match_names(layers, names, "layers")
         whole = ["*"] if "*" in densities else []
-        wanted = whole + match_names([p for p in densities if p != "*"], names, "density")
+        wanted = whole + match_names([p for p in densities if p != "*"], names, "densities")
         if not (top and chosen) and not wanted:
             raise RunError(
                 f"there is nothing to measure: {top} eigenvalues of layers that match {list(layers)}, and no density"
@@ -919,7 +918,7 @@ class Run:
         blocks = [
             pattern
             for pattern in _with_blocks(options.blocks, self.setup)
-            if pattern in options.blocks or fnmatch.filter(layers, pattern)
+            if pattern in options.blocks or matching(pattern, layers)
         ]
         return draw_figures(self, numbers, out, replace(options, blocks=tuple(blocks)))
 

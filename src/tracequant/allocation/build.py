@@ -10,8 +10,9 @@ import numpy as np
 from tracequant.allocation.limits import Offer, limits_of, owners, rounded_up
 from tracequant.allocation.problem import ROUNDING, Amounts, Decision, Problem
 from tracequant.core import cost
+from tracequant.core.match import match_names
 from tracequant.core.errors import BudgetError
-from tracequant.core.plan import MEGABYTE, matching_names
+from tracequant.core.plan import MEGABYTE
 from tracequant.core.sensitivity import Sensitivity
 from tracequant.core.settings import PlanSettings
 
@@ -87,7 +88,7 @@ def _allowed(kind: str, offered: dict[str, dict[int, float]], rules: Iterable[_R
     """The bits that sensitivities cover and that every rule with a matching shell pattern allows, by name."""
     left = {name: tuple(sorted(omega)) for name, omega in offered.items()}
     for rule, pattern, keep in rules:
-        for name in matching_names(rule, kind, pattern, list(left)):
+        for name in match_names([pattern], list(left), rule, kind, BudgetError):
             bits = tuple(b for b in left[name] if b in keep)
             if not bits:
                 raise BudgetError(

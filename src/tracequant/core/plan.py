@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from tracequant.core import cost
 from tracequant.core.errors import BudgetError
 from tracequant.core.files import Saveable
+from tracequant.core.match import match_names
 from tracequant.core.points import QuantizationPoints
 from tracequant.core.reasons import aligned, in_bits, short_reasons
 from tracequant.core.sensitivity import Sensitivity
@@ -195,18 +195,11 @@ def reprice(sensitivity: Sensitivity, plan: BitPlan) -> BitPlan:
     return replace(again, bound=plan.bound, prices=plan.prices)
 
 
-def matching_names(rule: str, kind: str, pattern: str, names: Sequence[str]) -> list[str]:
-    """The names of layers or activations that a rule's shell pattern matches; `BudgetError` if there is none."""
-    matching = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
-    if not matching:
-        shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
-        raise BudgetError(f"{rule} pattern {pattern!r} matches no {kind}; there are {shown or 'none'}")
-    return matching
-
-
 def _changes(rule: str, kind: str, patterns: Mapping[str, int], names: Sequence[str]) -> dict[str, int]:
     return {
-        name: num_bits for pattern, num_bits in patterns.items() for name in matching_names(rule, kind, pattern, names)
+        name: num_bits
+        for pattern, num_bits in patterns.items()
+        for name in match_names([pattern], names, rule, kind, BudgetError)
     }
 
 

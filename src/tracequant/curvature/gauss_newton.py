@@ -11,10 +11,11 @@ Its trace needs no second derivative of the network: with H_L = L S Lᵀ (`outpu
     Tr(G_ii) = E_n E_v ‖J_iᵀ L v‖²,
 
 the squared norm, for each sample, of an ordinary gradient (`gradient_norms`). One backward pass of L v serves all
-layers and all activations, and no block beside the diagonal adds noise. Labels enter only where H_L depends on them,
-which for cross-entropy it does not.
+layers and all activations, and blocks off the diagonal add no noise. Labels enter only where H_L depends on them. For
+cross-entropy it does not.
 
-Not y drawn from p instead of v: on a well-trained network the rare draws of an unlikely class double the error.
+Labels drawn from the model's probabilities could stand for v. On a well-trained network they double the error, because
+unlikely classes are drawn rarely and weigh much.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from tracequant.model.hooks import idle_layers
 from tracequant.model.task import Task
 
 DEFAULT_DRAWS = 2
-# Fewer samples do not tell their own spread, by which `relative_error` stops.
+# Of fewer samples the spread is not known well enough for `relative_error` to stop by it.
 LEAST_SAMPLES = 32
 
 
@@ -69,7 +70,7 @@ def gauss_newton(
     With `relative_error` no more batches are taken once the `sampling_error` of every trace is below that share of it.
     `checkpoint`, `stop` and `precision` are those of `collect`.
 
-    Raises `ModelError` naming layers that the loss does not depend on, and where samples cannot be told apart.
+    Raises `ModelError` naming layers that the loss does not depend on, and where samples cannot be separated.
     """
     estimator = _GaussNewton(model, task, points, DEFAULT_DRAWS if draws is None else draws, seed, weights, activations)
 

@@ -39,7 +39,7 @@ class Passes:
         self.draws = 1 if draws == "exact" else draws
         # What `_check` finds on the first batch.
         self._slow: list[str] | None = None
-        self._told_apart = False
+        self._samples_checked = False
 
     def prepare(self) -> None:
         """Let the layers' weights, and nothing else, require gradients."""
@@ -49,9 +49,9 @@ class Passes:
         self, microbatch: Microbatch, weights: bool = True
     ) -> tuple[Sweep, Factored, Tensor, dict[str, list[Tensor]]]:
         """A microbatch's graph, the factored Hessian of its outputs, its loss and the activation variables by point."""
-        if self._slow is None or (microbatch.samples > 1 and not self._told_apart):
+        if self._slow is None or (microbatch.samples > 1 and not self._samples_checked):
             self._slow = self._check(microbatch)
-            self._told_apart = microbatch.samples > 1
+            self._samples_checked = microbatch.samples > 1
         sweep = self._sweep(microbatch.samples, microbatch.start, microbatch.size)
         with sweep.recording() as variables:
             outputs, loss = microbatch.forward(self._model, self._task)
@@ -85,9 +85,9 @@ class Passes:
     def _check(self, microbatch: Microbatch) -> list[str]:
         """Names of layers that need a pass for each sample; `ModelError` where samples interact.
 
-        A few samples tell that as well as all of them do, unless they miss a layer, or seem to interact.
+        A few samples are enough, unless the batch cannot be cut, a layer is not reached or samples seem to interact.
         """
-        microbatch = replace(microbatch, precision="float32")  # lest rounding be taken for a difference
+        microbatch = replace(microbatch, precision="float32")  # bfloat16 rounds by more than the tolerance
         if microbatch.whole and microbatch.size > CHECK_SAMPLES:
             with suppress(Exception):  # a batch or a model that knows one size only
                 few = self._task.select(microbatch.batch, 0, CHECK_SAMPLES)

@@ -64,7 +64,7 @@ class Sweep:
         self.measure_weights = True
 
     def set_slow(self, names: list[str]) -> None:
-        """Layers that get a pass for each sample: `names`, and those whose rows this batch does not tell apart."""
+        """Give the layers `names`, and those whose rows belong to no single sample here, a pass for each sample."""
         irregular = {name for name in self._calls if not self.regular(name)} if self.measure_weights else set()
         self.slow = [layer for layer in self._points.layers if layer.name in irregular or layer.name in names]
 
@@ -92,7 +92,7 @@ class Sweep:
             def received(gradient: Tensor) -> None:
                 gradient = gradient.reshape(self._calls[name][position].shape)
                 gradients[name][position] = gradient
-                # A layer's only call is worked off at once, so that its gradient need not be kept.
+                # A layer's only call is used at once, so that its gradient need not be kept.
                 if len(gradients[name]) == 1:
                     add(f"weights:{name}", self._weight_squares(name, [gradient]))
                     gradients[name] = []

@@ -115,11 +115,11 @@ def solve_by_accuracy(
     `max_loss_increase` limits the rise of the loss, in its own units. With both, both hold. `rules` are those of
     `solve` about bits and activations (`fixed_bits`, `min_bits`, `allowed_bits`, `allowed_activation_bits`,
     `average_activation_bits`, `activation_compression`, `max_activation_mb`, `space`). `cache` is a file of evaluations
-    that is read, if it is of the same model and data, and added to after each one, so that an interrupted search goes
-    on where it stopped.
+    that is read, if it is of the same model and data, and written after each one: an interrupted search resumes where
+    it stopped.
 
-    A bisection over size, to 0.2 % of it, takes accuracy for falling with size. It is not, quite: so plans up to 4 %
-    smaller than the one found are tried too, and the search goes on from each that passes.
+    A bisection over size, to 0.2 % of it, assumes that accuracy falls with size. This does not always hold: plans up to
+    4 % smaller than the one found are evaluated too, and the search continues from each that passes.
 
     Raises `BudgetError` without any of the two limits, for rules that limit size, BOPs or latency, and where even the
     largest plan loses more.

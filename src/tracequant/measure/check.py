@@ -124,7 +124,7 @@ def check_metrics(
 
 
 class _Bench:
-    """Measures the model with some of its weights rounded, and remembers."""
+    """Measures the model with some of its weights rounded, and keeps what it needs to do so again."""
 
     def __init__(
         self,
@@ -202,7 +202,7 @@ class _Bench:
 
 
 def _load(path: Path, device: torch.device) -> _Measured | None:
-    """What was saved, on a device; None where there is nothing, or it is damaged."""
+    """The saved measurement, on a device; None where there is none or the file is damaged."""
     if not path.is_file():
         return None
     try:

@@ -47,11 +47,11 @@ def loss_landscapes(
 
     A layer's weights move along the two eigenvectors of largest eigenvalue (in magnitude) of its Hessian block, by up
     to `radius` (‖ΔW‖, in units of the weights) to either side, while all other layers stay. All layers have the same
-    grid, so that a sharp one can be told from a flat one. By default it reaches to where the sharpest layer's quadratic
-    term ½ λ r² equals the loss, but not beyond the norm of that layer's weights.
+    grid, so that their pictures can be compared. By default the grid ends where the quadratic term ½ λ r² of the
+    sharpest layer equals the loss, or at the norm of that layer's weights where that is smaller.
 
-    `checkpoint` is a JSON file that is written after every row of the grid and from which an interrupted call goes on;
-    the directions are kept beside it until the last row is there. The model is left as it was.
+    `checkpoint` is a JSON file that is written after every row of the grid, and an interrupted call resumes from it. A
+    second file next to it keeps the directions until the last row is there. The model is left as it was.
 
     Raises `ModelError` for an even or too small `size`, a radius that is not positive, and unknown layers.
     """
@@ -142,7 +142,7 @@ def _keep(path: Path | None, found: Landscapes, directions: dict[str, Tensor]) -
 
 
 def _resumed(path: Path | None, context: str) -> tuple[Landscapes, dict[str, Tensor]] | None:
-    """What an interrupted call of the same request has left, None where there is nothing, or it is damaged."""
+    """What an interrupted call of the same request has saved; None where there is nothing or a file is damaged."""
     if path is None:
         return None
     with suppress(ArtifactError, OSError, safetensors.SafetensorError):

@@ -47,7 +47,7 @@ from tracequant.model.task import Task
 from tracequant.quantization.calibrate import activation_options, calibrate
 from tracequant.quantization.grid import Grid, check_bits, choose_weight_grid
 
-# Backward passes that a batch is given at most unless told otherwise: as many random vectors, or all columns.
+# The most backward passes that a batch gets by default: as many random vectors, or all columns.
 DEFAULT_DRAWS = 16
 
 
@@ -76,7 +76,7 @@ def measure_perturbation(
     `precision` are those of `collect`; memory grows with the number of bit widths. The model is left as it was.
 
     Raises `ModelError` naming layers that the loss does not depend on, for bits outside 1 to 8, and where samples
-    cannot be told apart.
+    cannot be separated.
     """
     if draws is not None and draws != "exact" and (not isinstance(draws, int) or draws < 1):
         raise ModelError(f"draws must be a whole number from 1, 'exact' or None, got {draws!r}")
@@ -111,8 +111,7 @@ class _Perturbations(Passes):
         super().__init__(model, task, points, draws or DEFAULT_DRAWS, seed, bool(activation_grids))
         self._widths, self._grid, self._activation_grids = weight_bits, weight_grid, activation_grids
         self._choose = draws is None
-        # What every layer makes of its input, and every activation's rounding, once for each width, beside what the
-        # pass itself keeps.
+        # The pass itself keeps 2. Every layer's response and every activation's rounding come on top, for each width.
         self.memory = 2.0 + len(weight_bits) + max((len(own) for own in activation_grids.values()), default=0)
 
     def settings(self) -> dict[str, Any]:

@@ -29,8 +29,8 @@ def measuring(model: nn.Module, precision: Precision = "float32") -> Iterator[No
 def arithmetic(precision: Precision, model: nn.Module) -> Iterator[None]:
     """On a GPU compute float32 products in TF32 inside the block where that is asked for, and else in float32.
 
-    torch takes TF32 for convolutions unless it is told not to. And recurrent networks are computed by torch's own
-    kernels: cuDNN's have no backward pass in evaluation mode.
+    By default torch computes convolutions in TF32. Recurrent networks are computed by torch's own kernels, because
+    cuDNN's have no backward pass in evaluation mode.
     """
     device = model_device(model)
     if precision not in get_args(Precision):
@@ -56,7 +56,7 @@ def arithmetic(precision: Precision, model: nn.Module) -> Iterator[None]:
 
 
 def _tf32_switches() -> list[tuple[Any, str, Any, Any]]:
-    """What decides about TF32: an object, the name of its attribute, the values for TF32 and for float32."""
+    """The settings that decide about TF32: object, name of its attribute, values for TF32 and for float32."""
     cudnn: Any = torch.backends.cudnn
     if hasattr(cudnn, "conv") and hasattr(cudnn.conv, "fp32_precision"):
         # Where these are, the older ones cannot always be read.

@@ -32,10 +32,11 @@ def discover(
 
     Weights of Conv1d/2d/3d, ConvTranspose, Linear, Embedding and the projections of MultiheadAttention count. `include`
     and `exclude` are shell patterns that must match a whole layer name ("layer1.*" does not match "layer10.conv"); each
-    pattern of `ties` makes one group of layers that share their bit width. A pattern that matches nothing warns, and so
-    do modules of other kinds with a weight (recurrent ones, a library's own linear layer), which stay in float.
+    pattern of `ties` makes one group of layers that share their bit width, of those that are left. Modules of other
+    kinds with a weight (recurrent ones, a library's own linear layer) stay in float, with a warning.
 
-    Raises `ModelError` if no layer is left, and `DataError` for batches that cannot be used.
+    Raises `ModelError` for a pattern that matches no layer of the model, or if no layer is left, and `DataError` for
+    batches that cannot be used.
     """
     candidates = _candidate_weights(model)
     names = list(candidates)
@@ -80,7 +81,7 @@ def discover(
     return QuantizationPoints(
         layers=tuple(layers),
         activations=tuple(points),
-        ties=_tie_groups(ties, list(candidates)),
+        ties=_tie_groups(ties, names, kept),
         float_tensors=tuple(_float_tensors(model, layers)),
         fingerprint=fingerprint(model),
         outputs=tuple(output_points(modules, layers, calls.flow)),
@@ -142,11 +143,12 @@ def _unsupported(model: nn.Module, candidates: dict[str, tuple[tuple[str, str], 
     ]
 
 
-def _tie_groups(patterns: Sequence[str], names: list[str]) -> tuple[tuple[str, ...], ...]:
+def _tie_groups(patterns: Sequence[str], names: list[str], kept: set[str]) -> tuple[tuple[str, ...], ...]:
     groups = []
     taken: dict[str, str] = {}
     for pattern in patterns:
-        group = tuple(match_names([pattern], names, "tie"))
+        # Of all layers: those of a block may have been left out.
+        group = tuple(name for name in match_names([pattern], names, "ties") if name in kept)
         for name in group:
             if name in taken:
                 raise ModelError(f"layer {name} is in two ties, {taken[name]!r} and {pattern!r}; make them one pattern")

@@ -1,4 +1,4 @@
-"""The data flow of one forward pass: which operation or module reads which value, told by the tensors themselves.
+"""The data flow of one forward pass: which operation or module reads which value.
 
 Module names say nothing about what happens between modules (`F.relu`, `+=`, `torch.cat`, one ReLU called five times):
 operations are watched as they are dispatched. A value is a number, not a tensor: no tensor is kept alive, and one that
@@ -62,11 +62,11 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return int(self._numbers[tensor])
 
     def is_data(self, number: int) -> bool:
-        """Whether no parameter has had a part in a value: the data itself, scaled, normalised or padded perhaps."""
+        """Whether a value comes from the data alone, without any parameter; it may be scaled, normalised or padded."""
         return number not in self._learned
 
     def enter(self) -> None:
-        """A watched module is called: what it does inside is its own affair."""
+        """A watched module is called. The operations inside it are not recorded."""
         self._depth += 1
 
     def leave(self, module: str, inputs: list[int], output: Any, rounds: bool) -> None:

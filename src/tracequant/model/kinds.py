@@ -1,4 +1,4 @@
-"""Kinds of modules and of numbers that the rest of the package tells apart."""
+"""Kinds of modules and of numbers that the rest of the package distinguishes."""
 
 from __future__ import annotations
 

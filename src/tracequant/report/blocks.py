@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ import numpy as np
 
 from tracequant.core.curvature import Curvature, TraceEstimate
 from tracequant.core.errors import RunError
+from tracequant.core.match import match_names, matching
 from tracequant.core.points import QuantizationPoints
 from tracequant.report.drawing import known_error
 
@@ -55,24 +55,16 @@ def block_names(points: QuantizationPoints, patterns: Sequence[str]) -> dict[str
 
     Raises `RunError` for a pattern that matches no layer.
     """
-    refuse_idle(patterns, points, "block")
+    match_names(patterns, list(points.by_name), "blocks", error=RunError)
     found: dict[str, str] = {}
     for unit in points.weight_units:
         tied = _shared_name(unit)
         if tied in found.values():
             tied = f"{unit[0]} and {len(unit) - 1} more"
         for name in unit:
-            own = next((pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)), None)
+            own = next((pattern for pattern in patterns if matching(pattern, [name])), None)
             found[name] = tied if own is None else own.removesuffix("*").removesuffix(".") or own
     return {name: found[name] for name in points.by_name}
-
-
-def refuse_idle(patterns: Sequence[str], points: QuantizationPoints, purpose: str) -> None:
-    """`RunError` for a pattern that matches no layer; `purpose` is what it should have named."""
-    names = list(points.by_name)
-    for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            raise RunError(f"{purpose} {pattern!r} matches no layer; layers are {', '.join(names[:6])}, ...")
 
 
 def _shared_name(unit: Sequence[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,10 +15,11 @@ from tracequant.allocation.frontier import Frontier
 from tracequant.core.curvature import Curvature
 from tracequant.core.errors import ModelError, RunError
 from tracequant.core.files import replace_file, write_json
+from tracequant.core.match import match_names
 from tracequant.core.plan import MEGABYTE, BitPlan
 from tracequant.core.points import QuantizationPoints
 from tracequant.report import figures, paper_figures
-from tracequant.report.blocks import Block, activation_blocks, block_names, refuse_idle, weight_blocks
+from tracequant.report.blocks import Block, activation_blocks, block_names, weight_blocks
 from tracequant.report.frontiers import evaluated_plans, frontiers, markers
 
 if TYPE_CHECKING:
@@ -194,8 +194,7 @@ def _planned(run: Run, number: int) -> BitPlan:
 
 def _matching(points: QuantizationPoints, patterns: Sequence[str]) -> list[str]:
     """Layers that match, in the model's order; `RunError` for a pattern without one."""
-    refuse_idle(patterns, points, "layer")
-    return [name for name in points.by_name if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    return match_names(patterns, list(points.by_name), "layers", error=RunError)
 
 
 def _extremes(curvature: Curvature, middle: bool) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from typing import Any
 
@@ -24,6 +23,7 @@ else:
     _missing = ""
 from pathlib import Path
 
+from tracequant.core.match import matching
 from tracequant.tasks.weights import load_state
 
 # At each cell of torchvision's pyramid: three sizes of three shapes.
@@ -79,10 +79,7 @@ def retinanet_blocks(model: nn.Module) -> tuple[str, ...]:
     patterns.extend(f"backbone.fpn.*_blocks.{i}" for i in range(len(backbone.fpn.inner_blocks)))
     patterns.extend(["backbone.fpn.extra_blocks", "head.classification_head", "head.regression_head"])
     names = quantizable_names(model)
-    found = [
-        next((p for p in (pattern, f"{pattern}.*") if any(fnmatch.fnmatchcase(n, p) for n in names)), None)
-        for pattern in patterns
-    ]
+    found = [next((p for p in (pattern, f"{pattern}.*") if matching(p, names)), None) for pattern in patterns]
     return tuple(pattern for pattern in found if pattern is not None)
 
 
