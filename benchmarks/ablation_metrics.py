@@ -13,9 +13,9 @@ from dataclasses import replace
 import cross_terms
 import tracequant as tq
 from tracequant.core.sensitivity import combine
-from tracequant.core.settings import METRICS, PlanSettings
+from tracequant.core.settings import CRITERIA, PlanSettings
 
-ABLATION_METRICS: tuple[str, ...] = (*METRICS, *cross_terms.CROSS_METRICS, "inverted", "random")
+ABLATION_METRICS: tuple[str, ...] = (*CRITERIA, *cross_terms.CROSS_METRICS, "inverted", "random")
 
 
 def plan_by(

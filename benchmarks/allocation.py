@@ -114,16 +114,16 @@ def measure(name: str) -> dict[str, Any]:
     sensitivity = network(NETWORKS[name])
     points = sensitivity.points
     low, high = tq.uniform_plan(sensitivity, 2), tq.uniform_plan(sensitivity, 4)
-    size = (low.size_mb + high.size_mb) / 2
+    size = (low.size_mib + high.size_mib) / 2
     bops = (
         sum(cost.bit_operations(points, p.weight_bits, dict.fromkeys(p.activation_bits, 6)) for p in (low, high)) / 2e9
     )
-    plan, plan_s = timed(lambda: tq.solve(sensitivity, max_size_mb=size))
+    plan, plan_s = timed(lambda: tq.solve(sensitivity, max_size_mib=size))
     by_bops, bops_s = timed(lambda: tq.solve(sensitivity, max_bops_g=bops))
-    joint, joint_s = timed(lambda: tq.solve(sensitivity, max_size_mb=1.1 * size, max_bops_g=1.1 * bops))
+    joint, joint_s = timed(lambda: tq.solve(sensitivity, max_size_mib=1.1 * size, max_bops_g=1.1 * bops))
     front, front_s = timed(lambda: tq.frontier(sensitivity))
-    found, found_s = timed(lambda: tq.solve(sensitivity, max_size_mb=size, method="pareto"))
-    search, search_s = timed(lambda: tq.frontier(sensitivity, method="pareto"))
+    found, found_s = timed(lambda: tq.solve(sensitivity, max_size_mib=size, solver="pareto"))
+    search, search_s = timed(lambda: tq.frontier(sensitivity, solver="pareto"))
     best = front.omega[np.searchsorted(front.size_bytes, search.size_bytes, side="right") - 1]
     excess = (search.omega / best - 1) * 100
     return {

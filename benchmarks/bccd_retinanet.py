@@ -37,7 +37,7 @@ from data import data_folder
 from tracequant.core.cost import float_bytes
 from tracequant.core.evaluations import spearman
 from tracequant.core.files import replace_file
-from tracequant.core.settings import Metric
+from tracequant.core.settings import Criterion
 from tracequant.model.state import fingerprint
 from tracequant.model.task import total_loss
 from tracequant.report.blocks import activation_blocks, weight_blocks
@@ -53,7 +53,7 @@ BATCH = 8
 EPOCHS = 80
 LEARNING_RATE = 2e-3
 RESULTS = Path(__file__).parent / "results"
-METRICS: tuple[Metric, ...] = ("trace", "quadratic", "first+quadratic")
+CRITERIA: tuple[Criterion, ...] = ("trace", "quadratic", "first+quadratic")
 CHECKED_BITS = (4, 3)
 WEIGHT_BITS, ACTIVATION_BITS = (2, 3, 4, 5, 6, 8), (2, 3, 4, 5, 6, 8)
 # Table 2's: a little smaller than 4-bit weights, a little larger than 4-bit activations.
@@ -230,13 +230,13 @@ def analyze(model: RetinaNet, images: Images, out: Path, settings: Settings) -> 
     if not curved.is_file():
         tq.estimate_curvature(model, batches, task, checkpoint=kept, progress=True).save(curved)
     curvature = tq.Curvature.load(curved)
-    print(f"{curvature.method}: {curvature.reason}", flush=True)
+    print(f"{curvature.estimator}: {curvature.reason}", flush=True)
     if not expanded.is_file():
         bits = {"weight_bits": WEIGHT_BITS, "activation_bits": ACTIVATION_BITS}
-        found = tq.measure_perturbation(model, batches, task, curvature.points, **bits, checkpoint=kept, progress=True)
+        found = tq.measure_perturbation(model, batches, task, curvature.points, checkpoint=kept, progress=True, **bits)
         found.save(expanded)
     tables = {}
-    for metric in METRICS:
+    for metric in CRITERIA:
         path = out / f"sensitivity-{metric}-{suffix}"
         if not path.is_file():
             bits = (WEIGHT_BITS, ACTIVATION_BITS)
@@ -325,7 +325,7 @@ class Results:
             before = f"{own['calibrated']:.2f}" if "calibrated" in own else ""
             lines.append(
                 f"| {name} | {own['w_bits']} | {own['a_bits']} | {reached or format(own.get('mAP', math.nan), '.2f')}"
-                f" | {own['W-Comp']:.2f}× | {own['A-Comp']:.2f}× | {own['size_mb']:.3f} | {before} |"
+                f" | {own['W-Comp']:.2f}× | {own['A-Comp']:.2f}× | {own['size_mib']:.3f} | {before} |"
             )
         return "\n".join(lines)
 
@@ -349,18 +349,18 @@ def measure(
         found = task.evaluate(model, test)
         results.row(
             "float32", w_bits="32", a_bits="32", mAP=found.metric, details=found.details, loss=found.loss,
-            size_mb=float_bytes(sensitivity.points) / 2**20, **{"W-Comp": 1.0, "A-Comp": 1.0},
+            size_mib=float_bytes(sensitivity.points) / 2**20, **{"W-Comp": 1.0, "A-Comp": 1.0},
         )  # fmt: skip
         results.save()
     for name, plan in chosen.items():
         inner = {point: bits for point, bits in plan.activation_bits.items() if point != IMAGE_READER}
         row = results.row(
             name, {"weight_bits": plan.weight_bits, "activation_bits": plan.activation_bits},
-            w_bits=spread(plan.weight_bits), a_bits=spread(inner), size_mb=plan.size_mb,
+            w_bits=spread(plan.weight_bits), a_bits=spread(inner), size_mib=plan.size_mib,
             **{"W-Comp": plan.compression, "A-Comp": activation_compression(sensitivity, plan)},
         )  # fmt: skip
         if "calibrated" not in row:
-            quantized = tq.quantize(model, plan, calibration, task)
+            quantized = tq.quantize(model, calibration, task, plan)
             row["calibrated"] = task.evaluate(quantized, test).metric
             results.save()
     for seed in range(seeds):
@@ -369,7 +369,7 @@ def measure(
             if str(seed) in runs:
                 continue
             start = time.perf_counter()
-            quantized = tq.quantize(model, plan, calibration, task)
+            quantized = tq.quantize(model, calibration, task, plan)
             checkpoint = out / f"{name.replace(' ', '-')}-{settings.steps}-{settings.distillation:g}-{seed}.pt"
             tq.finetune(
                 quantized, AugmentedBatches(training), task, steps=settings.steps,
@@ -397,7 +397,7 @@ def check(model: RetinaNet, images: Images, tables: Tables, results: Results, se
 
     def loss(changed: dict[str, int]) -> float:
         plan = replace(plain, activation_bits=plain.activation_bits | changed)
-        return task.evaluate(tq.quantize(model, plan, batches, task), batches).loss
+        return task.evaluate(tq.quantize(model, batches, task, plan), batches).loss
 
     names = [point.name for point in points.activations if not point.is_model_input]
     base, rows = loss({}), {}

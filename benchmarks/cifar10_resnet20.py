@@ -163,7 +163,7 @@ def measure(
     """Quantize, fine-tune, pack and reload one row."""
     setup = found.setup
     plan = found.plan(row)
-    quantized = tq.quantize(setup.model, plan, setup.calibration, setup.task)
+    quantized = tq.quantize(setup.model, setup.calibration, setup.task, plan)
     before = setup.task.evaluate(quantized, setup.evaluation)
     label = f"{row.name} {recipe} {steps} {seed}".replace(" ", "_").replace("/", "over")
     checkpoint = work / f"{label}.pt"

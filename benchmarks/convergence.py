@@ -1,6 +1,6 @@
 """How fast the traces converge with the number of images and of draws (the paper's Figures 5 and 8, right).
 
-    python benchmarks/convergence.py [--pool 512] [--images 64] [--draws 8] [--out FOLDER]
+    python benchmarks/convergence.py [--pool 512] [--images 64] [--num-probes 8] [--out FOLDER]
 
 ResNet20 on CIFAR-10 where TRACEQUANT_DATA holds it, else the digits network. Errors are relative, of the median layer.
 
@@ -62,13 +62,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pool", type=int, default=512)
     parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--draws", type=int, default=8)
+    parser.add_argument("--num-probes", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
     curves: dict[str, dict[str, Curve]] = {}
     name, setup = load("resnet20", arguments.pool)
     print(f"{name}; torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}")
-    pool = tq.estimate_curvature(setup.model, setup.calibration, setup.task, "gauss_newton", "exact")
+    pool = tq.estimate_curvature(
+        setup.model, setup.calibration, setup.task, estimator="gauss_newton", num_probes="exact"
+    )
     counts = [n for n in (16, 32, 64, 128, 256, 512, 1024) if n < pool.samples]
     curves["images"] = {
         "weights": by_images(pool.weight_values, counts),
@@ -80,12 +82,12 @@ def main() -> None:
     methods = {
         "gauss_newton": tq.estimate_curvature(*data, "gauss_newton", arguments.draws),
         "hutchinson, per layer": tq.estimate_curvature(*data, "hutchinson", arguments.draws),
-        "hutchinson, shared": tq.estimate_curvature(*data, "hutchinson", arguments.draws, probes="shared"),
+        "hutchinson, shared": tq.estimate_curvature(*data, "hutchinson", arguments.draws, probe_scope="shared"),
     }
     for family in ("weights", "activations"):
         curves[f"draws, {family}"] = {
             label: by_draws(
-                found.weight_draws if family == "weights" else found.activation_draws, getattr(truth, family)
+                found.weight_probes if family == "weights" else found.activation_probes, getattr(truth, family)
             )
             for label, found in methods.items()
         }

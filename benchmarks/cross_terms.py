@@ -25,7 +25,7 @@ from tracequant.allocation.problem import Amounts, Problem, chosen_bits
 from tracequant.core.plan import reprice
 from tracequant.core.settings import PlanSettings
 
-# Metric with products → the library's metric that has the same terms without them.
+# Criterion with products → the library's metric that has the same terms without them.
 CROSS_METRICS = {"cross": "quadratic", "first+cross": "first+quadratic"}
 
 # How often the exact solver is asked again, and how many changes a search may make.
@@ -42,7 +42,7 @@ def interaction(perturbation: tq.Perturbation, weight_bits: Mapping[str, int]) -
 
 
 def scores(perturbation: tq.Perturbation) -> dict[str, Callable[[dict[str, int]], float]]:
-    """The `extra_scores` of `tracequant.check_metrics`: Ω of a plan by each metric with products."""
+    """The `extra_scores` of `tracequant.check_criteria`: Ω of a plan by each metric with products."""
 
     def omega(first_order: bool) -> Callable[[dict[str, int]], float]:
         table = perturbation.omega(first_order)

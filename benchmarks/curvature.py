@@ -1,6 +1,6 @@
 """Time, memory and error of the estimators of Hessian traces, side by side on one model and one set of images.
 
-    python benchmarks/curvature.py [--model resnet20] [--images 128] [--draws 4] [--json FILE]
+    python benchmarks/curvature.py [--model resnet20] [--images 128] [--num-probes 4] [--json FILE]
 
 Models: resnet20 (trained, CIFAR-10; the digits network where TRACEQUANT_DATA does not hold them), resnet50 and
 inception_v3 (torchvision's, 224² and 299², 10 classes so that an exact reference can be had, weights at random with
@@ -175,7 +175,7 @@ def precision_errors(name: str, images: int) -> dict[str, dict[str, float]]:
 
     def exact(precision: str) -> dict[str, float]:
         found = tq.estimate_curvature(
-            setup.model, batches, setup.task, method="gauss_newton", draws="exact", precision=precision
+            setup.model, batches, setup.task, num_probes="exact", estimator="gauss_newton", precision=precision
         )
         return {n: trace.trace for n, trace in found.weights.items()}
 
@@ -205,7 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="resnet20", choices=["resnet20", "resnet50", "inception_v3"])
     parser.add_argument("--images", type=int, default=128)
-    parser.add_argument("--draws", type=int, default=4, help="probes of Hutchinson's method for each batch")
+    parser.add_argument("--num-probes", type=int, default=4, help="probes of Hutchinson's method for each batch")
     parser.add_argument("--seeds", type=int, default=5, help="repetitions of gauss_newton")
     parser.add_argument("--ours", action="store_true", help="leave out the other packages and Hutchinson's method")
     parser.add_argument("--json", type=Path)
@@ -220,7 +220,7 @@ def main() -> None:
         return {name: [trace.trace] for name, trace in found.weights.items()}
 
     def hutchinson(draws: int, probes: str) -> Traces:
-        found = tq.estimate_curvature(*data, "hutchinson", draws, 1, points, probes=probes).weight_draws
+        found = tq.estimate_curvature(*data, "hutchinson", draws, 1, points, probe_scope=probes).weight_probes
         assert found is not None
         return {name: list(values) for name, values in found.items()}
 

@@ -68,7 +68,7 @@ def measure(name: str, size: int, activation_bits: int, repeats: int) -> dict[st
     batches = [(torch.randn(2, 3, size, size, generator=generator), torch.zeros(2, dtype=torch.long)) for _ in range(2)]
     points = tq.discover(model, batches, task)
     plan = mixed_plan(points, activation_bits)
-    quantized = tq.quantize(model, plan, batches, task)
+    quantized = tq.quantize(model, batches, task, plan)
     profile: Profile = "qdq" if activation_bits else "weights-only"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"

@@ -19,7 +19,7 @@ import torch
 
 from data import data_folder
 from tracequant import __version__
-from tracequant.core.plan import MEGABYTE
+from tracequant.core.plan import MIB
 from tracequant.run import Run
 
 
@@ -35,7 +35,7 @@ def print_table(path: Path) -> None:
     run = Run(path)
     print(f"| model | {run.quantize_result().metric_name} | MB on disk | bits per weight |\n|---|---|---|---|")
     for row in run.result_rows():
-        print(f"| {row.name} | {row.metric:.2f} | {row.size_bytes / MEGABYTE:.4f} | {row.average_bits:.2f} |")
+        print(f"| {row.name} | {row.metric:.2f} | {row.size_bytes / MIB:.4f} | {row.average_bits:.2f} |")
     again = json.loads(tracequant("evaluate", str(path), "--json", "--quiet"))
     packed, plan = run.pack_result(), run.plan()
     assert again["metric"] == packed.evaluation.metric, "the packed file's accuracy is not the one that was reported"
@@ -60,7 +60,7 @@ def main() -> None:
         return
     tracequant(
         "run", "--task", "cifar10", "--data-dir", str(folder / "cifar10"),
-        "--weights", str(folder / "cifar10_weights" / "resnet20.safetensors"), "--bits", "2,3,4,8",
+        "--weights", str(folder / "cifar10_weights" / "resnet20.safetensors"), "--weight-bits", "2,3,4,8",
         "--activation-bits", "4", "--compression", "12", "--finetune-steps", "400", "--out", str(out / "cifar10"),
         "--quiet",
     )  # fmt: skip

@@ -36,9 +36,11 @@ def quantized(model: nn.Module, batch: Any) -> nn.Module:
     """The network with our quantizers."""
     task = tq.ClassificationTask()
     points = tq.discover(model, [batch], task)
-    curvature = tq.estimate_curvature(model, [batch], task, "gauss_newton", 1, points=points)
-    sensitivity = tq.measure_sensitivity(model, curvature, [batch], task, (WEIGHT_BITS,), (ACTIVATION_BITS,))
-    return tq.quantize(model, tq.uniform_plan(sensitivity, WEIGHT_BITS), [batch], task)
+    curvature = tq.estimate_curvature(model, [batch], task, estimator="gauss_newton", num_probes=1, points=points)
+    sensitivity = tq.measure_sensitivity(
+        model, [batch], task, curvature, weight_bits=(WEIGHT_BITS,), activation_bits=(ACTIVATION_BITS,)
+    )
+    return tq.quantize(model, [batch], task, tq.uniform_plan(sensitivity, WEIGHT_BITS))
 
 
 def with_brevitas(model: nn.Module) -> nn.Module:

@@ -30,7 +30,13 @@ def measure(name: str, setup: tq.TaskSetup, draws: int) -> None:
     for probes in ("shared", "per_layer"):
         start = time.perf_counter()
         curvature = tq.estimate_curvature(
-            setup.model, setup.calibration, setup.task, "hutchinson", draws, points=points, probes=probes
+            setup.model,
+            setup.calibration,
+            setup.task,
+            estimator="hutchinson",
+            num_probes=draws,
+            points=points,
+            probe_scope=probes,
         )
         seconds = (time.perf_counter() - start) / draws
         error = statistics.median(e.relative_error for e in curvature.weights.values()) * draws**0.5
@@ -40,7 +46,14 @@ def measure(name: str, setup: tq.TaskSetup, draws: int) -> None:
     for mode in ("reverse", "forward"):
         start = time.perf_counter()
         tq.estimate_curvature(
-            setup.model, setup.calibration, setup.task, "hutchinson", 2, points=points, mode=mode, activations=False
+            setup.model,
+            setup.calibration,
+            setup.task,
+            estimator="hutchinson",
+            num_probes=2,
+            points=points,
+            mode=mode,
+            activations=False,
         )
         seconds_of[mode] = time.perf_counter() - start
     print(f"  a product by forward mode takes {seconds_of['forward'] / seconds_of['reverse']:.1f} times as long")

@@ -66,7 +66,7 @@ def measured(name: str, data: Path, images: int, seed: int, cache: Path) -> dict
 
     def curvature() -> tq.Curvature:
         found = tq.estimate_curvature(*parts, seed=seed, points=points, checkpoint=cache / "batches", progress=True)
-        return with_eigenvalues(setup.model, found, setup.calibration, setup.task, seed, progress=True)
+        return with_eigenvalues(setup.model, setup.calibration, setup.task, found, seed=seed, progress=True)
 
     traces = kept(cache, "curvature", tq.Curvature, curvature)
     expansion = kept(
@@ -75,7 +75,7 @@ def measured(name: str, data: Path, images: int, seed: int, cache: Path) -> dict
     )  # fmt: skip
     table = kept(
         cache, "sensitivity", tq.Sensitivity,
-        lambda: tq.measure_sensitivity(setup.model, traces, setup.calibration, setup.task, WIDTHS, (8,)),
+        lambda: tq.measure_sensitivity(setup.model, setup.calibration, setup.task, traces, weight_bits=WIDTHS, activation_bits=(8,)),
     )  # fmt: skip
     plans = {f"uniform {bits} bits": tq.uniform_plan(table, bits) for bits in (8, 4)}
     for metric in ABLATION_METRICS:
@@ -83,12 +83,14 @@ def measured(name: str, data: Path, images: int, seed: int, cache: Path) -> dict
             metric, PlanSettings(average_bits=AVERAGE_BITS), curvature=traces, measured=table, perturbation=expansion,
             seed=seed,
         )  # fmt: skip
-    evaluator = Evaluator(setup.model, setup.task, setup.calibration, setup.evaluation, cache / "evaluations.json")
+    evaluator = Evaluator(
+        setup.model, setup.calibration, setup.task, evaluation=setup.evaluation, cache=cache / "evaluations.json"
+    )
     rows = {}
     for label, plan in plans.items():
         found = evaluator.of(plan)
         rows[label] = {
-            "top1": found.metric, "loss": found.loss, "average_bits": plan.average_bits, "size_mb": plan.size_mb,
+            "top1": found.metric, "loss": found.loss, "average_bits": plan.average_bits, "size_mib": plan.size_mib,
             "compression": plan.compression, "weight_bits": plan.weight_bits,
         }  # fmt: skip
         print(f"{name}, seed {seed}, {label}: {found.metric:.2f}, loss {found.loss:.4f}", flush=True)
@@ -107,7 +109,7 @@ def markdown(seeds: list[dict[str, Any]]) -> str:
     for label in seeds[0]["rows"]:
         rows = [seed["rows"][label] for seed in seeds]
         top1, loss = ([row[key] for row in rows] for key in ("top1", "loss"))
-        size, bits = (statistics.median(row[key] for row in rows) for key in ("size_mb", "average_bits"))
+        size, bits = (statistics.median(row[key] for row in rows) for key in ("size_mib", "average_bits"))
         lines.append(
             f"| {label} | {statistics.median(top1):.2f} | {min(top1):.2f} to {max(top1):.2f} |"
             f" {statistics.median(loss):.3f} | {size:.3f} | {bits:.2f} |"

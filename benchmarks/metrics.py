@@ -78,11 +78,7 @@ def correlations(setup: tq.TaskSetup, images: int, plans: int, cache: Path | Non
         tq.Curvature,
         lambda: tq.estimate_curvature(*data, "gauss_newton", "exact", points=points, activations=False),
     )
-    check = tq.check_metrics(
-        setup.model, curvature, setup.calibration, setup.task, WIDTHS, perturbation=perturbation, plans=plans,
-        offered=GROUPS, extra_scores=cross_terms.scores(perturbation),
-        cache=None if cache is None else cache / "check",
-    )  # fmt: skip
+    check = tq.check_criteria(setup.model, setup.calibration, setup.task, curvature, weight_bits=WIDTHS, perturbation=perturbation, plans=plans, offered=GROUPS, cache=None if cache is None else cache / "check", extra_scores=cross_terms.scores(perturbation))  # fmt: skip
     return check, perturbation
 
 
@@ -153,10 +149,7 @@ def ablation(setup: tq.TaskSetup, test_images: int, cache: Path | None) -> dict[
         points = tq.discover(*data)
         curvature = kept(
             cache, f"curvature-seed{seed}", tq.Curvature,
-            lambda data=data, points=points: with_eigenvalues(
-                setup.model, tq.estimate_curvature(*data, "gauss_newton", "exact", points=points),
-                [(data[1][0][0][:64], data[1][0][1][:64])], setup.task,
-            ),
+            lambda data=data, points=points: with_eigenvalues(setup.model, [(data[1][0][0][:64], data[1][0][1][:64])], setup.task, tq.estimate_curvature(*data, "gauss_newton", "exact", points=points)),
         )  # fmt: skip
         perturbation = kept(
             cache, f"perturbation-seed{seed}", tq.Perturbation,
@@ -164,12 +157,14 @@ def ablation(setup: tq.TaskSetup, test_images: int, cache: Path | None) -> dict[
         )  # fmt: skip
         table = kept(
             cache, f"sensitivity-seed{seed}", tq.Sensitivity,
-            lambda data=data, c=curvature: tq.measure_sensitivity(
-                setup.model, c, data[1], setup.task, WIDTHS, activation_bits=(8,)
-            ),
+            lambda data=data, c=curvature: tq.measure_sensitivity(setup.model, data[1], setup.task, c, weight_bits=WIDTHS, activation_bits=(8,)),
         )  # fmt: skip
         evaluator = Evaluator(
-            setup.model, setup.task, batches, evaluation, None if cache is None else cache / f"evaluations-{seed}.json"
+            setup.model,
+            batches,
+            setup.task,
+            evaluation=evaluation,
+            cache=None if cache is None else cache / f"evaluations-{seed}.json",
         )
 
         def measured(plan: tq.BitPlan, evaluator: Evaluator = evaluator) -> dict[str, Any]:

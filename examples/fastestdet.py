@@ -275,7 +275,7 @@ def plans(setup: tq.TaskSetup) -> Iterator[tuple[str, tq.BitPlan]]:
     """Uniform plans and those of every metric: first the weights, activations at 8 bits, then the activations."""
     data = (setup.calibration, setup.task)
     curvature = tq.estimate_curvature(setup.model, *data)
-    print(f"{curvature.method}: {curvature.reason}")
+    print(f"{curvature.estimator}: {curvature.reason}")
     eight = {"*": (8,)}
     for metric in ("trace", "l2", "quadratic", "first+quadratic"):
         sensitivity = tq.measure_sensitivity(setup.model, curvature, *data, (2, 3, 4, 5, 6, 8), (4, 5, 6, 8), metric)
@@ -318,7 +318,7 @@ def main() -> None:
         row = {"name": name, "AP": found.metric, "AP50": found.details["AP50"], "AP75": found.details["AP75"]}
         if plan is not None:
             bits = average_activation_bits(points, plan.activation_bits)
-            row |= {"weight_bits": plan.average_bits, "activation_bits": bits, "size_mb": plan.size_mb}
+            row |= {"weight_bits": plan.average_bits, "activation_bits": bits, "size_mib": plan.size_mib}
         rows.append(row | {"loss": found.loss})
         numbers = " ".join(f"{value:8.3f}" for value in list(row.values())[1:])
         print(f"{name:58} {numbers}", flush=True)
@@ -330,7 +330,7 @@ def main() -> None:
     print(f"{'':58} {'AP':>8} {'AP50':>8} {'AP75':>8} {'w bits':>8} {'a bits':>8} {'MB':>8}")
     measure("float32", setup.model, None)
     for name, plan in plans(setup):
-        measure(name, tq.quantize(setup.model, plan, setup.calibration, setup.task), plan)
+        measure(name, tq.quantize(setup.model, setup.calibration, setup.task, plan), plan)
 
 
 if __name__ == "__main__":

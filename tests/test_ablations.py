@@ -109,7 +109,7 @@ def test_tied_weights_and_single_layers_have_one_name() -> None:
     assert [weight.layer for weight in quantized_weights(quantized(kind=TiedNet))] == ["into", "middle"]
     layer = nn.Linear(6, 3)
     plan = by_hand(tq.discover(layer, one_batch(), TASK), 3, 4)
-    (alone,) = quantized_weights(tq.quantize(layer, plan, one_batch(), TASK))
+    (alone,) = quantized_weights(tq.quantize(layer, one_batch(), TASK, plan))
     assert alone.layer == "weight"
     watching, model = Watching(), quantized(kind=TiedNet)
     with ProgressiveOrder(model, {"into": 2.0, "middle": 1.0}, 4, "sensitive_first", 2) as switching:

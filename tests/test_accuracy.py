@@ -12,16 +12,18 @@ from tracequant.measure.accuracy import NEIGHBOURS, _smallest
 @pytest.fixture(scope="module")
 def case() -> tuple[tq.TaskSetup, tq.Sensitivity]:
     setup = tiny_task.build()
-    curvature = tq.estimate_curvature(setup.model, setup.calibration, setup.task, "gauss_newton")
+    curvature = tq.estimate_curvature(setup.model, setup.calibration, setup.task, estimator="gauss_newton")
     table = tq.measure_sensitivity(
-        setup.model, curvature, setup.calibration, setup.task, (1, 2, 3, 8), activation_bits=(4,)
+        setup.model, setup.calibration, setup.task, curvature, weight_bits=(1, 2, 3, 8), activation_bits=(4,)
     )
     return setup, table
 
 
 def search(case: tuple[tq.TaskSetup, tq.Sensitivity], **options: object) -> tq.AccuracySearch:
     setup, table = case
-    return tq.solve_by_accuracy(setup.model, table, setup.task, setup.calibration, setup.evaluation, **options)
+    return tq.solve_by_accuracy(
+        setup.model, setup.calibration, setup.task, table, evaluation=setup.evaluation, **options
+    )
 
 
 def test_a_metric_that_the_first_batch_has_not(case: tuple[tq.TaskSetup, tq.Sensitivity]) -> None:
@@ -76,7 +78,7 @@ def test_the_plan_keeps_to_the_drop_and_is_what_was_evaluated(case) -> None:
     assert found.found.metric >= found.float_metric - 2.0
     assert found.plan.weight_bits == found.found.weight_bits
     assert found.plan.activation_bits == found.found.activation_bits
-    quantized = tq.quantize(setup.model, found.plan, setup.calibration, setup.task)
+    quantized = tq.quantize(setup.model, setup.calibration, setup.task, found.plan)
     measured = setup.task.evaluate(quantized, setup.evaluation)
     assert (measured.metric, measured.loss) == (found.found.metric, found.found.loss)
     smaller = [step for step in found.steps if step.size_bytes < found.plan.size_bytes]
@@ -135,7 +137,15 @@ def test_evaluations_are_kept_and_not_repeated(case, tmp_path, monkeypatch) -> N
     # Other data: nothing of it is believed.
     calls.clear()
     x, y = setup.evaluation[0]
-    tq.solve_by_accuracy(setup.model, table, setup.task, setup.calibration, [(x[:100], y[:100])], 2.0, cache=cache)
+    tq.solve_by_accuracy(
+        setup.model,
+        setup.calibration,
+        setup.task,
+        table,
+        evaluation=[(x[:100], y[:100])],
+        max_accuracy_drop=2.0,
+        cache=cache,
+    )
     assert calls
     assert tq.Evaluations.load(cache).samples == 100
     # Nor is anything of the same data under another metric of the same name.
@@ -143,7 +153,15 @@ def test_evaluations_are_kept_and_not_repeated(case, tmp_path, monkeypatch) -> N
     with monkeypatch.context() as patch:
         metric = type(setup.task).metric
         patch.setattr(type(setup.task), "metric", lambda self, *given: metric(self, *given) / 2)
-        tq.solve_by_accuracy(setup.model, table, setup.task, setup.calibration, [(x[:100], y[:100])], 2.0, cache=cache)
+        tq.solve_by_accuracy(
+            setup.model,
+            setup.calibration,
+            setup.task,
+            table,
+            evaluation=[(x[:100], y[:100])],
+            max_accuracy_drop=2.0,
+            cache=cache,
+        )
     assert calls
 
 
@@ -173,7 +191,7 @@ def test_an_interrupted_search_goes_on(case, tmp_path, monkeypatch) -> None:
         ({}, "give max_drop"),
         ({"max_drop": -1.0}, "max_accuracy_drop must be a number from 0, got -1"),
         ({"max_loss_increase": float("nan")}, "max_loss_increase must be a number"),
-        ({"max_drop": 1.0, "max_size_mb": 2.0}, "max_size_mb besides"),
+        ({"max_drop": 1.0, "max_size_mib": 2.0}, "max_size_mib besides"),
         ({"max_drop": 1.0, "method": "pareto"}, "walks the exact frontier"),
         ({"max_drop": 1.0, "colour": 3}, "no rule colour"),
         ({"max_drop": 0.0, "max_loss_increase": 0.0, "allowed_bits": {"*": (1,)}}, "even the largest plan"),

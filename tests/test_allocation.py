@@ -20,7 +20,7 @@ import tracequant as tq
 from tracequant.allocation.pareto import Assignment, Unit, pareto_frontier
 from tracequant.core import cost
 from tracequant.core.errors import BudgetError
-from tracequant.core.plan import MEGABYTE, reprice
+from tracequant.core.plan import MIB, reprice
 from tracequant.core.points import ActivationPoint, Layer, QuantizationPoints, StoredTensor
 from tracequant.core.sensitivity import Sensitivity
 from tracequant.core.settings import WeightGrid
@@ -272,7 +272,7 @@ def check_plan(sensitivity: Sensitivity, plan: tq.BitPlan) -> None:
     assert plan.weight_count == sum(layer.numel for layer in sensitivity.points.layers)
     assert plan.average_bits == plan.weight_code_bits / plan.weight_count
     assert plan.compression == 32 / plan.average_bits
-    assert plan.size_mb == plan.size_bytes / 2**20
+    assert plan.size_mib == plan.size_bytes / 2**20
     assert plan.omega == omega_of(sensitivity, plan.weight_bits)
     assert plan.activation_omega == math.fsum(
         sensitivity.activation_omega[name][b] for name, b in plan.activation_bits.items()
@@ -305,7 +305,7 @@ def test_size_budget_gets_the_best_plan_that_fits(
     for share in (0.0, 0.2, 0.5, 0.8, 1.0):
         limit = round(min(sizes) + share * (max(sizes) - min(sizes)))
 
-        plan = tq.solve(sensitivity, max_size_mb=limit / MEGABYTE, space=space, method=method)  # type: ignore[arg-type]
+        plan = tq.solve(sensitivity, max_size_mib=limit / MIB, space=space, solver=method)  # type: ignore[arg-type]
 
         check_plan(sensitivity, plan)
         assert plan.size_bytes <= limit
@@ -401,7 +401,7 @@ def test_frontier_plans_are_ordered_and_solve_picks_from_them(space: str) -> Non
     assert plans[0].size_bytes == tq.uniform_plan(sensitivity, 2).size_bytes
     assert plans[-1].omega == tq.uniform_plan(sensitivity, 8).omega
     middle = plans[len(plans) // 2]
-    chosen = tq.solve(sensitivity, max_size_mb=middle.size_mb, space=space)  # type: ignore[arg-type]
+    chosen = tq.solve(sensitivity, max_size_mib=middle.size_mib, space=space)  # type: ignore[arg-type]
     assert chosen.weight_bits == middle.weight_bits
 
 
@@ -637,17 +637,17 @@ def test_activation_average_that_a_plan_meets_exactly_is_feasible(numel: float) 
 
 
 def test_at_least_one_budget() -> None:
-    with pytest.raises(BudgetError, match=r"at least one budget: max_size_mb \(--max-size-mb\)"):
+    with pytest.raises(BudgetError, match=r"at least one budget: max_size_mib \(--max-size-mib\)"):
         tq.solve(make_sensitivity())
 
 
-@pytest.mark.parametrize("budgets", [{}, {"max_size_mb": 1.0, "compression": 8.0}, {"max_bops_g": 1.0}])
+@pytest.mark.parametrize("budgets", [{}, {"max_size_mib": 1.0, "compression": 8.0}, {"max_bops_g": 1.0}])
 def test_appendix_e_takes_exactly_one_budget(budgets: dict[str, float]) -> None:
     with pytest.raises(BudgetError, match=r"exactly one|at least one"):
-        tq.solve(make_sensitivity(), method="pareto", **budgets)  # type: ignore[arg-type]
+        tq.solve(make_sensitivity(), solver="pareto", **budgets)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["max_size_mb", "compression", "average_bits"])
+@pytest.mark.parametrize("name", ["max_size_mib", "compression", "average_bits"])
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf, -math.inf])
 def test_budgets_are_positive_numbers(name: str, value: float) -> None:
     with pytest.raises(BudgetError, match=r"positive number, got (0|-1|nan|inf|-inf)"):
@@ -656,12 +656,12 @@ def test_budgets_are_positive_numbers(name: str, value: float) -> None:
 
 def test_unknown_method_is_refused() -> None:
     with pytest.raises(BudgetError, match="unknown method 'greedy'"):
-        tq.solve(make_sensitivity(), average_bits=4, method="greedy")  # type: ignore[arg-type]
+        tq.solve(make_sensitivity(), average_bits=4, solver="greedy")  # type: ignore[arg-type]
 
 
-SMALL = {"max_size_mb": 1e-5, "compression": 1e3, "average_bits": 0.1}
-LARGE = {"max_size_mb": 1e5, "compression": 0.01, "average_bits": 31.0}
-KEYWORDS = {"max_size_mb": r"([\d.]+) MB", "compression": r"([\d.]+)x", "average_bits": r"([\d.]+) bits"}
+SMALL = {"max_size_mib": 1e-5, "compression": 1e3, "average_bits": 0.1}
+LARGE = {"max_size_mib": 1e5, "compression": 0.01, "average_bits": 31.0}
+KEYWORDS = {"max_size_mib": r"([\d.]+) MB", "compression": r"([\d.]+)x", "average_bits": r"([\d.]+) bits"}
 OFFERS = [(2, 3, 4, 8), (1, 2), (3, 5), (3, 6), (5, 7), (6,), (3,)]
 
 
@@ -700,7 +700,7 @@ def test_too_large_a_budget_names_the_largest_which_is_then_accepted(
     plan = tq.solve(sensitivity, **{name: nearest(str(refused.value), name)})  # type: ignore[arg-type]
 
     largest = tq.uniform_plan(sensitivity, max(weight_bits))
-    if name == "max_size_mb":
+    if name == "max_size_mib":
         assert plan.size_bytes <= largest.size_bytes
     else:
         assert plan.average_bits == pytest.approx(largest.average_bits, rel=1e-2)

@@ -55,7 +55,7 @@ PLAN = BitPlan(
     weight_grid=WeightGrid(),
     fingerprint=POINTS.fingerprint,
     method="exact",
-    budget="max_size_mb=0.01",
+    budget="max_size_mib=0.01",
 )
 EVALUATION = Evaluation("accuracy %", 200 / 3, math.inf, 3)
 VALUES = [POINTS, CURVATURE, dataclasses.replace(CURVATURE, top_eigenvalues=None), SENSITIVITY, PLAN, EVALUATION]

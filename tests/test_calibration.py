@@ -137,7 +137,7 @@ def test_a_head_that_is_called_often_takes_no_more_memory(small: int) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_RangeSample, "_take", spy)
-        grids = calibrate(model, batches, TASK, points, {"head": [4]})
+        grids = calibrate(model, batches, TASK, points, bits={"head": [4]})
     assert len(kept) > 800
     assert max(kept) <= small
     model.most = 0
@@ -167,7 +167,7 @@ def test_a_tensor_that_was_overwritten_is_another() -> None:
     model, batches = InPlace(), labelled(6, sizes=(40,))
     points = discover(model, batches, TASK)
     assert list(points.activation_by_name) == ["first", "second"]
-    grids = calibrate(model, batches, TASK, points, {"first": [3], "second": [3]})
+    grids = calibrate(model, batches, TASK, points, bits={"first": [3], "second": [3]})
     found = _activation_errors(model, batches, TASK, points, grids, False)
     x = batches[0][0] * 1.5
     for name, tensor in (("first", x), ("second", x.relu())):

@@ -17,7 +17,7 @@ from tracequant import (
     ClassificationTask,
     ModelError,
     WeightGrid,
-    check_metrics,
+    check_criteria,
     discover,
     measure_perturbation,
 )
@@ -60,9 +60,9 @@ def test_losses_scores_and_responses_by_hand() -> None:
     batches = images((4, 2))
     model = conv_net()
     points = discover(model, batches, TASK)
-    expansion = measure_perturbation(model, batches, TASK, points, BITS)
+    expansion = measure_perturbation(model, batches, TASK, points, weight_bits=BITS)
     before = snapshot(model)
-    found = check_metrics(model, made_up(points), batches, TASK, BITS, perturbation=expansion, plans=3)
+    found = check_criteria(model, batches, TASK, made_up(points), weight_bits=BITS, perturbation=expansion, plans=3)
     assert snapshot(model) == before
     model.eval()
     base = loss(model, batches)
@@ -94,9 +94,16 @@ def test_correlations_are_of_their_groups_and_the_best_is_trusted() -> None:
     batches = images((6,))
     model = residual_net()
     points = discover(model, batches, TASK)
-    expansion = measure_perturbation(model, batches, TASK, points, (2, 3, 4))
-    found = check_metrics(
-        model, made_up(points), batches, TASK, (2, 3, 4), perturbation=expansion, plans=6, offered=[(2, 3), (3, 4)]
+    expansion = measure_perturbation(model, batches, TASK, points, weight_bits=(2, 3, 4))
+    found = check_criteria(
+        model,
+        batches,
+        TASK,
+        made_up(points),
+        weight_bits=(2, 3, 4),
+        perturbation=expansion,
+        plans=6,
+        offered=[(2, 3), (3, 4)],
     )
     assert found.groups == ["2 bits", "3 bits", "4 bits", "all bits", "plans of 2, 3 bits", "plans of 3, 4 bits"]
     two = [row for row in found.layers if row.num_bits == 2]
@@ -114,7 +121,7 @@ def test_correlations_are_of_their_groups_and_the_best_is_trusted() -> None:
     solvable = [metric for metric in found.correlations if metric not in ("measured", "response")]
     assert found.trusted in solvable
     assert worth(found.trusted) == max(worth(metric) for metric in solvable)
-    none = check_metrics(model, made_up(points), batches, TASK, (2, 3), plans=0)
+    none = check_criteria(model, batches, TASK, made_up(points), weight_bits=(2, 3), plans=0)
     assert none.plans == ()
     assert none.trusted == max(("trace", "l2"), key=lambda metric: none.correlations[metric]["all bits"])
 
@@ -122,14 +129,14 @@ def test_correlations_are_of_their_groups_and_the_best_is_trusted() -> None:
 def test_extra_scores_rank_plans_and_are_never_trusted() -> None:
     batches, model = images((6,)), residual_net()
     points = discover(model, batches, TASK)
-    plain = check_metrics(model, made_up(points), batches, TASK, BITS, plans=6)
+    plain = check_criteria(model, batches, TASK, made_up(points), weight_bits=BITS, plans=6)
     changes = {tuple(plan.weight_bits.items()): plan.loss_change for plan in plain.plans}
-    found = check_metrics(
+    found = check_criteria(
         model,
-        made_up(points),
         batches,
         TASK,
-        BITS,
+        made_up(points),
+        weight_bits=BITS,
         plans=6,
         extra_scores={"oracle": lambda b: changes[tuple(b.items())]},
     )
@@ -142,7 +149,7 @@ def test_tied_layers_have_the_same_bits_in_random_plans() -> None:
     batches = images((2,))
     model = residual_net()
     points = dataclasses.replace(discover(model, batches, TASK), ties=(("stem", "fc"),))
-    found = check_metrics(model, made_up(points), batches, TASK, (2, 3, 4, 8), plans=8)
+    found = check_criteria(model, batches, TASK, made_up(points), weight_bits=(2, 3, 4, 8), plans=8)
     assert all(plan.weight_bits["stem"] == plan.weight_bits["fc"] for plan in found.plans)
     assert len({tuple(plan.weight_bits.values()) for plan in found.plans}) == 8
 
@@ -160,16 +167,19 @@ class Counting(ClassificationTask):
 def test_nothing_is_measured_twice(tmp_path) -> None:
     batches, model = images((4,)), conv_net()
     points = discover(model, batches, TASK)
-    first = check_metrics(model, made_up(points), batches, Counting(), BITS, plans=4, cache=tmp_path)
+    first = check_criteria(model, batches, Counting(), made_up(points), weight_bits=BITS, plans=4, cache=tmp_path)
     Counting.passes = 0
-    again = check_metrics(model, made_up(points), batches, Counting(), BITS, plans=4, cache=tmp_path)
+    again = check_criteria(model, batches, Counting(), made_up(points), weight_bits=BITS, plans=4, cache=tmp_path)
     assert again == first
     assert Counting.passes == 1  # the loss by which the data are known again
-    more = check_metrics(model, made_up(points), batches, Counting(), BITS, plans=6, cache=tmp_path)
+    more = check_criteria(model, batches, Counting(), made_up(points), weight_bits=BITS, plans=6, cache=tmp_path)
     assert more.plans[:4] == first.plans
     assert Counting.passes <= 4
     other = [(x + 0.1, y) for x, y in batches]
-    assert check_metrics(model, made_up(points), other, TASK, BITS, plans=4, cache=tmp_path).layers != first.layers
+    assert (
+        check_criteria(model, other, TASK, made_up(points), weight_bits=BITS, plans=4, cache=tmp_path).layers
+        != first.layers
+    )
     first.save(tmp_path / "check.json")
     assert Check.load(tmp_path / "check.json") == first
 
@@ -184,7 +194,9 @@ def test_what_was_kept_comes_back_on_the_models_device(tmp_path) -> None:
 def test_bits_that_were_not_measured_are_refused() -> None:
     model = conv_net()
     with pytest.raises(ModelError, match=r"plans of \[2, 8\] bits were asked for, layers are measured at \[2, 4\]"):
-        check_metrics(model, made_up(discover(model, images(), TASK)), images(), TASK, BITS, offered=[(2, 8)])
+        check_criteria(
+            model, images(), TASK, made_up(discover(model, images(), TASK)), weight_bits=BITS, offered=[(2, 8)]
+        )
 
 
 def test_weights_come_back_where_the_loss_fails() -> None:
@@ -201,6 +213,6 @@ def test_weights_come_back_where_the_loss_fails() -> None:
     points = discover(model, images(), TASK)
     before = snapshot(model)
     with pytest.raises(KeyboardInterrupt):
-        check_metrics(model, made_up(points), images(), Failing(), BITS)
+        check_criteria(model, images(), Failing(), made_up(points), weight_bits=BITS)
     assert snapshot(model) == before
     assert weight_parameter(model, points.layers[0]).requires_grad

@@ -20,7 +20,7 @@ from tracequant.core.settings import FinetuneSettings
 from tracequant.run import Run
 
 TASK = f"{Path(tiny_task.__file__)}:build"
-ANALYZE = ("--task", TASK, "--draws", "2", "--no-eigenvalues", "--activation-bits", "4")
+ANALYZE = ("--task", TASK, "--num-probes", "2", "--no-eigenvalues", "--activation-bits", "4")
 STAGED = ("run", *ANALYZE, "--average-bits", "3", "--finetune-steps", "60", "-q")
 
 
@@ -164,7 +164,7 @@ def test_latency_and_rules_are_kept_with_the_plan(copy: Path, tmp_path: Path) ->
         for uniform in (tq.uniform_plan(sensitivity, b) for b in (3, 8))
     ]
     limit = str(sum(bops) / 2)
-    options = ("--max-latency-ms", limit, "--latency", table, "--max-bops-g", limit, "--fix", f"{name}=8")
+    options = ("--max-latency-ms", limit, "--latency", table, "--max-bops-g", limit, "--fixed-bits", f"{name}=8")
     assert invoke("plan", copy, *options, "--apply", "-q") == 0
     table.unlink()
     run = Run(copy)
@@ -281,7 +281,7 @@ def test_without_fine_tuning(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize("method", ["auto", "gauss_newton", "hutchinson"])
 def test_every_method(method: str, tmp_path: Path) -> None:
     path = tmp_path / "run"
-    assert invoke("analyze", *ANALYZE, "--method", method, "--out", path, "-q") == 0
+    assert invoke("analyze", *ANALYZE, "--estimator", method, "--out", path, "-q") == 0
     assert Run(path).curvature().method == ("gauss_newton" if method == "auto" else method)
 
 
@@ -342,10 +342,10 @@ def test_bad_input_is_one_message_and_exit_code_2(
     [
         (("--average-bits", "1"), "nearest is 2.000 bits"),
         (("--average-bits", "9"), "above the largest plan"),
-        (("--max-size-mb", "0.0000001"), "no plan fits"),
-        (("--max-size-mb", "5"), "above the largest plan"),
+        (("--max-size-mib", "0.0000001"), "no plan fits"),
+        (("--max-size-mib", "5"), "above the largest plan"),
         ((), "at least one budget"),
-        (("--average-bits", "3", "--compression", "9", "--search", "pareto"), "exactly one of"),
+        (("--average-bits", "3", "--compression", "9", "--solver", "pareto"), "exactly one of"),
     ],
 )
 def test_impossible_budgets(
@@ -412,8 +412,8 @@ def test_damaged_artifact(copy: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 @pytest.mark.parametrize("bits", ["2,nine", "0,4", "9", ""])
 def test_bad_bits(bits: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert invoke("analyze", "--task", TASK, "--bits", bits, "--out", tmp_path / "run") == 2
-    assert "--bits takes" in capsys.readouterr().err
+    assert invoke("analyze", "--task", TASK, "--weight-bits", bits, "--out", tmp_path / "run") == 2
+    assert "--weight-bits takes" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -461,7 +461,7 @@ def test_report_is_self_contained(finished: Path) -> None:
 
 def test_report_from_a_plan_alone(tmp_path: Path) -> None:
     path = tmp_path / "run"
-    assert invoke("analyze", "--task", TASK, "--draws", "2", "--activation-bits", "none", "--out", path, "-q") == 0
+    assert invoke("analyze", "--task", TASK, "--num-probes", "2", "--activation-bits", "none", "--out", path, "-q") == 0
     assert invoke("plan", path, "--average-bits", "3", "-q") == 0
     assert invoke("report", path, "-q") == 0
     page = (path / "report.html").read_text()
@@ -487,14 +487,14 @@ def analyzed(path: Path, *options: str) -> tq.Curvature:
 
 
 def test_relative_error_ends_the_analysis_early(tmp_path: Path) -> None:
-    few = analyzed(tmp_path, "--relative-error", "0.5")
+    few = analyzed(tmp_path, "--target-sampling-error", "0.5")
     assert 32 <= few.samples < 128
-    more = analyzed(tmp_path, "--relative-error", "0.2")  # another setting, measured again
+    more = analyzed(tmp_path, "--target-sampling-error", "0.2")  # another setting, measured again
     assert more.samples > few.samples
 
 
 def test_a_stable_plan_ends_the_analysis_early(tmp_path: Path) -> None:
-    assert analyzed(tmp_path, "--stable", "0.1", "--bits", "2,8").samples < 128
+    assert analyzed(tmp_path, "--target-stability", "0.1", "--weight-bits", "2,8").samples < 128
     assert analyzed(tmp_path).samples == 128
 
 
@@ -502,15 +502,25 @@ def test_run_stops_when_the_plan_that_is_asked_for_is_stable(tmp_path: Path, mon
     """Not the one half way, which is what an analysis without a budget goes by."""
     asked = []
     monkeypatch.setattr("tracequant.run.is_stable", lambda *given: (asked.append(given[3:]), True)[1])
-    arguments = ("--average-bits", "2.5", "--stable", "0.75", "--finetune-steps", "0", "-q", "--out", tmp_path / "run")
+    arguments = (
+        "--average-bits",
+        "2.5",
+        "--target-stability",
+        "0.75",
+        "--finetune-steps",
+        "0",
+        "-q",
+        "--out",
+        tmp_path / "run",
+    )
     assert invoke("run", *ANALYZE, *arguments) == 0
     assert [(settings.average_bits, share) for settings, share in asked] == [(2.5, 0.75)]
     assert Run(tmp_path / "run").curvature().samples == 16
 
 
 def test_precision_is_passed_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    exact = analyzed(tmp_path, "--draws", "4")
-    rough = analyzed(tmp_path, "--draws", "4", "--precision", "bfloat16")
+    exact = analyzed(tmp_path, "--num-probes", "4")
+    rough = analyzed(tmp_path, "--num-probes", "4", "--precision", "bfloat16")
     for name, estimate in exact.weights.items():
         assert rough.weights[name].trace == pytest.approx(estimate.trace, rel=0.1)
         assert rough.weights[name].trace != estimate.trace

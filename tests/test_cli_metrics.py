@@ -18,7 +18,7 @@ from tracequant.run import Run
 def analysed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An analysis by the trace, with eigenvalues, and a check on some of its data."""
     path = tmp_path_factory.mktemp("runs") / "analysed"
-    assert invoke("analyze", "--task", TASK, "--draws", "2", "--activation-bits", "4", "--out", path, "-q") == 0
+    assert invoke("analyze", "--task", TASK, "--num-probes", "2", "--activation-bits", "4", "--out", path, "-q") == 0
     return path
 
 
@@ -64,7 +64,7 @@ def test_plan_by_another_metric_takes_no_torch(checked: Path, capsys: pytest.Cap
     for metric in ("l2", "first+quadratic"):
         code = (
             "import sys; from tracequant import cli;"
-            f"code = cli.run_guarded(lambda: cli.app(['plan', {str(checked)!r}, '--average-bits', '3', '--metric',"
+            f"code = cli.run_guarded(lambda: cli.app(['plan', {str(checked)!r}, '--average-bits', '3', '--criterion',"
             f" {metric!r}, '--json', '--out', {str(checked / 'other.json')!r}]));"
             "assert 'torch' not in sys.modules; sys.exit(code)"
         )
@@ -76,7 +76,7 @@ def test_plan_by_another_metric_takes_no_torch(checked: Path, capsys: pytest.Cap
 
 
 def test_a_kept_plan_is_in_its_own_metric_everywhere(copy: Path) -> None:
-    assert invoke("plan", copy, "--average-bits", "3", "--metric", "first+quadratic", "--apply", "-q") == 0
+    assert invoke("plan", copy, "--average-bits", "3", "--criterion", "first+quadratic", "--apply", "-q") == 0
     run = Run(copy)
     assert run.done("plan")
     assert run.sensitivity().metric == "first+quadratic"
@@ -87,14 +87,14 @@ def test_a_kept_plan_is_in_its_own_metric_everywhere(copy: Path) -> None:
 
 
 def test_a_metric_that_was_not_measured_says_how_to(analysed: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert invoke("plan", analysed, "--average-bits", "3", "--metric", "quadratic", "-q") == 2
+    assert invoke("plan", analysed, "--average-bits", "3", "--criterion", "quadratic", "-q") == 2
     assert "tracequant check" in capsys.readouterr().err.replace("\n", " ")
 
 
 @pytest.mark.filterwarnings("ignore:.*fewer bits lower the loss:UserWarning")
 def test_analyze_by_an_expansion(tmp_path: Path) -> None:
     path = tmp_path / "run"
-    arguments = ("--task", TASK, "--no-eigenvalues", "--activation-bits", "none", "--metric", "first+quadratic")
+    arguments = ("--task", TASK, "--no-eigenvalues", "--activation-bits", "none", "--criterion", "first+quadratic")
     assert invoke("analyze", *arguments, "--out", path, "-q") == 0
     run = Run(path)
     assert run.sensitivity().metric == "first+quadratic"
@@ -129,7 +129,7 @@ def test_smallest_plan_by_accuracy_is_kept_reported_and_cached(copy: Path, monke
 
 
 def test_compare_solves_and_evaluates_by_each_metric(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert invoke("compare", copy, "--average-bits", "2.5", "--metrics", "trace,l2,quadratic", "--json") == 0
+    assert invoke("compare", copy, "--average-bits", "2.5", "--criteria", "trace,l2,quadratic", "--json") == 0
     rows = json.loads(capsys.readouterr().out)
     assert list(rows) == ["trace", "l2", "quadratic"]
     run = Run(copy)
@@ -140,13 +140,13 @@ def test_compare_solves_and_evaluates_by_each_metric(copy: Path, capsys: pytest.
     evaluations = run.evaluations()
     assert evaluations is not None
     assert len(evaluations.plans) == len({str(row["evaluation"]["weight_bits"]) for row in rows.values()})
-    assert invoke("compare", copy, "--average-bits", "2.5", "--metrics", "trace,hessian") == 2
+    assert invoke("compare", copy, "--average-bits", "2.5", "--criteria", "trace,hessian") == 2
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--max-accuracy-drop", "1", "--max-size-mb", "1"), "max_size_mb besides"),
+        (("--max-accuracy-drop", "1", "--max-size-mib", "1"), "max_size_mib besides"),
         (("--max-accuracy-drop", "-1"), "must be a number from 0"),
     ],
 )
@@ -162,7 +162,18 @@ def test_accuracy_needs_a_run(checked: Path, capsys: pytest.CaptureFixture[str])
 
 def test_run_by_accuracy_goes_through_all_stages(tmp_path: Path) -> None:
     path = tmp_path / "run"
-    arguments = ("run", "--task", TASK, "--draws", "1", "--no-eigenvalues", "--activation-bits", "4", "--out", path)
+    arguments = (
+        "run",
+        "--task",
+        TASK,
+        "--num-probes",
+        "1",
+        "--no-eigenvalues",
+        "--activation-bits",
+        "4",
+        "--out",
+        path,
+    )
     options = ("--max-accuracy-drop", "2", "--finetune-steps", "0", "-q")
     assert invoke(*arguments, *options) == 0
     run = Run(path)

@@ -253,8 +253,17 @@ def test_from_the_command_line_to_a_detector_in_onnx(tmp_path: Path, capsys: pyt
     run = tmp_path / "run"
     asked = ["--task", "detection", "--model", MOBILE, "--data-dir", tmp_path / "data", "--weights"]
     asked += [tmp_path / "weights.safetensors", "--samples", 2, "--batch-size", 2, "--image-size", 32, "--workers", 0]
-    limits = ["--bits", "2,4,8", "--activation-bits", "4,6,8", "--compression", 7, "--average-activation-bits", 6]
-    recipe = ["--tie", "blocks", "--draws", 1, "--no-eigenvalues", "--finetune-steps", 2, "--batchnorm", "freeze"]
+    limits = [
+        "--weight-bits",
+        "2,4,8",
+        "--activation-bits",
+        "4,6,8",
+        "--compression",
+        7,
+        "--average-activation-bits",
+        6,
+    ]
+    recipe = ["--ties", "blocks", "--num-probes", 1, "--no-eigenvalues", "--finetune-steps", 2, "--batchnorm", "freeze"]
     assert invoke("run", *asked, *limits, *recipe, "--out", run, "-q") == 0
     made = Run(run)
     plan, setup = made.plan(), made.setup()

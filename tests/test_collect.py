@@ -122,10 +122,10 @@ def test_microbatches_give_what_the_whole_batch_gives(
     """By the same draws; losses that weigh samples by the batch they are in count those of the whole batch."""
     model = relu_mlp() if method == "gauss_newton" else gelu_mlp()
     batches, task = labelled(6, sizes=(6, 4)), ClassificationTask(LOSSES[loss])
-    whole = tq.estimate_curvature(model, batches, task, method=method, draws=3)
+    whole = tq.estimate_curvature(model, batches, task, num_probes=3, estimator=method)
     cut_into(count, 6, method, monkeypatch)
     before = snapshot(model)
-    found = tq.estimate_curvature(model, batches, task, method=method, draws=3)
+    found = tq.estimate_curvature(model, batches, task, num_probes=3, estimator=method)
     assert snapshot(model) == before
     assert f"batches cut to {6 // count} samples" in found.reason
     assert "cut" not in whole.reason
@@ -133,9 +133,9 @@ def test_microbatches_give_what_the_whole_batch_gives(
     assert found.weight_values is not None
     assert whole.weight_values is not None
     if method == "gauss_newton":
-        exact = tq.estimate_curvature(model, batches, task, method=method, draws="exact")
+        exact = tq.estimate_curvature(model, batches, task, num_probes="exact", estimator=method)
         monkeypatch.undo()
-        assert_close(exact, tq.estimate_curvature(model, batches, task, method=method, draws="exact"))
+        assert_close(exact, tq.estimate_curvature(model, batches, task, num_probes="exact", estimator=method))
 
 
 @both
@@ -154,9 +154,9 @@ def test_microbatches_of_other_networks(
 ) -> None:
     """Convolutions, a layer called twice, layers that take a pass for each sample, tied weights and tokens."""
     model, size = make(), len(batch[1])
-    whole = tq.estimate_curvature(model, [batch], TASK, method=method, draws=2)
+    whole = tq.estimate_curvature(model, [batch], TASK, num_probes=2, estimator=method)
     cut_into(2, size, method, monkeypatch)
-    found = tq.estimate_curvature(model, [batch], TASK, method=method, draws=2)
+    found = tq.estimate_curvature(model, [batch], TASK, num_probes=2, estimator=method)
     assert "batches cut to" in found.reason
     assert_close(found, whole)
 
@@ -186,9 +186,9 @@ NESTINGS = {
 @pytest.mark.parametrize("nesting", NESTINGS)
 def test_microbatches_of_nested_outputs(method: str, nesting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batches, task = relu_mlp(), labelled(6, sizes=(6,)), NESTINGS[nesting].task()
-    whole = tq.estimate_curvature(model, batches, task, method=method, draws=3)
+    whole = tq.estimate_curvature(model, batches, task, num_probes=3, estimator=method)
     cut_into(3, 6, method, monkeypatch)
-    assert_close(tq.estimate_curvature(model, batches, task, method=method, draws=3), whole)
+    assert_close(tq.estimate_curvature(model, batches, task, num_probes=3, estimator=method), whole)
 
 
 @pytest.mark.parametrize("kind", [list, tuple])
@@ -227,7 +227,7 @@ def test_outputs_that_cannot_be_joined_are_refused(monkeypatch: pytest.MonkeyPat
     with pytest.raises(
         ResourceError, match=r"a batch of 4 samples does not fit.*an output of shape \[\] does not have"
     ):
-        tq.estimate_curvature(gelu_mlp(), labelled(6), task, method="hutchinson", draws=2)
+        tq.estimate_curvature(gelu_mlp(), labelled(6), task, num_probes=2, estimator="hutchinson")
 
 
 def test_a_loss_that_couples_samples_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +241,7 @@ def test_a_loss_that_couples_samples_is_not_cut(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(
         ResourceError, match=r"a batch of 4 samples does not fit.*the loss of one sample depends on others"
     ):
-        tq.estimate_curvature(gelu_mlp(), labelled(6), ClassificationTask(loss), method="hutchinson", draws=2)
+        tq.estimate_curvature(gelu_mlp(), labelled(6), ClassificationTask(loss), num_probes=2, estimator="hutchinson")
 
 
 class Limited(nn.Module):
@@ -276,9 +276,9 @@ def test_a_batch_that_does_not_fit_is_cut_and_so_are_those_after_it(
     net, batches = relu_mlp() if method == "gauss_newton" else gelu_mlp(), labelled(6, sizes=(8, 8))
     model = Limited(net, 2, error)
     before = snapshot(model)
-    found = tq.estimate_curvature(model, batches, TASK, method=method, draws=2)
+    found = tq.estimate_curvature(model, batches, TASK, num_probes=2, estimator=method)
     assert snapshot(model) == before
-    whole = tq.estimate_curvature(Limited(net, 8, error), batches, TASK, method=method, draws=2)
+    whole = tq.estimate_curvature(Limited(net, 8, error), batches, TASK, num_probes=2, estimator=method)
     assert "batches cut to 2 samples" in found.reason
     assert_close(found, whole)
     assert sum(size == 8 for size in model.sizes) <= 1  # tried once, or the check of a few samples told
@@ -292,7 +292,7 @@ def test_convolutions_have_words_of_their_own_for_a_lack_of_memory(text: str) ->
 def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
     model = Limited(relu_mlp(), 2, RuntimeError("shapes do not match"))
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        tq.estimate_curvature(model, labelled(6), TASK, method="hutchinson")
+        tq.estimate_curvature(model, labelled(6), TASK, estimator="hutchinson")
 
 
 @both
@@ -300,7 +300,7 @@ def test_one_sample_that_does_not_fit_is_an_error(method: str, monkeypatch: pyte
     model = Limited(relu_mlp(), 0, MEMORY_ERRORS[1])
     monkeypatch.setattr(memory, "available_bytes", lambda: None)
     with pytest.raises(ResourceError, match=r"does not suffice for one sample of batch 0 .*can't allocate"):
-        tq.estimate_curvature(model, labelled(6), TASK, method=method)
+        tq.estimate_curvature(model, labelled(6), TASK, estimator=method)
 
 
 @both
@@ -312,7 +312,7 @@ def test_a_batch_that_cannot_be_divided_says_what_to_do(method: str, monkeypatch
     model = Limited(relu_mlp(), 2, MEMORY_ERRORS[0])
     batch = {"x": labelled(6)[0][0], "size": 4}
     with pytest.raises(ResourceError, match=r"a batch of 4 samples does not fit into memory.*give AnyTask a select"):
-        tq.estimate_curvature(model, [batch], task, method=method)
+        tq.estimate_curvature(model, [batch], task, estimator=method)
 
 
 @both
@@ -327,14 +327,14 @@ def test_a_model_of_one_batch_size_is_measured(method: str) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.b(F.relu(self.a(x.reshape(8, 6))))
 
-    tq.estimate_curvature(build(Fixed), labelled(6, sizes=(8,)), TASK, method=method, draws=1)
+    tq.estimate_curvature(build(Fixed), labelled(6, sizes=(8,)), TASK, num_probes=1, estimator=method)
 
 
 def test_three_images_of_three_channels() -> None:
     """Of different sizes, as a list with labels."""
     task = ClassificationTask(forward=lambda model, images: torch.cat([model(image[None]) for image in images]))
     batch = ([torch.randn(3, 8 + i, 9, dtype=torch.float64) for i in range(3)], torch.arange(3))
-    tq.estimate_curvature(conv_net(), [batch], task, method="hutchinson", draws=1)
+    tq.estimate_curvature(conv_net(), [batch], task, num_probes=1, estimator="hutchinson")
 
 
 def test_interacting_samples_are_noticed_behind_a_batch_of_one() -> None:
@@ -348,7 +348,7 @@ def test_interacting_samples_are_noticed_behind_a_batch_of_one() -> None:
             return self.b(F.relu(h - 0.5 * h.mean(0)))
 
     with pytest.raises(ModelError, match="samples of a batch interact"):
-        tq.estimate_curvature(build(Centred), labelled(6, sizes=(1, 3)), TASK, method="gauss_newton")
+        tq.estimate_curvature(build(Centred), labelled(6, sizes=(1, 3)), TASK, estimator="gauss_newton")
 
 
 LIMITED_PROCESS = """
@@ -580,7 +580,7 @@ def test_killed_and_run_again_an_analysis_gives_the_same_file(tmp_path: Path) ->
     killed, straight = tmp_path / "killed", tmp_path / "straight"
 
     def arguments(out: Path) -> list[str]:
-        return ["analyze", "--task", f"{file}:build", "--out", str(out), "--draws", "2", "--no-eigenvalues", "-q"]
+        return ["analyze", "--task", f"{file}:build", "--out", str(out), "--num-probes", "2", "--no-eigenvalues", "-q"]
 
     program = [sys.executable, "-m", "tracequant", *arguments(killed)]
     process = subprocess.Popen(program, env=environment | {"SLOW": "0.1"})
@@ -622,7 +622,7 @@ def test_gauss_newton_stops_once_the_samples_suffice() -> None:
 def test_gauss_newton_warns_of_what_it_did_not_reach() -> None:
     with pytest.warns(UserWarning, match=r"relative error of \d traces is above the 0.001 .*give more samples"):
         found = tq.estimate_curvature(
-            relu_mlp(), labelled(6, sizes=(20, 20)), TASK, method="gauss_newton", relative_error=1e-3
+            relu_mlp(), labelled(6, sizes=(20, 20)), TASK, estimator="gauss_newton", relative_error=1e-3
         )
     assert found.samples == 40
 
@@ -630,16 +630,16 @@ def test_gauss_newton_warns_of_what_it_did_not_reach() -> None:
 def test_hutchinson_draws_as_often_as_a_layer_needs() -> None:
     """The target is met, by fewer draws where a layer is easier; the first are those of a run of a fixed number."""
     model, batches, target = gelu_mlp(), labelled(6, sizes=(6,)), 0.1
-    found = tq.estimate_curvature(model, batches, TASK, method="hutchinson", relative_error=target)
+    found = tq.estimate_curvature(model, batches, TASK, estimator="hutchinson", relative_error=target)
     estimates = [*found.weights.values(), *found.activations.values()]
     assert all(estimate.standard_error <= target * abs(estimate.trace) for estimate in estimates)
     draws = [estimate.draws for estimate in estimates]
     assert min(draws) == LEAST_DRAWS
     assert 100 < max(draws) < 1000
-    looser = tq.estimate_curvature(model, batches, TASK, method="hutchinson", relative_error=2 * target)
+    looser = tq.estimate_curvature(model, batches, TASK, estimator="hutchinson", relative_error=2 * target)
     assert max(draws) > 2 * max(e.draws for e in [*looser.weights.values(), *looser.activations.values()])
-    fixed = tq.estimate_curvature(model, batches, TASK, method="hutchinson", draws=LEAST_DRAWS)
-    free = tq.estimate_curvature(model, batches, TASK, method="hutchinson", relative_error=1e6)
+    fixed = tq.estimate_curvature(model, batches, TASK, num_probes=LEAST_DRAWS, estimator="hutchinson")
+    free = tq.estimate_curvature(model, batches, TASK, estimator="hutchinson", relative_error=1e6)
     assert free.weights == fixed.weights
 
 
@@ -667,21 +667,23 @@ def test_batches_of_different_traces_may_miss_the_target_and_say_so(tmp_path: Pa
 def test_a_diagonal_hessian_takes_the_least_draws() -> None:
     task = AnyTask(lambda model, batch: model(batch[0]), lambda z, batch: z.pow(4).sum(1).mean())
     model = build(lambda: nn.Sequential(nn.Linear(1, 1, bias=False)))
-    found = tq.estimate_curvature(model, labelled(1), task, method="hutchinson", relative_error=1e-6)
+    found = tq.estimate_curvature(model, labelled(1), task, estimator="hutchinson", relative_error=1e-6)
     assert found.weights["0"].draws == LEAST_DRAWS
     assert found.weights["0"].standard_error == pytest.approx(0, abs=1e-9)
 
 
 def test_hutchinson_warns_of_what_it_did_not_reach() -> None:
     with pytest.warns(UserWarning, match=r"above the 0.001 .*allow more draws"):
-        found = tq.estimate_curvature(gelu_mlp(), labelled(6), TASK, method="hutchinson", draws=10, relative_error=1e-3)
+        found = tq.estimate_curvature(
+            gelu_mlp(), labelled(6), TASK, num_probes=10, estimator="hutchinson", relative_error=1e-3
+        )
     assert {estimate.draws for estimate in found.weights.values()} == {10}
 
 
 def test_cut_batches_stop_drawing_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole batches here take 8 draws."""
     cut_into(2, 6, "hutchinson", monkeypatch)
-    found = tq.estimate_curvature(gelu_mlp(), labelled(6, sizes=(6,)), TASK, method="hutchinson", relative_error=1e6)
+    found = tq.estimate_curvature(gelu_mlp(), labelled(6, sizes=(6,)), TASK, estimator="hutchinson", relative_error=1e6)
     assert "batches cut to 3 samples" in found.reason
     assert {e.draws for e in [*found.weights.values(), *found.activations.values()]} == {LEAST_DRAWS}
 
@@ -699,7 +701,7 @@ def test_all_microbatches_of_a_batch_have_the_draws_of_the_first(monkeypatch: py
     counts = {e.draws for e in found.weights.values()}
     assert len(counts) > 1
     for count in counts:
-        whole = tq.estimate_curvature(model, batches, TASK, draws=count, **options)
+        whole = tq.estimate_curvature(model, batches, TASK, num_probes=count, **options)
         for name, estimate in found.weights.items():
             if estimate.draws == count:
                 assert estimate.trace == pytest.approx(whole.weights[name].trace, rel=1e-10)
@@ -713,7 +715,7 @@ def test_certain_layers_cost_nothing_more() -> None:
     with pytest.MonkeyPatch.context() as patch:
         own = module.draw_probe
         patch.setattr(module, "draw_probe", lambda *args: (drawn.append(1), own(*args))[1])
-        found = tq.estimate_curvature(model, labelled(6), TASK, method="hutchinson", relative_error=1e6)
+        found = tq.estimate_curvature(model, labelled(6), TASK, estimator="hutchinson", relative_error=1e6)
     assert len(drawn) == LEAST_DRAWS * (len(found.weights) + len(found.activations))
 
 
@@ -725,24 +727,24 @@ def test_the_rule_sees_more_samples_each_time(method: str, tmp_path: Path) -> No
         seen.append(curvature)
         return curvature.samples >= 12
 
-    found = tq.estimate_curvature(model, batches, TASK, method=method, draws=2, stop=rule, checkpoint=tmp_path)
+    found = tq.estimate_curvature(model, batches, TASK, num_probes=2, estimator=method, stop=rule, checkpoint=tmp_path)
     assert [curvature.samples for curvature in seen] == [5, 8, 12]
-    assert found == seen[-1] == tq.estimate_curvature(model, batches[:3], TASK, method=method, draws=2)
-    again = tq.estimate_curvature(model, batches, TASK, method=method, draws=2, stop=rule, checkpoint=tmp_path)
+    assert found == seen[-1] == tq.estimate_curvature(model, batches[:3], TASK, num_probes=2, estimator=method)
+    again = tq.estimate_curvature(model, batches, TASK, num_probes=2, estimator=method, stop=rule, checkpoint=tmp_path)
     assert again == found
-    never = tq.estimate_curvature(model, batches, TASK, method=method, draws=2, stop=lambda c: False)
-    assert never == tq.estimate_curvature(model, batches, TASK, method=method, draws=2)
+    never = tq.estimate_curvature(model, batches, TASK, num_probes=2, estimator=method, stop=lambda c: False)
+    assert never == tq.estimate_curvature(model, batches, TASK, num_probes=2, estimator=method)
 
 
 def test_either_rule_may_stop_gauss_newton() -> None:
     batches = labelled(6, sizes=(16,) * 6)
     with pytest.warns(UserWarning, match="relative error"):
         found = tq.estimate_curvature(
-            relu_mlp(), batches, TASK, method="gauss_newton", relative_error=1e-3, stop=lambda c: c.samples >= 64
+            relu_mlp(), batches, TASK, estimator="gauss_newton", relative_error=1e-3, stop=lambda c: c.samples >= 64
         )
     assert found.samples == 64
     found = tq.estimate_curvature(
-        relu_mlp(), batches, TASK, method="gauss_newton", relative_error=1e6, stop=lambda c: c.samples >= 64
+        relu_mlp(), batches, TASK, estimator="gauss_newton", relative_error=1e6, stop=lambda c: c.samples >= 64
     )
     assert found.samples == LEAST_SAMPLES
 
@@ -763,9 +765,9 @@ def test_bfloat16_is_near_float32_and_its_loss_is_computed_in_float32(method: st
     inner = []
     model.conv2.register_forward_hook(lambda module, args, output: inner.append(output.dtype))
     task = ClassificationTask(loss)
-    exact = tq.estimate_curvature(model, batches, task, method=method, draws=8)
+    exact = tq.estimate_curvature(model, batches, task, num_probes=8, estimator=method)
     inner.clear()
-    rough = tq.estimate_curvature(model, batches, task, method=method, draws=8, precision="bfloat16")
+    rough = tq.estimate_curvature(model, batches, task, num_probes=8, estimator=method, precision="bfloat16")
     assert torch.bfloat16 in inner
     assert set(dtypes) == {torch.float32}
     for family in ("weights", "activations"):
@@ -781,7 +783,7 @@ def test_bfloat16_is_near_float32_and_its_loss_is_computed_in_float32(method: st
 def test_bfloat16_does_not_take_rounding_for_weights_used_elsewhere(size: int) -> None:
     model = build(ConvNet, dtype=torch.float32)
     batches = [(x.float(), y) for x, y in images((size,))]
-    found = tq.estimate_curvature(model, batches, TASK, method="gauss_newton", precision="bfloat16")
+    found = tq.estimate_curvature(model, batches, TASK, estimator="gauss_newton", precision="bfloat16")
     assert "a backward pass for each sample" not in found.reason
 
 
@@ -840,14 +842,14 @@ def test_batches_made_without_gradients_in_mind(method: str) -> None:
     with torch.inference_mode():
         made = [tuple(part.clone() for part in batch) for batch in labelled(6)]
     assert made[0][0].is_inference()
-    found = tq.estimate_curvature(gelu_mlp(), made, TASK, method=method)
-    assert found.weights == tq.estimate_curvature(gelu_mlp(), labelled(6), TASK, method=method).weights
+    found = tq.estimate_curvature(gelu_mlp(), made, TASK, estimator=method)
+    assert found.weights == tq.estimate_curvature(gelu_mlp(), labelled(6), TASK, estimator=method).weights
 
 
 @both
 def test_tf32_needs_a_gpu(method: str) -> None:
     with pytest.raises(ResourceError, match="precision='tf32' is for CUDA devices"):
-        tq.estimate_curvature(gelu_mlp(), labelled(6), TASK, method=method, precision="tf32")
+        tq.estimate_curvature(gelu_mlp(), labelled(6), TASK, estimator=method, precision="tf32")
 
 
 @both
@@ -857,10 +859,10 @@ def test_models_in_half_precision_are_refused(method: str, dtype: torch.dtype) -
     model[2].to(dtype)
     task = ClassificationTask(forward=lambda model, x: model[2](model[1](model[0](x)).to(dtype)).double())
     with pytest.raises(ModelError, match=rf"the model has {dtype} parameters.*model\.float\(\)"):
-        tq.estimate_curvature(model, labelled(6), task, method=method)
+        tq.estimate_curvature(model, labelled(6), task, estimator=method)
 
 
 @both
 def test_an_unknown_precision_is_refused(method: str) -> None:
     with pytest.raises(ResourceError, match="unknown precision 'float16'; choose float32, tf32, bfloat16"):
-        tq.estimate_curvature(gelu_mlp(), labelled(6), TASK, method=method, draws=1, precision="float16")
+        tq.estimate_curvature(gelu_mlp(), labelled(6), TASK, num_probes=1, estimator=method, precision="float16")

@@ -101,7 +101,7 @@ def plan_for(
 def quantized_residual(weight_bits: int = 3, activation_bits: int = 4) -> tuple[nn.Module, nn.Module]:
     model = build()
     plan = plan_for(tq.discover(model, images(), TASK), weight_bits, activation_bits)
-    return model, tq.quantize(model, plan, images(), TASK)
+    return model, tq.quantize(model, images(), TASK, plan)
 
 
 def inputs_read(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
@@ -136,7 +136,7 @@ def test_the_argument_is_left_exactly_as_it_was(training: bool) -> None:
     plan = plan_for(tq.discover(model, images(), TASK))
     rng = torch.get_rng_state()
 
-    quantized = tq.quantize(model, plan, images(), TASK)
+    quantized = tq.quantize(model, images(), TASK, plan)
 
     assert torch.equal(torch.get_rng_state(), rng)
     assert {name: (type(module), module.training) for name, module in model.named_modules()} == modules
@@ -167,7 +167,7 @@ def test_a_plan_for_another_model_is_refused() -> None:
     for name in ("lef", "left.weight", "nowhere", "norm", "drop", "*"):
         wrong = replace(plan, weight_bits={**plan.weight_bits, name: 4})
         with pytest.raises(ModelError) as refused:
-            tq.quantize(model, wrong, images(), TASK)
+            tq.quantize(model, images(), TASK, wrong)
         assert f"the plan names layer {name}, which this model does not have" in str(refused.value)
 
 
@@ -178,14 +178,14 @@ def test_an_unknown_activation_is_refused() -> None:
     for name in ("right", "nowhere"):
         wrong = replace(plan, activation_bits={**plan.activation_bits, name: 4})
         with pytest.raises(ModelError, match=f"the plan names activation {name}, which this model does not have"):
-            tq.quantize(model, wrong, images(), TASK)
+            tq.quantize(model, images(), TASK, wrong)
 
 
 def test_quantizing_twice_is_refused() -> None:
     _, quantized = quantized_residual()
     plan = plan_for(tq.discover(build(), images(), TASK))
     with pytest.raises(ModelError, match="parametrized already"):
-        tq.quantize(quantized, plan, images(), TASK)
+        tq.quantize(quantized, images(), TASK, plan)
 
 
 @pytest.mark.parametrize("num_bits", [0, 9])
@@ -193,9 +193,9 @@ def test_bits_outside_the_range_are_refused(num_bits: int) -> None:
     model = build()
     plan = plan_for(tq.discover(model, images(), TASK))
     with pytest.raises(ModelError, match="from 1 to 8"):
-        tq.quantize(model, replace(plan, weight_bits={**plan.weight_bits, "head": num_bits}), images(), TASK)
+        tq.quantize(model, images(), TASK, replace(plan, weight_bits={**plan.weight_bits, "head": num_bits}))
     with pytest.raises(ModelError, match="from 1 to 8"):
-        tq.quantize(model, replace(plan, activation_bits={**plan.activation_bits, "head": num_bits}), images(), TASK)
+        tq.quantize(model, images(), TASK, replace(plan, activation_bits={**plan.activation_bits, "head": num_bits}))
 
 
 # Weights and activations
@@ -206,7 +206,7 @@ def test_bits_outside_the_range_are_refused(num_bits: int) -> None:
 def test_weights_take_at_most_two_to_the_b_values_in_each_channel(num_bits: int, per_channel: bool) -> None:
     model = build()
     points = tq.discover(model, images(), TASK)
-    quantized = tq.quantize(model, plan_for(points, num_bits, 0, tq.WeightGrid(per_channel)), images(), TASK)
+    quantized = tq.quantize(model, images(), TASK, plan_for(points, num_bits, 0, tq.WeightGrid(per_channel)))
 
     for layer in points.layers:
         weight = quantized.get_submodule(layer.name).weight.detach()  # type: ignore[union-attr, operator]
@@ -246,7 +246,7 @@ def test_activations_stay_float_where_the_plan_says_so() -> None:
 def test_layers_outside_the_plan_stay_float() -> None:
     model = build()
     points = tq.discover(model, images(), TASK, include=("left", "head"))
-    quantized = tq.quantize(model, plan_for(points), images(), TASK)
+    quantized = tq.quantize(model, images(), TASK, plan_for(points))
 
     assert list(weight_quantizers(quantized)) == [("left", "weight"), ("head", "weight")]
     for name in ("stem", "right"):
@@ -259,7 +259,7 @@ def test_layers_outside_the_plan_stay_float() -> None:
 def test_single_activations_may_stay_float() -> None:
     model = build()
     plan = plan_for(tq.discover(model, images(), TASK))
-    quantized = tq.quantize(model, replace(plan, activation_bits={"head": 2}), images(), TASK)
+    quantized = tq.quantize(model, images(), TASK, replace(plan, activation_bits={"head": 2}))
     read = inputs_read(quantized, images()[0][0])
     assert list(activation_quantizers(quantized)) == ["head"]
     assert read["head"].unique().numel() <= 4
@@ -325,7 +325,7 @@ def test_consumers_of_one_tensor_share_one_quantizer() -> None:
 
 def test_tied_weights_share_one_quantizer_and_one_parameter() -> None:
     model = build(Words)
-    quantized = tq.quantize(model, plan_for(tq.discover(model, sentences(), TASK)), sentences(), TASK)
+    quantized = tq.quantize(model, sentences(), TASK, plan_for(tq.discover(model, sentences(), TASK)))
     found = weight_quantizers(quantized)
 
     assert found["embed", "weight"] is found["out", "weight"]
@@ -338,7 +338,7 @@ def test_tied_weights_share_one_quantizer_and_one_parameter() -> None:
 def test_attention_reads_quantized_projections_and_inputs() -> None:
     """Against a plain model that is given the rounded weights and, by a hook, the rounded input."""
     model = build(Words)
-    quantized = tq.quantize(model, plan_for(tq.discover(model, sentences(), TASK)), sentences(), TASK)
+    quantized = tq.quantize(model, sentences(), TASK, plan_for(tq.discover(model, sentences(), TASK)))
     assert ("attention", "in_proj_weight") in weight_quantizers(quantized)
     assert ("attention.out_proj", "weight") in weight_quantizers(quantized)
     plain = build(Words)
@@ -379,7 +379,7 @@ def test_the_state_dict_carries_everything() -> None:
     file = io.BytesIO()
     torch.save(quantized.state_dict(), file)
     file.seek(0)
-    other = tq.quantize(model, plan_for(tq.discover(model, images(), TASK)), images(), TASK)
+    other = tq.quantize(model, images(), TASK, plan_for(tq.discover(model, images(), TASK)))
     batch = images(seed=2)[0][0]
     assert not torch.equal(other(batch), quantized(batch))
 
@@ -426,8 +426,8 @@ def test_an_iterator_of_batches_is_enough() -> None:
     model = build()
     plan = plan_for(tq.discover(model, images(), TASK))
     batch = images(seed=2)[0][0]
-    once = tq.quantize(model, plan, iter(images()), TASK)
-    again = tq.quantize(model, plan, images(), TASK)
+    once = tq.quantize(model, iter(images()), TASK, plan)
+    again = tq.quantize(model, images(), TASK, plan)
     assert torch.equal(once(batch), again(batch))
 
 
@@ -460,7 +460,7 @@ def test_to_float_is_an_ordinary_module_with_the_weights_of_the_codes() -> None:
 def test_to_float_keeps_ties_and_attention() -> None:
     model, tokens = build(Words), sentences()[0][0]
     plan = plan_for(tq.discover(model, sentences(), TASK), activation_bits=0)
-    quantized = tq.quantize(model, plan, sentences(), TASK).eval()
+    quantized = tq.quantize(model, sentences(), TASK, plan).eval()
     plain = tq.to_float(quantized)
     assert plain.out.weight is plain.embed.weight
     assert len(list(plain.parameters())) == len(list(model.parameters()))

@@ -52,16 +52,18 @@ def now() -> list[Any]:
 
 
 def errors(model: nn.Module, batches: Any, points: Any) -> None:
-    grids = calibrate(model, batches, TASK, points, {name: [4] for name in points.activation_by_name})
+    grids = calibrate(model, batches, TASK, points, bits={name: [4] for name in points.activation_by_name})
     _activation_errors(model, batches, TASK, points, grids, False)
 
 
 MEASUREMENTS: dict[str, Callable[..., Any]] = {
     "evaluation": lambda model, batches, points: TASK.evaluate(model, batches),
-    "accuracy": lambda model, batches, points: Evaluator(model, Own(), batches, batches),
+    "accuracy": lambda model, batches, points: Evaluator(model, batches, Own(), evaluation=batches),
     "activations": errors,
-    "check": lambda model, batches, points: tq.check_metrics(model, made_up(points), batches, TASK, (4,), plans=1),
-    "landscape": lambda model, batches, points: loss_landscapes(model, batches, TASK, points, ["inner"], size=3),
+    "check": lambda model, batches, points: tq.check_criteria(
+        model, batches, TASK, made_up(points), weight_bits=(4,), plans=1
+    ),
+    "landscape": lambda model, batches, points: loss_landscapes(model, batches, TASK, points, layers=["inner"], size=3),
     "curvature": lambda model, batches, points: tq.estimate_curvature(model, batches, TASK, points=points),
     "eigenvalues": lambda model, batches, points: tq.top_eigenvalues(model, batches, TASK, points),
     "expansion": lambda model, batches, points: tq.measure_perturbation(model, batches, TASK, points),

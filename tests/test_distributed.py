@@ -115,7 +115,7 @@ def assert_same(found: Curvature, expected: Curvature) -> None:
 @pytest.mark.slow
 def test_two_processes_killed_once_give_the_result_of_one(tmp_path: Path) -> None:
     """Batches shared out, five for two; the second process is killed, and the same command run again."""
-    process = started(tmp_path, "both", 5, "--draws", "2", SLOW="0.4")
+    process = started(tmp_path, "both", 5, "--num-probes", "2", SLOW="0.4")
     try:
         until = time.monotonic() + 60
         while not list((tmp_path / "both").glob("batches/*/batch-000001-*.safetensors")) and time.monotonic() < until:
@@ -131,9 +131,9 @@ def test_two_processes_killed_once_give_the_result_of_one(tmp_path: Path) -> Non
     kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "both").glob("batches/*/batch-*.safetensors")}
     assert 1 <= len(kept) < 5
     assert not (tmp_path / "both" / "curvature.json").exists()
-    code, text = finished(started(tmp_path, "both", 5, "--draws", "2"))
+    code, text = finished(started(tmp_path, "both", 5, "--num-probes", "2"))
     assert code == 0, text
-    assert_same(Curvature.load(tmp_path / "both" / "curvature.json"), alone(tmp_path, 5, "--draws", "2"))
+    assert_same(Curvature.load(tmp_path / "both" / "curvature.json"), alone(tmp_path, 5, "--num-probes", "2"))
     assert not (tmp_path / "both" / "batches").exists()
 
 

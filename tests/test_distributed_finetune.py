@@ -54,10 +54,10 @@ def batches(size: int, samples: int = 48) -> list[tuple[Tensor, Tensor]]:
 def quantized(norm: bool = False, dropout: float = 0.0) -> nn.Module:
     torch.manual_seed(0)
     model = Net(norm, dropout).eval()
-    curvature = tq.estimate_curvature(model, batches(24), TASK, "gauss_newton", "exact")
-    sensitivity = tq.measure_sensitivity(model, curvature, batches(24), TASK, (3, 4), (4,))
+    curvature = tq.estimate_curvature(model, batches(24), TASK, estimator="gauss_newton", num_probes="exact")
+    sensitivity = tq.measure_sensitivity(model, batches(24), TASK, curvature, weight_bits=(3, 4), activation_bits=(4,))
     plan: BitPlan = tq.solve(sensitivity, average_bits=4)
-    return tq.quantize(model, plan, batches(24), TASK)
+    return tq.quantize(model, batches(24), TASK, plan)
 
 
 State = dict[str, Any]  # arrays: tensors are not pickled, but shared with a process that has ended

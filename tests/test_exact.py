@@ -22,13 +22,13 @@ from tracequant.allocation.explain import exchange_rates, explain
 from tracequant.allocation.pareto import Unit
 from tracequant.core import cost
 from tracequant.core.errors import BudgetError
-from tracequant.core.plan import MEGABYTE
+from tracequant.core.plan import MIB
 from tracequant.core.points import ActivationPoint, Layer, QuantizationPoints, StoredTensor
 from tracequant.core.sensitivity import Sensitivity
 from tracequant.core.settings import PlanSettings, WeightGrid
 
-WEIGHT_LIMITS = ("max_size_mb", "compression", "average_bits", "max_bops_g", "max_latency_ms")
-ACTIVATION_LIMITS = ("average_activation_bits", "activation_compression", "max_activation_mb")
+WEIGHT_LIMITS = ("max_size_mib", "compression", "average_bits", "max_bops_g", "max_latency_ms")
+ACTIVATION_LIMITS = ("average_activation_bits", "activation_compression", "max_activation_mib")
 COUPLING = ("max_bops_g", "max_latency_ms")
 FEW = settings(max_examples=150, deadline=None)
 
@@ -127,8 +127,8 @@ class Everything:
             bits = sorted(self.sensitivity.activation_omega[point.name])
             if not point.is_model_input:
                 bits = [b for b in bits if b in (request.allowed_activation_bits or {}).get(point.name, (b,))]
-            if request.max_activation_mb is not None:
-                bits = [b for b in bits if point.numel * b / 8 <= request.max_activation_mb * MEGABYTE]
+            if request.max_activation_mib is not None:
+                bits = [b for b in bits if point.numel * b / 8 <= request.max_activation_mib * MIB]
             inputs[point.name] = bits if free else bits[-1:]
         units = points.weight_units
         shared = [[b for b in weights[unit[0]] if all(b in weights[name] for name in unit)] for unit in units]
@@ -164,7 +164,7 @@ class Everything:
         elements = math.fsum(point.numel for point in points.activations)
         average = sum(layer.numel * column[layer.name] for layer in points.layers) / count
         self.used = {
-            "max_size_mb": (first - codes[0] + codes) / MEGABYTE,
+            "max_size_mib": (first - codes[0] + codes) / MIB,
             "average_bits": average,
             "compression": -32 / average,
             "max_bops_g": sum(
@@ -239,9 +239,9 @@ def requests(draw: st.DrawFn) -> tuple[Sensitivity, PlanSettings]:
     rules["space"] = draw(st.sampled_from(["full", "full", "monotone"]))
     if "max_latency_ms" in chosen:
         rules["latency"] = latency_table(sensitivity, seed, rising=draw(st.booleans()))
-    if "max_activation_mb" in chosen and sensitivity.points.activations:
+    if "max_activation_mib" in chosen and sensitivity.points.activations:
         largest = max(point.numel for point in sensitivity.points.activations)
-        rules["max_activation_mb"] = largest * rng.choice([4, 6, 8, 8]) / 8 / MEGABYTE
+        rules["max_activation_mib"] = largest * rng.choice([4, 6, 8, 8]) / 8 / MIB
     asked: dict[str, Any] = {}
     # Limits around those of one plan, so that all of them matter.
     everything = Everything(sensitivity, PlanSettings(**rules, **dict.fromkeys(chosen & set(COUPLING), 1.0)))
@@ -251,9 +251,9 @@ def requests(draw: st.DrawFn) -> tuple[Sensitivity, PlanSettings]:
             used = abs(float(everything.used[name][plan]))
             slack = rng.choice([1.0, 1.02, 1.1, 1.3, 0.9])
             asked[name] = used / slack if "compression" in name else used * slack
-        if not asked and "max_activation_mb" not in rules:
+        if not asked and "max_activation_mib" not in rules:
             asked["average_bits"] = float(everything.used["average_bits"][plan])
-    elif "max_activation_mb" not in rules:
+    elif "max_activation_mib" not in rules:
         asked["average_bits"] = 4.0
     return sensitivity, PlanSettings(**rules, **asked)
 
@@ -286,9 +286,9 @@ def test_equal_to_brute_force_under_every_mix_of_limits(case: tuple[Sensitivity,
     assert plan.total_omega == pytest.approx(best, rel=1e-9)
     assert plan.gap == 0.0
     assert plan.bound == plan.total_omega
-    if request.max_size_mb is not None:
+    if request.max_size_mib is not None:
         size = cost.size_bytes(sensitivity.points, plan.weight_bits, plan.activation_bits, sensitivity.weight_grid)
-        assert size == plan.size_bytes <= request.max_size_mb * MEGABYTE + 1e-6
+        assert size == plan.size_bytes <= request.max_size_mib * MIB + 1e-6
 
 
 @FEW
@@ -310,7 +310,7 @@ def test_exact_frontier_is_that_of_brute_force(seed: int, layers: int, options: 
     if not everything.choices:
         return
     activation_omega = math.fsum(options[max(options)] for options in sensitivity.activation_omega.values())
-    sizes = np.round(everything.used["max_size_mb"] * MEGABYTE).astype(int)
+    sizes = np.round(everything.used["max_size_mib"] * MIB).astype(int)
     expected: list[tuple[int, float]] = []
     for i in np.lexsort((everything.omega, sizes)):
         omega = everything.omega[i] - activation_omega
@@ -377,7 +377,7 @@ def test_eight_layers_of_four_widths(seed: int) -> None:
     everything = Everything(sensitivity, PlanSettings(max_bops_g=1.0, latency=table, allowed_activation_bits=fixed))
     assert len(everything.choices) == 4 ** (6 if seed % 2 else 8)
     rng = random.Random(seed)
-    for names in itertools.combinations(["max_size_mb", "average_bits", "max_bops_g", "max_latency_ms"], 3):
+    for names in itertools.combinations(["max_size_mib", "average_bits", "max_bops_g", "max_latency_ms"], 3):
         plan = rng.randrange(len(everything.choices))
         limits = {name: float(everything.used[name][plan]) * rng.uniform(1, 1.1) for name in names}
         request = PlanSettings(latency=table, allowed_activation_bits=fixed, **limits)  # type: ignore[arg-type]
@@ -438,15 +438,15 @@ def test_exact_is_never_worse_than_appendix_e_and_lies_on_the_frontier() -> None
     sensitivity = big()
     front = tq.frontier(sensitivity)
     for average in (2.2, 3.1, 4.4, 6.0):
-        found = tq.solve(sensitivity, average_bits=average, method="pareto")
+        found = tq.solve(sensitivity, average_bits=average, solver="pareto")
         best = tq.solve(sensitivity, average_bits=average)
         assert best.omega <= found.omega
         assert found.bound is None
         assert found.gap is None
-        same_size = tq.solve(sensitivity, max_size_mb=best.size_mb)
+        same_size = tq.solve(sensitivity, max_size_mib=best.size_mib)
         on_front = front.omega[np.searchsorted(front.size_bytes, best.size_bytes, side="right") - 1]
         assert same_size.omega == pytest.approx(on_front, rel=1e-9)
-    pareto = tq.frontier(sensitivity, method="pareto")
+    pareto = tq.frontier(sensitivity, solver="pareto")
     best_of_size = front.omega[np.searchsorted(front.size_bytes, pareto.size_bytes, side="right") - 1]
     assert (pareto.omega >= best_of_size * (1 - 1e-9)).all()
 
@@ -473,11 +473,11 @@ def test_a_frontier_too_large_for_memory_is_refused() -> None:
 
 def test_price_is_the_slope_of_the_frontier() -> None:
     sensitivity = big(120)
-    plan = tq.solve(sensitivity, max_size_mb=0.03)
+    plan = tq.solve(sensitivity, max_size_mib=0.03)
     assert plan.prices.keys() == {"size"}
-    step = 300 / MEGABYTE
-    wider = tq.solve(sensitivity, max_size_mb=0.03 + step)
-    narrower = tq.solve(sensitivity, max_size_mb=0.03 - step)
+    step = 300 / MIB
+    wider = tq.solve(sensitivity, max_size_mib=0.03 + step)
+    narrower = tq.solve(sensitivity, max_size_mib=0.03 - step)
     slope = (narrower.omega - wider.omega) / (2 * step)
     assert plan.prices["size"] == pytest.approx(slope, rel=0.1)
     (rate,) = exchange_rates(plan)
@@ -492,13 +492,13 @@ def test_why_sets_a_step_beside_the_price() -> None:
     assert any("elsewhere that takes off" in row.why for row in rows)
     assert any("spent elsewhere" in row.why for row in rows)
     assert any("input: " in row.why and "G BOPs" in row.why for row in rows)
-    free = tq.solve(sensitivity, average_bits=3, method="pareto")
+    free = tq.solve(sensitivity, average_bits=3, solver="pareto")
     assert not any("elsewhere" in row.why for row in explain(sensitivity, free).rows)
     assert exchange_rates(free) == []
 
 
 def test_huge_limits_say_that_they_are_above_everything() -> None:
-    for limits in ({"max_size_mb": 1e300}, {"compression": 1e-300}, {"max_bops_g": 1e300, "average_bits": 31}):
+    for limits in ({"max_size_mib": 1e300}, {"compression": 1e-300}, {"max_bops_g": 1e300, "average_bits": 31}):
         with pytest.raises(BudgetError, match="above the largest plan"):
             tq.solve(make(4, 0), **limits)  # type: ignore[arg-type]
 
@@ -516,14 +516,14 @@ def test_layers_without_any_sensitivity_take_the_fewest_bits() -> None:
 
 
 UNITS = {
-    "max_size_mb": r"([\d.]+) MB",
+    "max_size_mib": r"([\d.]+) MB",
     "compression": r"([\d.]+)x",
     "average_bits": r"([\d.]+) bits",
     "max_bops_g": r"([\d.]+) G BOPs",
     "max_latency_ms": r"([\d.]+) ms",
     "average_activation_bits": r"([\d.]+) bits for",
     "activation_compression": r"([\d.]+)x for",
-    "max_activation_mb": r"([\d.]+) MB at",
+    "max_activation_mib": r"([\d.]+) MB at",
 }
 
 
@@ -548,7 +548,7 @@ def test_nearest_limit_is_named_and_then_accepted(name: str, seed: int) -> None:
 
 def test_all_limits_that_cannot_be_met_are_named() -> None:
     with pytest.raises(BudgetError) as refused:
-        tq.solve(make(4, 0), average_bits=1.5, max_bops_g=1e-9, max_size_mb=1.0)
+        tq.solve(make(4, 0), average_bits=1.5, max_bops_g=1e-9, max_size_mib=1.0)
     message = str(refused.value)
     assert "at most 1.5 bits on average" in message
     assert "at most 1e-09 G BOPs" in message
@@ -621,7 +621,7 @@ def test_peak_activation_memory_is_kept() -> None:
     sensitivity = make(6, 0, activation_bits=(4, 6, 8))
     largest = max(point.numel for point in sensitivity.points.activations if not point.is_model_input)
     limit = largest * 6 / 8
-    plan = tq.solve(sensitivity, average_bits=4, max_activation_mb=limit / MEGABYTE)
+    plan = tq.solve(sensitivity, average_bits=4, max_activation_mib=limit / MIB)
     assert cost.peak_activation_bytes(sensitivity.points, plan.activation_bits) <= limit
     assert min(plan.activation_bits.values()) == 6
     assert "no activation above" in plan.budget

@@ -108,11 +108,11 @@ def prepared(make: Make, batches: list[Batch], task: tq.Task) -> nn.Module:
 def check_whole_flow(make: Make, batches: list[Batch], task: tq.Task, folder: Path) -> tq.BitPlan:
     """Analyze, plan, quantize, train one step, pack, load; the plan."""
     model = prepared(make, batches, task)
-    curvature = tq.estimate_curvature(model, batches, task, method="gauss_newton", draws=2)
+    curvature = tq.estimate_curvature(model, batches, task, num_probes=2, estimator="gauss_newton")
     assert all(estimate.trace > 0 for estimate in curvature.weights.values())
-    sensitivity = tq.measure_sensitivity(model, curvature, batches, task, weight_bits=(2, 4, 8), activation_bits=(4, 8))
+    sensitivity = tq.measure_sensitivity(model, batches, task, curvature, weight_bits=(2, 4, 8), activation_bits=(4, 8))
     plan = tq.solve(sensitivity, average_bits=4, average_activation_bits=7.5)
-    quantized = tq.quantize(model, plan, batches, task)
+    quantized = tq.quantize(model, batches, task, plan)
     before = {name: tensor.clone() for name, tensor in quantized.named_parameters()}
     losses = tq.finetune(quantized, batches, task, steps=1, learning_rate=1e-3, teacher=model).losses
     assert len(losses) == 1

@@ -99,9 +99,9 @@ def test_figure_2_has_all_traces_and_two_landscapes(drawn: Path) -> None:
 def test_figure_4_marks_the_plan_on_the_frontier(drawn: Path) -> None:
     found, plan = data(drawn, 4), Run(drawn).plan()
     marked = next(row for row in found["plans"] if row["plan"] == "this plan")
-    assert (marked["size_mb"], marked["omega"]) == (plan.size_mb, plan.omega)
+    assert (marked["size_mib"], marked["omega"]) == (plan.size_mib, plan.omega)
     front = found["frontiers"]["exact"]
-    at = max(i for i, size in enumerate(front["size_mb"]) if size <= plan.size_mb)
+    at = max(i for i, size in enumerate(front["size_mib"]) if size <= plan.size_mib)
     assert front["omega"][at] <= plan.omega * (1 + 1e-9)
 
 
@@ -181,7 +181,7 @@ def test_without_a_plan_the_others_are_drawn(
     assert invoke("figures", run, *GRID) == 0
     captured = capsys.readouterr()
     assert [line.partition(":")[0] for line in captured.out.splitlines()] == ["Figure 2", "Figure 5", "Figure 6"]
-    assert f"tracequant plan {run} --max-size-mb X" in captured.err
+    assert f"tracequant plan {run} --max-size-mib X" in captured.err
     assert captured.err.count("is left out") == 3
     assert invoke("figures", run, "--figure", 4, "-q") == 2
 
@@ -221,14 +221,14 @@ def test_float_activations_have_no_figure_8_and_hutchinsons_draws_are_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    options = ("--method", "hutchinson", "--draws", 4, "--no-eigenvalues", "--activation-bits", "none")
-    assert invoke("analyze", "--task", TASK, *options, "--tie", "*", "--out", run, "-q") == 0
+    options = ("--estimator", "hutchinson", "--num-probes", 4, "--no-eigenvalues", "--activation-bits", "none")
+    assert invoke("analyze", "--task", TASK, *options, "--ties", "*", "--out", run, "-q") == 0
     assert invoke("plan", run, "--average-bits", 3, "-q") == 0
     forbid_the_model(monkeypatch)
     assert invoke("figures", run, "--figure", 5, "--figure", 7, "-q") == 0
     curvature = Run(run).curvature()
-    assert curvature.weight_draws is not None
-    assert data(run, 5)["by_iteration"] == {k: list(v) for k, v in curvature.weight_draws.items()}
+    assert curvature.weight_probes is not None
+    assert data(run, 5)["by_iteration"] == {k: list(v) for k, v in curvature.weight_probes.items()}
     (block,) = data(run, 7)["blocks"]  # all layers are tied, and one bar
     total = sum(e.trace for e in curvature.weights.values())
     assert block["estimate"]["average_trace"] == pytest.approx(total / sum(e.numel for e in curvature.weights.values()))
@@ -347,7 +347,7 @@ def test_results_stand_beside_the_rows_they_are_of(tables: ModuleType, tmp_path:
         },
         "bccd_retinanet.json": {
             "rows": {
-                "direct": {"w_bits": "4", "a_bits": "4", "W-Comp": 8.0, "A-Comp": 8.0, "size_mb": 0.4, "mAP": 20.0},
+                "direct": {"w_bits": "4", "a_bits": "4", "W-Comp": 8.0, "A-Comp": 8.0, "size_mib": 0.4, "mAP": 20.0},
                 "mixed weights, 6-bit activations": {"seeds": {"0": {"AP": 33.25}}},
             }
         },

@@ -103,7 +103,7 @@ def by_hand(points: QuantizationPoints, weight_bits: int, activation_bits: int) 
 def quantized(weight_bits: int = 3, activation_bits: int = 4, kind: type[nn.Module] = Net) -> nn.Module:
     model = build(kind)
     return tq.quantize(
-        model, by_hand(tq.discover(model, one_batch(), TASK), weight_bits, activation_bits), one_batch(), TASK
+        model, one_batch(), TASK, by_hand(tq.discover(model, one_batch(), TASK), weight_bits, activation_bits)
     )
 
 
@@ -182,7 +182,7 @@ def test_the_learning_rate_falls_along_a_cosine() -> None:
     task = tq.ClassificationTask(loss=lambda outputs, targets: outputs.mean())
     batches = [(torch.ones(4, 2), torch.zeros(4, dtype=torch.long))]
     model = Slope()
-    model = tq.quantize(model, by_hand(tq.discover(model, batches, task), 4, 0), batches, task)
+    model = tq.quantize(model, batches, task, by_hand(tq.discover(model, batches, task), 4, 0))
     expected = model.layer.bias.item()  # type: ignore[union-attr, operator]
     velocity = 0.0
     for step in range(7):
@@ -348,13 +348,13 @@ def test_channels_last_leaves_volumes_alone() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv3d(1, 2, 2), nn.ReLU(), nn.Flatten(2), nn.AdaptiveAvgPool1d(1), nn.Flatten()).eval()
     batches = [(torch.randn(4, 1, 3, 3, 3), torch.tensor([0, 1, 0, 1]))]
-    model = tq.quantize(model, by_hand(tq.discover(model, batches, TASK), 4, 4), batches, TASK)
+    model = tq.quantize(model, batches, TASK, by_hand(tq.discover(model, batches, TASK), 4, 4))
     assert len(tq.finetune(model, batches, TASK, steps=2, channels_last=True).losses) == 2
 
 
 def quantized_images() -> nn.Module:
     model = build(Images)
-    return tq.quantize(model, by_hand(tq.discover(model, image_batches(), TASK), 3, 4), image_batches(), TASK)
+    return tq.quantize(model, image_batches(), TASK, by_hand(tq.discover(model, image_batches(), TASK), 3, 4))
 
 
 def test_channels_last_changes_the_speed_and_not_the_training() -> None:
@@ -616,7 +616,7 @@ def test_a_teacher_weighs_the_same_at_any_number_of_positions() -> None:
     for copies in (1, 64):
         batches = [(inputs.repeat(1, 1, copies), targets.repeat(1, copies))]
         points = tq.discover(teacher, batches, TASK)
-        model = tq.quantize(teacher, by_hand(points, 2, 0), batches, TASK)
+        model = tq.quantize(teacher, batches, TASK, by_hand(points, 2, 0))
         losses.append(tq.finetune(model, batches, TASK, steps=1, teacher=teacher, distillation=0.5).losses[0])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 

@@ -195,7 +195,7 @@ def exact_weight_traces(
 
 def exact(model: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> tq.Curvature:
     task = tq.ClassificationTask(loss=loss)
-    return tq.estimate_curvature(model, [(x, y)], task, method="gauss_newton", draws="exact")
+    return tq.estimate_curvature(model, [(x, y)], task, num_probes="exact", estimator="gauss_newton")
 
 
 def labels(x: Tensor) -> Tensor:
@@ -253,7 +253,7 @@ def test_draws_agree_with_the_exact_sum_within_their_error(loss: str) -> None:
     model = randomized(make())
     batch, task = [(x, labels(x))], tq.ClassificationTask(loss=LOSSES[loss])
     truth = exact(model, x, labels(x), LOSSES[loss])
-    drawn = tq.estimate_curvature(model, batch, task, method="gauss_newton", draws=400, seed=3)
+    drawn = tq.estimate_curvature(model, batch, task, num_probes=400, seed=3, estimator="gauss_newton")
     for family in ("weights", "activations"):
         for name, estimate in getattr(drawn, family).items():
             # Of the last layer's gradient with a diagonal output Hessian the norm is the same for all signs.
@@ -313,7 +313,7 @@ def test_batches_and_their_sizes_do_not_matter() -> None:
     model, x, y = randomized(make()), seeded(6, 2, 4, 4), torch.arange(6) % CLASSES
     whole = exact(model, x, y, F.cross_entropy)
     parts = [(x[:1], y[:1]), (x[1:4], y[1:4]), (x[4:], y[4:])]
-    split = tq.estimate_curvature(model, parts, TASK, method="gauss_newton", draws="exact")
+    split = tq.estimate_curvature(model, parts, TASK, num_probes="exact", estimator="gauss_newton")
     for family in ("weights", "activations"):
         for name, estimate in getattr(whole, family).items():
             other = getattr(split, family)[name]
@@ -390,7 +390,7 @@ def test_weights_used_outside_their_module_get_a_pass_for_each_sample() -> None:
     """Attention's projections, whose weights no module call explains; here against Gauss-Newton by Jacobians."""
     model = attention_net()
     batch = (seeded(2, 3, 3), torch.tensor([0, 1]))
-    curvature = tq.estimate_curvature(model, [batch], TASK, method="gauss_newton", draws="exact")
+    curvature = tq.estimate_curvature(model, [batch], TASK, num_probes="exact", estimator="gauss_newton")
     assert "a backward pass for each sample" in curvature.reason
     for name, _ in model.named_parameters():
         layer = name.removesuffix(".weight")
@@ -416,14 +416,14 @@ def jacobian_trace(model: nn.Module, name: str, x: Tensor, y: Tensor) -> float:
 def test_auto_takes_gauss_newton_where_it_is_exact_and_says_so() -> None:
     make, x = NETWORKS["conv"]
     curvature = tq.estimate_curvature(randomized(make()), [(x, labels(x))], TASK)
-    assert curvature.method == "gauss_newton"
+    assert curvature.estimator == "gauss_newton"
     assert "agree to" in curvature.reason
 
 
 def test_auto_notices_a_layer_applied_to_its_own_output() -> None:
     model, x = randomized(Recurrent()), seeded(4, 5)
-    curvature = tq.estimate_curvature(model, [(x, labels(x))], TASK, draws=1)
-    assert curvature.method == "hutchinson"
+    curvature = tq.estimate_curvature(model, [(x, labels(x))], TASK, num_probes=1)
+    assert curvature.estimator == "hutchinson"
     assert "block of layer differs" in curvature.reason
     slow = exact(model, x, labels(x), F.cross_entropy)
     assert slow.weights["layer"].trace == pytest.approx(jacobian_trace(model, "layer.weight", x, labels(x)), rel=1e-9)
@@ -442,8 +442,8 @@ class FunctionalGelu(nn.Module):
 
 def test_auto_is_not_fooled_by_functional_calls() -> None:
     x = seeded(4, 5)
-    curvature = tq.estimate_curvature(randomized(FunctionalGelu()), [(x, labels(x))], TASK, draws=1)
-    assert curvature.method == "hutchinson"
+    curvature = tq.estimate_curvature(randomized(FunctionalGelu()), [(x, labels(x))], TASK, num_probes=1)
+    assert curvature.estimator == "hutchinson"
     assert "Gauss-Newton block of a differs" in curvature.reason
     assert "called as a function" in curvature.reason
 
@@ -451,8 +451,8 @@ def test_auto_is_not_fooled_by_functional_calls() -> None:
 def test_auto_names_the_module_that_bends() -> None:
     model = randomized(nn.Sequential(nn.Linear(5, 6), nn.SiLU(), nn.Linear(6, CLASSES)))
     x = seeded(4, 5)
-    curvature = tq.estimate_curvature(model, [(x, labels(x))], TASK, draws=1)
-    assert curvature.method == "hutchinson"
+    curvature = tq.estimate_curvature(model, [(x, labels(x))], TASK, num_probes=1)
+    assert curvature.estimator == "hutchinson"
     assert "1, SiLU" in curvature.reason
 
 
@@ -463,7 +463,7 @@ def test_the_model_comes_back_as_it_was(make: Callable[[], nn.Module]) -> None:
     model.train()
     before, rng = snapshot(model), torch.get_rng_state()
     for method in ("gauss_newton", "auto"):
-        tq.estimate_curvature(model, batches, TASK, method=method)
+        tq.estimate_curvature(model, batches, TASK, estimator=method)
         assert snapshot(model) == before
         assert torch.equal(rng, torch.get_rng_state())
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -508,7 +508,7 @@ def test_a_tensor_that_some_batches_never_reach_counts_as_zero_there() -> None:
     x[:, 0] = torch.tensor([1.0, -1.0])
     batches = [(x[:1], labels(x)[:1]), (x[1:], labels(x)[1:])]
     both, first = (
-        tq.estimate_curvature(model, chosen, TASK, method="gauss_newton", draws="exact", weights=False)
+        tq.estimate_curvature(model, chosen, TASK, num_probes="exact", estimator="gauss_newton", weights=False)
         for chosen in (batches, batches[:1])
     )
     assert both.activations["extra"].trace == pytest.approx(first.activations["extra"].trace / 2)
@@ -547,7 +547,7 @@ def test_samples_that_cannot_be_told_apart_are_refused(model: type[nn.Module]) -
 def test_one_sample_at_a_time_serves_any_layout() -> None:
     model, x = randomized(SequenceFirst()), seeded(3, 4, 5)
     batches = [(x[n : n + 1], labels(x)[n : n + 1]) for n in range(3)]
-    curvature = tq.estimate_curvature(model, batches, TASK, method="gauss_newton", draws="exact")
+    curvature = tq.estimate_curvature(model, batches, TASK, num_probes="exact", estimator="gauss_newton")
     expected = exact_weight_traces(model, x, labels(x), F.cross_entropy)
     assert {name: e.trace for name, e in curvature.weights.items()} == pytest.approx(expected, rel=1e-9)
 
@@ -563,7 +563,7 @@ class KnownHessian(tq.ClassificationTask):
 def test_output_hessian_of_the_user_is_used() -> None:
     make, x = NETWORKS["linear"]
     model, batch = randomized(make()), [(x, labels(x))]
-    own = tq.estimate_curvature(model, batch, KnownHessian(), method="gauss_newton", draws="exact")
+    own = tq.estimate_curvature(model, batch, KnownHessian(), num_probes="exact", estimator="gauss_newton")
     expected = exact_weight_traces(model, x, labels(x), F.cross_entropy)
     assert {name: 2 * e.trace for name, e in own.weights.items()} == pytest.approx(expected, rel=1e-9)
 
@@ -581,7 +581,7 @@ def test_factor_of_a_large_coupled_loss_is_refused() -> None:
 @pytest.mark.parametrize("draws", [0, -1, 1.5, "all"])
 def test_draws_are_checked(draws: object) -> None:
     with pytest.raises(tq.ModelError, match="whole number from 1"):
-        tq.estimate_curvature(build(FunctionalGelu), [(seeded(2, 5), torch.zeros(2).long())], TASK, draws=draws)
+        tq.estimate_curvature(build(FunctionalGelu), [(seeded(2, 5), torch.zeros(2).long())], TASK, num_probes=draws)
 
 
 class Same(nn.Conv2d):
@@ -648,7 +648,7 @@ class ManyOutputsTask(tq.Task):
 def test_outputs_that_depend_on_one_another() -> None:
     model, x, task = randomized(ManyOutputs()), seeded(3, 5), ManyOutputsTask()
     points = tq.discover(model, [(x, x)], task, exclude=["c"])
-    result = tq.estimate_curvature(model, [(x, x)], task, draws="exact", points=points)
+    result = tq.estimate_curvature(model, [(x, x)], task, num_probes="exact", points=points)
     assert result.method == "gauss_newton"
     for name in ("a", "b"):
 
@@ -663,16 +663,16 @@ def test_auto_without_a_second_derivative_says_what_it_gives() -> None:
     model = randomized(nn.Sequential(nn.Linear(5, 4), nn.Hardsigmoid(), nn.Linear(4, CLASSES)))
     x = seeded(3, 5)
     curvature = tq.estimate_curvature(model, [(x, labels(x))], TASK)
-    assert curvature.method == "gauss_newton"
+    assert curvature.estimator == "gauss_newton"
     assert "no second derivative" in curvature.reason
 
 
 def test_options_of_the_other_method_are_refused() -> None:
     model, x = randomized(FunctionalGelu()), seeded(2, 5)
     with pytest.raises(tq.ModelError, match="has no option probes"):
-        tq.estimate_curvature(model, [(x, labels(x))], TASK, method="gauss_newton", probes="shared")
+        tq.estimate_curvature(model, [(x, labels(x))], TASK, estimator="gauss_newton", probe_scope="shared")
     with pytest.raises(tq.ModelError, match="exact"):
-        tq.estimate_curvature(model, [(x, labels(x))], TASK, method="hutchinson", draws="exact")
+        tq.estimate_curvature(model, [(x, labels(x))], TASK, num_probes="exact", estimator="hutchinson")
 
 
 def test_a_loss_without_curvature_is_refused() -> None:

@@ -178,7 +178,15 @@ def test_error_and_variance_are_those_of_theory(probes, distribution):
     points = discover(model, [batch], TASK)
     blocks = reference_matrix(model, batch)
     result = hutchinson(
-        model, [batch], TASK, points, draws, seed=1, probes=probes, distribution=distribution, activations=False
+        model,
+        [batch],
+        TASK,
+        points,
+        num_probes=draws,
+        probe_scope=probes,
+        distribution=distribution,
+        seed=1,
+        activations=False,
     )
     assert result.activations == {}
     for name, other in (("0", "2"), ("2", "0")):
@@ -204,7 +212,7 @@ def test_batches_count_by_their_samples(device):
     inputs[5] *= 3
     batches = [(inputs[a:b], targets[a:b]) for a, b in ((0, 5), (5, 6), (6, 8))]
     points = discover(model, batches, TASK)
-    result = hutchinson(model, batches, TASK, points, draws=300, activations=False)
+    result = hutchinson(model, batches, TASK, points, num_probes=300, activations=False)
     for name in ("0", "2"):
         blocks = [
             reference_block(model.cpu(), f"{name}.weight", lambda out, t=t: F.cross_entropy(out, t), x)
@@ -257,10 +265,10 @@ def polynomial(first: float, second: float) -> tuple[nn.Module, list[Any], Task]
 def test_a_diagonal_hessian_takes_one_draw(first, second, trace, probes):
     """F1 = 100x² + y² and F2 = 100x² + 99y² of the paper, a negative trace (kept negative) and a saddle."""
     model, batches, task = polynomial(first, second)
-    curvature = estimate_curvature(model, batches, task, draws=1, probes=probes, activations=False)
+    curvature = estimate_curvature(model, batches, task, num_probes=1, probe_scope=probes, activations=False)
     assert curvature.weights["0"].trace == pytest.approx(trace, abs=1e-10)
     assert curvature.weights["0"].average_trace == pytest.approx(trace / 2, abs=1e-10)
-    many = estimate_curvature(model, batches, task, draws=4, probes=probes, activations=False)
+    many = estimate_curvature(model, batches, task, num_probes=4, probe_scope=probes, activations=False)
     assert many.weights["0"].standard_error == pytest.approx(0, abs=1e-10)
 
 
@@ -326,7 +334,7 @@ def test_activation_traces_average_over_inputs_of_any_size_in_any_batches(sizes,
     vectors = [torch.randn(n, generator=generator, dtype=torch.float64) for n in (1, 9, 2, 5, 3, 4)]
     rest = iter(vectors)
     batches = [list(itertools.islice(rest, size)) for size in sizes]
-    curvature = estimate_curvature(model, batches, ElementwiseTask(), draws=1)
+    curvature = estimate_curvature(model, batches, ElementwiseTask(), num_probes=1)
     each = [sum(12 * w**2 * (w * x + b) ** 2 for x in vector.tolist()) for vector in vectors]
     estimate = curvature.activations["0"]
     assert estimate.trace == pytest.approx(sum(each) / 6, rel=1e-12)
@@ -403,7 +411,9 @@ def test_activation_draws_estimate_the_mean_of_each_inputs_own(probes):
     model, pictures, targets = images_of_different_sizes()
     points = discover(model, [(pictures, targets)], ImagesTask())
     draws = 400
-    result = hutchinson(model, [(pictures, targets)], ImagesTask(), points, draws, probes=probes, weights=False)
+    result = hutchinson(
+        model, [(pictures, targets)], ImagesTask(), points, num_probes=draws, probe_scope=probes, weights=False
+    )
     assert result.weights == {}
     for name, blocks in exact_activation_blocks().items():
         want = sum(block.trace().item() for block in blocks) / 3
@@ -461,7 +471,7 @@ def test_a_branch_point_counts_all_consumers_and_leaves_the_identity_path_out():
     for value in wrong.values():
         assert value != pytest.approx(want, rel=0.02)
     draws = 300
-    estimate = hutchinson(model, [(inputs, target)], TASK, points, draws).activations["left"]
+    estimate = hutchinson(model, [(inputs, target)], TASK, points, num_probes=draws).activations["left"]
     block = exact_hessian(lambda u: F.cross_entropy(model.join(u, u, x), target), x)
     variance = 2 * (block - block.diag().diag()).square().sum().item()
     assert abs(estimate.trace - want) < SIGMAS * math.sqrt(variance / draws)
@@ -504,7 +514,7 @@ def test_a_head_applied_to_several_tensors_sums_their_traces():
         exact_hessian(lambda u: loss(levels[0], u), levels[1]),
     ]
     assert got["head"] == pytest.approx(sum(block.trace().item() for block in blocks), rel=1e-9)
-    (estimate,) = [hutchinson(model, [(picture, target)], TASK, points, draws=2).activations["head"]]
+    (estimate,) = [hutchinson(model, [(picture, target)], TASK, points, num_probes=2).activations["head"]]
     assert estimate.numel == sum(len(block) for block in blocks)
 
 
@@ -512,7 +522,7 @@ def test_attention_runs_under_the_kernel_that_has_a_second_derivative():
     """The fused attention of a plain call has none; the estimate comes out all the same, for all layers."""
     model = attention_net()
     batches = labelled(5, 3)
-    curvature = estimate_curvature(model, batches, TASK, draws=200)
+    curvature = estimate_curvature(model, batches, TASK, num_probes=200)
     points = curvature.points
     assert list(curvature.weights) == ["embed", "attention.in_proj_weight", "attention.out_proj", "fc"]
     assert list(curvature.activations) == ["embed", "attention", "fc"]
@@ -551,7 +561,7 @@ def test_the_model_is_left_exactly_as_it_was(probes, device):
     """Modes, requires_grad, gradients, BatchNorm statistics, hooks, weights and the global random state."""
     model = lent_model().to(device)
     before = snapshot(model)
-    curvature = estimate_curvature(model, images(sizes=(3, 2)), TASK, draws=2, probes=probes)
+    curvature = estimate_curvature(model, images(sizes=(3, 2)), TASK, num_probes=2, probe_scope=probes)
     assert snapshot(model) == before
     assert list(curvature.weights) == ["0.conv1", "0.conv2", "0.fc", "2"]  # frozen layers have a curvature too
 
@@ -562,15 +572,15 @@ def test_the_model_is_left_exactly_as_it_was_after_an_error():
     batches = images(sizes=(3, 2))
     batches[1][0][0] = torch.nan
     with pytest.raises(DataError, match="batch 1"):
-        estimate_curvature(model, batches, TASK, draws=2)
+        estimate_curvature(model, batches, TASK, num_probes=2)
     assert snapshot(model) == before
 
 
 def test_analysis_is_of_the_model_in_evaluation_mode():
     """Training mode, dropout and frozen layers change nothing in the result."""
-    trained = estimate_curvature(lent_model(), images(), TASK, draws=3)
+    trained = estimate_curvature(lent_model(), images(), TASK, num_probes=3)
     plain = lent_model().eval().requires_grad_(True)
-    assert estimate_curvature(plain, images(), TASK, draws=3) == trained
+    assert estimate_curvature(plain, images(), TASK, num_probes=3) == trained
 
 
 def test_the_seed_decides_and_the_global_random_state_does_not():
@@ -578,31 +588,33 @@ def test_the_seed_decides_and_the_global_random_state_does_not():
     results = []
     for state in (0, 1):
         torch.manual_seed(state)
-        results.append(estimate_curvature(model, batches, TASK, draws=2, seed=5))
+        results.append(estimate_curvature(model, batches, TASK, num_probes=2, seed=5))
     assert results[0] == results[1]
     assert results[0].seed == 5
-    other = estimate_curvature(model, batches, TASK, draws=2, seed=6)
+    other = estimate_curvature(model, batches, TASK, num_probes=2, seed=6)
     assert other.weights["0"].trace != results[0].weights["0"].trace
     assert other.activations["2"].trace != results[0].activations["2"].trace
 
 
 def test_draws_and_batches_have_probes_of_their_own():
     """The same batch twice, two draws each: equal probes would show as no spread between batches or draws."""
-    estimate = estimate_curvature(gelu_mlp(), labelled(6) * 2, TASK, draws=2).weights["0"]
+    estimate = estimate_curvature(gelu_mlp(), labelled(6) * 2, TASK, num_probes=2).weights["0"]
     assert estimate.standard_error > 0
     assert estimate.sampling_error > 0
 
 
 def test_a_one_shot_iterator_serves_discovery_and_estimation():
     model, batches = gelu_mlp(), labelled(6, sizes=(3, 2))
-    assert estimate_curvature(model, iter(batches), TASK, draws=2) == estimate_curvature(model, batches, TASK, draws=2)
+    assert estimate_curvature(model, iter(batches), TASK, num_probes=2) == estimate_curvature(
+        model, batches, TASK, num_probes=2
+    )
 
 
 def test_a_result_survives_a_file(tmp_path):
-    curvature = estimate_curvature(gelu_mlp(), labelled(6), TASK, draws=1)
+    curvature = estimate_curvature(gelu_mlp(), labelled(6), TASK, num_probes=1)
     curvature.save(tmp_path / "curvature.json")
     assert Curvature.load(tmp_path / "curvature.json") == curvature
-    assert curvature.method == "hutchinson"
+    assert curvature.estimator == "hutchinson"
     assert curvature.reason == "1 rademacher draws for each of 1 batches, probes per layer"
 
 
@@ -627,7 +639,7 @@ def test_a_layer_that_the_loss_does_not_depend_on_is_named(layer):
     with pytest.raises(ModelError, match=rf"does not depend on layer {layer}; .*exclude=\['{layer}'\]"):
         estimate_curvature(model, labelled(6), TASK, points=points)
     points = discover(model, labelled(6), TASK, exclude=["idle", "lost"])
-    assert list(estimate_curvature(model, labelled(6), TASK, points=points, draws=1).weights) == ["fc"]
+    assert list(estimate_curvature(model, labelled(6), TASK, num_probes=1, points=points).weights) == ["fc"]
 
 
 def test_an_activation_that_the_loss_ignores_has_no_trace():
@@ -636,7 +648,7 @@ def test_an_activation_that_the_loss_ignores_has_no_trace():
     points = discover(model, [(torch.tanh(labelled(6)[0][0]), labelled(6)[0][1])], TASK, exclude=["idle"])
     model.forward = lambda x: (model.lost(x * 2), model.fc(x))[1]
     points = discover(model, labelled(6), TASK, exclude=["idle"])
-    curvature = estimate_curvature(model, labelled(6), TASK, points=points, weights=False, draws=1)
+    curvature = estimate_curvature(model, labelled(6), TASK, num_probes=1, points=points, weights=False)
     assert curvature.activations["lost"].trace == 0
     assert curvature.activations["fc"].trace != 0
 
@@ -655,8 +667,10 @@ def test_a_tensor_that_some_batches_never_reach_counts_as_zero_there():
 
     model, batches = build(Sometimes), labelled(6, sizes=(3, 2))
     points = discover(model, batches, TASK)
-    both = estimate_curvature(model, batches, TASK, points=points, weights=False, draws=1).activations["second"]
-    (one,) = [estimate_curvature(model, batches[:1], TASK, points=points, weights=False, draws=1).activations["second"]]
+    both = estimate_curvature(model, batches, TASK, num_probes=1, points=points, weights=False).activations["second"]
+    (one,) = [
+        estimate_curvature(model, batches[:1], TASK, num_probes=1, points=points, weights=False).activations["second"]
+    ]
     assert both.trace == pytest.approx(one.trace * 3 / 5)
     assert both.average_trace == pytest.approx(one.average_trace)
 
@@ -669,7 +683,7 @@ def test_a_loss_without_a_graph_is_explained():
 
 def test_a_loss_linear_in_a_layer_has_a_zero_hessian():
     task = ClassificationTask(loss=lambda logits, targets: logits.mean())
-    curvature = estimate_curvature(gelu_mlp(), labelled(6), task, draws=2)
+    curvature = estimate_curvature(gelu_mlp(), labelled(6), task, num_probes=2)
     assert curvature.weights["2"].trace == 0
     assert curvature.weights["0"].trace != 0  # through GELU it is curved
 
@@ -700,7 +714,7 @@ def test_an_operation_without_second_derivative_is_explained():
     model = build(Model)
     before = snapshot(model)
     with pytest.raises(ModelError, match="no second derivative"):
-        estimate_curvature(model, labelled(6), TASK, draws=1)
+        estimate_curvature(model, labelled(6), TASK, num_probes=1)
     assert snapshot(model) == before
 
 
@@ -717,7 +731,7 @@ def test_options_are_checked(options, error, message):
 
 
 def test_auto_takes_hutchinson_for_a_smooth_network():
-    assert estimate_curvature(gelu_mlp(), labelled(6), TASK, method="auto", draws=1).method == "hutchinson"
+    assert estimate_curvature(gelu_mlp(), labelled(6), TASK, num_probes=1, estimator="auto").method == "hutchinson"
 
 
 class CountedCube(torch.autograd.Function):
@@ -766,7 +780,7 @@ def test_no_graph_outlives_the_call():
     for _ in range(3):
         gc.disable()
         try:
-            curvature = estimate_curvature(model, batches, TASK, draws=2)
+            curvature = estimate_curvature(model, batches, TASK, num_probes=2)
             assert CountedCube.count() == 0
         finally:
             gc.enable()
@@ -780,7 +794,7 @@ def test_no_graph_outlives_the_call():
 def test_a_batchs_graph_is_gone_before_the_next_is_built():
     """Otherwise the peak of memory is that of two batches."""
     model = build(CountedNet)
-    estimate_curvature(model, labelled(6, sizes=(2, 2, 2)), TASK, draws=1)
+    estimate_curvature(model, labelled(6, sizes=(2, 2, 2)), TASK, num_probes=1)
     assert model.seen == [0] * 5
 
 
@@ -807,7 +821,8 @@ def test_forward_mode_gives_the_same_products(make, batches, probes):
     points = discover(model, batches, TASK)
     before = snapshot(model)
     reverse, ahead = (
-        hutchinson(model, batches, TASK, points, draws=3, probes=probes, mode=mode) for mode in ("reverse", "forward")
+        hutchinson(model, batches, TASK, points, num_probes=3, probe_scope=probes, mode=mode)
+        for mode in ("reverse", "forward")
     )
     assert snapshot(model) == before
     assert "forward-over-reverse" in ahead.reason
@@ -873,8 +888,8 @@ class Called(nn.Module):
 
 def test_forward_mode_where_there_is_no_way_back():
     batches = labelled(6, sizes=(3, 2))
-    found = estimate_curvature(build(lambda: Called(CubeAhead.apply)), batches, TASK, draws=3, mode="forward")
-    expected = estimate_curvature(build(lambda: Called(lambda x: x**3)), batches, TASK, draws=3)
+    found = estimate_curvature(build(lambda: Called(CubeAhead.apply)), batches, TASK, num_probes=3, mode="forward")
+    expected = estimate_curvature(build(lambda: Called(lambda x: x**3)), batches, TASK, num_probes=3)
     assert "forward-over-reverse" in found.reason
     for family in ("weights", "activations"):
         for name, estimate in getattr(expected, family).items():
@@ -886,7 +901,7 @@ def test_forward_mode_where_there_is_no_way_back():
 def test_forward_mode_is_not_taken_unasked(function, options):
     """For some functions it would leave out a term and say nothing."""
     with pytest.raises(ModelError, match=r"no second derivative.*or try mode='forward'"):
-        estimate_curvature(build(lambda: Called(function.apply)), labelled(6), TASK, draws=3, **options)
+        estimate_curvature(build(lambda: Called(function.apply)), labelled(6), TASK, num_probes=3, **options)
 
 
 @pytest.mark.parametrize("mode", ["sideways", "auto"])
@@ -926,5 +941,5 @@ def test_the_innermost_module_without_second_derivative_is_named(make, loss, nam
     model = build(make)
     before = snapshot(model)
     with pytest.raises(ModelError, match=f"no second derivative.*; it is in {name}$"):
-        estimate_curvature(model, labelled(6), ClassificationTask(loss), draws=1)
+        estimate_curvature(model, labelled(6), ClassificationTask(loss), num_probes=1)
     assert snapshot(model) == before

@@ -67,15 +67,15 @@ def test_eigenvectors_are_those_of_the_exact_hessian() -> None:
     hessian = torch.autograd.functional.hessian(loss, model[0].weight.detach().flatten())
     true, vectors = torch.linalg.eigh(hessian)
     order = true.abs().argsort(descending=True)[:3]
-    values, found = top_eigenvectors(model, batches, task, points, "0", k=3, tolerance=1e-9)
+    values, found = top_eigenvectors(model, batches, task, points, layer="0", k=3, tolerance=1e-9)
     assert found.shape == (3, 2, 4)
     assert values == pytest.approx(true[order].tolist(), rel=1e-8)
     alignment = (found.flatten(1) @ vectors[:, order]).abs()
     torch.testing.assert_close(alignment, torch.eye(3, dtype=torch.float64), atol=1e-7, rtol=0)
     with pytest.raises(tq.ModelError, match="no layer 'nowhere'"):
-        top_eigenvectors(model, batches, task, points, "nowhere")
+        top_eigenvectors(model, batches, task, points, layer="nowhere")
     with pytest.raises(tq.ModelError, match="has 8 weights: k must be from 1 to that, got 9"):
-        top_eigenvectors(model, batches, task, points, "0", k=9)
+        top_eigenvectors(model, batches, task, points, layer="0", k=9)
 
 
 def test_a_multiple_of_the_identity_gets_orthogonal_directions() -> None:
@@ -84,7 +84,7 @@ def test_a_multiple_of_the_identity_gets_orthogonal_directions() -> None:
     x = math.sqrt(3) * torch.eye(3, dtype=torch.float64)
     batches, task = [(x, torch.zeros(3, 1, dtype=torch.float64))], SquaredError()
     points = tq.discover(model, batches, task)
-    values, vectors = top_eigenvectors(model, batches, task, points, "0", k=2)
+    values, vectors = top_eigenvectors(model, batches, task, points, layer="0", k=2)
     assert values == pytest.approx((1.0, 1.0))
     torch.testing.assert_close(vectors.flatten(1) @ vectors.flatten(1).T, torch.eye(2, dtype=torch.float64))
 
@@ -96,7 +96,7 @@ def test_the_landscape_of_a_quadratic_is_that_quadratic() -> None:
     before = model[0].weight.detach().clone()
     centre = task.evaluate(model, batches).loss
 
-    found = loss_landscapes(model, batches, task, points, ["0"], size=5, seed=3)
+    found = loss_landscapes(model, batches, task, points, layers=["0"], size=5, seed=3)
 
     (landscape,) = found.layers
     # Both outputs have the same moments, so that every eigenvalue is there twice and Lanczos' method finds each once.
@@ -118,7 +118,7 @@ def test_all_layers_have_the_same_grid() -> None:
     batches = [(torch.randn(8, 4), torch.arange(8) % 3)]
     task = tq.ClassificationTask()
     points = tq.discover(model, batches, task)
-    found = loss_landscapes(model, batches, task, points, ["2", "0"], size=3, radius=0.25)
+    found = loss_landscapes(model, batches, task, points, layers=["2", "0"], size=3, radius=0.25)
     assert found.steps == (-0.25, 0.0, 0.25)
     assert [own.layer for own in found.layers] == ["2", "0"]
     assert found.layers[0].losses[1][1] == found.layers[1].losses[1][1] == task.evaluate(model, batches).loss
@@ -128,19 +128,19 @@ def test_an_interrupted_landscape_goes_on_after_the_last_row(tmp_path: Path) -> 
     model, batches, _ = regression()
     points = tq.discover(model, batches, SquaredError())
     whole = SquaredError()
-    expected = loss_landscapes(model, batches, whole, points, ["0"], size=5)
+    expected = loss_landscapes(model, batches, whole, points, layers=["0"], size=5)
     row = 5 * len(batches)
     path = tmp_path / "landscape.json"
     first = SquaredError()
     first.stop_after = whole.calls - 3 * row + 3  # in the middle of the third row
     with pytest.raises(KeyboardInterrupt):
-        loss_landscapes(model, batches, first, points, ["0"], size=5, checkpoint=path)
+        loss_landscapes(model, batches, first, points, layers=["0"], size=5, checkpoint=path)
     partial = Landscapes.load(path)
     assert [len(own.losses) for own in partial.layers] == [2]
     assert not partial.complete
 
     second = SquaredError()
-    found = loss_landscapes(model, batches, second, points, ["0"], size=5, checkpoint=path)
+    found = loss_landscapes(model, batches, second, points, layers=["0"], size=5, checkpoint=path)
 
     assert found == expected == Landscapes.load(path)
     assert second.calls == 3 * row + len(batches)  # and once at the centre, to see that the loss is the same
@@ -151,12 +151,12 @@ def test_what_another_request_has_left_is_not_taken(tmp_path: Path) -> None:
     model, batches, _ = regression()
     task, path = SquaredError(), tmp_path / "landscape.json"
     points = tq.discover(model, batches, task)
-    loss_landscapes(model, batches, task, points, ["0"], size=3, radius=1.0, checkpoint=path)
+    loss_landscapes(model, batches, task, points, layers=["0"], size=3, radius=1.0, checkpoint=path)
     other = [(x + 1, y) for x, y in batches]
-    found = loss_landscapes(model, other, task, points, ["0"], size=3, radius=1.0, checkpoint=path)
-    assert found == loss_landscapes(model, other, task, points, ["0"], size=3, radius=1.0)
+    found = loss_landscapes(model, other, task, points, layers=["0"], size=3, radius=1.0, checkpoint=path)
+    assert found == loss_landscapes(model, other, task, points, layers=["0"], size=3, radius=1.0)
     path.write_text("{")
-    assert loss_landscapes(model, other, task, points, ["0"], size=3, radius=1.0, checkpoint=path) == found
+    assert loss_landscapes(model, other, task, points, layers=["0"], size=3, radius=1.0, checkpoint=path) == found
 
 
 def test_a_loss_that_overflows_is_written_as_it_is(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_a_loss_that_overflows_is_written_as_it_is(tmp_path: Path) -> None:
     batches = [(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))]
     task, path = SquaredError(), tmp_path / "landscape.json"
     points = tq.discover(model, batches, task)
-    found = loss_landscapes(model, batches, task, points, ["0"], size=3, radius=1e30, checkpoint=path)
+    found = loss_landscapes(model, batches, task, points, layers=["0"], size=3, radius=1e30, checkpoint=path)
     losses = found.layers[0].losses
     assert losses[0][0] == math.inf
     assert losses[1][1] == pytest.approx(1.25)

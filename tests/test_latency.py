@@ -48,7 +48,7 @@ def chain() -> tuple[nn.Module, tq.QuantizationPoints]:
 
 def test_every_layer_has_every_choice(tmp_path: Path) -> None:
     model, points = chain()
-    table = tq.measure_latency(model, BATCHES, TASK, points, (2, 8), (4, 8), repeats=5)
+    table = tq.measure_latency(model, BATCHES, TASK, points, weight_bits=(2, 8), activation_bits=(4, 8), repeats=5)
 
     choices = {name: {(w, a) for w, row in rows.items() for a in row} for name, rows in table.items()}
     inner = {(2, 4), (2, 8), (8, 4), (8, 8), (32, 32)}
@@ -105,13 +105,13 @@ def test_all_widths_of_weights_are_one_program(kind: str, input_bits: int, tmp_p
 def test_integers_are_faster_than_float() -> None:
     """The large convolution is 3.3 M multiply-accumulates times 8: enough to see the kernels."""
     model, points = chain()
-    table = tq.measure_latency(model, BATCHES, TASK, points, (8,), (8,), repeats=15)
+    table = tq.measure_latency(model, BATCHES, TASK, points, weight_bits=(8,), activation_bits=(8,), repeats=15)
     assert table["large"][8][8] < table["large"][32][32]
 
 
 def test_activations_may_stay_in_float() -> None:
     model, points = chain()
-    table = tq.measure_latency(model, BATCHES, TASK, points, (2, 8), (), repeats=3)
+    table = tq.measure_latency(model, BATCHES, TASK, points, weight_bits=(2, 8), activation_bits=(), repeats=3)
     assert all(list(rows[2]) == [32] for rows in table.values())
 
 
@@ -125,7 +125,7 @@ def test_calls_add_up() -> None:
 
     tied, tokens = build(TiedNet, dtype=torch.float32).eval(), [(torch.randint(0, 7, (3, 5)),)]
     points = tq.discover(tied, tokens, TASK)
-    table = tq.measure_latency(tied, tokens, TASK, points, (4,), (8,), repeats=2)
+    table = tq.measure_latency(tied, tokens, TASK, points, weight_bits=(4,), activation_bits=(8,), repeats=2)
     calls = latency._layer_calls(tied, tokens, TASK, points)
     assert [type(module).__name__ for _, module, _ in calls["embedding"]] == ["Embedding", "Linear"]
     assert set(table) == {"embedding", "hidden"}
@@ -142,7 +142,7 @@ def test_projections_of_an_attention_are_linear_layers() -> None:
     assert shapes["attention.in_proj_weight"] == [("Linear", (12, 4), (1, 6, 4))]
     ((_, weight, given),) = shapes["attention.out_proj"]
     assert (weight, given) == ((4, 4), (1, 6, 4))
-    table = tq.measure_latency(model, batches, TASK, points, (4,), (8,), repeats=2)
+    table = tq.measure_latency(model, batches, TASK, points, weight_bits=(4,), activation_bits=(8,), repeats=2)
     assert list(table["attention.out_proj"][4]) == [32]  # the inside of the attention is in float
 
 
@@ -159,18 +159,22 @@ def test_an_interrupted_measurement_goes_on(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(latency, "_measure", until_third)
     with pytest.raises(KeyboardInterrupt):
-        tq.measure_latency(model, BATCHES, TASK, points, (8,), (8,), repeats=2, checkpoint=path)
+        tq.measure_latency(
+            model, BATCHES, TASK, points, weight_bits=(8,), activation_bits=(8,), repeats=2, checkpoint=path
+        )
     kept = LatencyMeasurements.load(path).milliseconds
     assert len(kept) == 2
 
     done.clear()
     monkeypatch.setattr(latency, "_measure", lambda *arguments: (done.append(arguments[1]), measure(*arguments))[1])
-    table = tq.measure_latency(model, BATCHES, TASK, points, (8,), (8,), repeats=2, checkpoint=path)
+    table = tq.measure_latency(
+        model, BATCHES, TASK, points, weight_bits=(8,), activation_bits=(8,), repeats=2, checkpoint=path
+    )
     assert len(done) == 2
     assert table["stem"][8][8] in {ms for row in kept.values() for ms in row.values()}
     # More bits later: only they are measured.
     done.clear()
-    tq.measure_latency(model, BATCHES, TASK, points, (8,), (8,), repeats=2, checkpoint=path)
+    tq.measure_latency(model, BATCHES, TASK, points, weight_bits=(8,), activation_bits=(8,), repeats=2, checkpoint=path)
     assert done == []
 
 
@@ -184,6 +188,6 @@ def test_a_checkpoint_of_another_machine_is_refused(tmp_path: Path) -> None:
 def test_senseless_requests_are_refused() -> None:
     model, points = chain()
     with pytest.raises(ModelError, match="from 1 to 8"):
-        tq.measure_latency(model, BATCHES, TASK, points, (9,))
+        tq.measure_latency(model, BATCHES, TASK, points, weight_bits=(9,))
     with pytest.raises(DataError, match="repeats"):
         tq.measure_latency(model, BATCHES, TASK, points, repeats=0)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models import CLASSES, labelled, snapshot
 from test_sensitivity import made_up
-from tracequant import ClassificationTask, ResourceError, TaskError, check_metrics, discover
+from tracequant import ClassificationTask, ResourceError, TaskError, check_criteria, discover
 from tracequant.measure.landscape import loss_landscapes
 from tracequant.measure.sensitivity import _activation_errors
 from tracequant.model import memory
@@ -48,24 +48,24 @@ def evaluation(model: nn.Module, batches: Any, points: Any) -> Any:
 
 
 def ranges(model: nn.Module, batches: Any, points: Any) -> Any:
-    grids = calibrate(model, batches, TASK, points, {name: [4] for name in points.activation_by_name})
+    grids = calibrate(model, batches, TASK, points, bits={name: [4] for name in points.activation_by_name})
     return [float(own[4].scale) for own in grids.values()]
 
 
 def errors(model: nn.Module, batches: Any, points: Any) -> Any:
     options = {name: [4] for name in points.activation_by_name}
-    grids = calibrate(Limited(), batches, TASK, points, options)
+    grids = calibrate(Limited(), batches, TASK, points, bits=options)
     found = _activation_errors(model, batches, TASK, points, grids, False)
     return [own[4] for own in found.values()]
 
 
 def self_check(model: nn.Module, batches: Any, points: Any) -> Any:
-    found = check_metrics(model, made_up(points), batches, WEIGHTED, (4,), plans=2)
+    found = check_criteria(model, batches, WEIGHTED, made_up(points), weight_bits=(4,), plans=2)
     return [row.loss_change for row in (*found.layers, *found.plans)]
 
 
 def landscape(model: nn.Module, batches: Any, points: Any) -> Any:
-    return loss_landscapes(model, batches, WEIGHTED, points, ["net.0"], size=3).layers[0].losses[1]
+    return loss_landscapes(model, batches, WEIGHTED, points, layers=["net.0"], size=3).layers[0].losses[1]
 
 
 PASSES = [evaluation, ranges, errors, self_check, landscape]

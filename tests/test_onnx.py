@@ -126,7 +126,7 @@ def quantized_with(
     weight_bits = {layer.name: bits(i) for i, layer in enumerate(points.layers)}
     activation_bits = {point.name: bits(i) for i, point in enumerate(points.activations)}
     plan = by_hand(weight_bits, activation_bits, grid)
-    return tq.quantize(model, plan, [(inputs,)], TASK).eval()
+    return tq.quantize(model, [(inputs,)], TASK, plan).eval()
 
 
 def example(kind: Kind, batch: int = 3) -> Tensor:
@@ -267,7 +267,7 @@ def test_convolutions_run_on_int8_kernels(weight_bits: int, tmp_path: Path) -> N
     inputs = torch.randn(2, 8, 8, 8)
     points = tq.discover(model.eval(), [(inputs,)], TASK)
     plan = by_hand({x.name: weight_bits for x in points.layers}, {x.name: 4 for x in points.activations}, SYMMETRIC)
-    quantized = tq.quantize(model, plan, [(inputs,)], TASK).eval()
+    quantized = tq.quantize(model, [(inputs,)], TASK, plan).eval()
     tq.export_onnx(quantized, tmp_path / "model.onnx", inputs)
     found = operators(tmp_path / "model.onnx", tmp_path / "optimised.onnx")
     assert found.count("QLinearConv") == 2
@@ -395,7 +395,7 @@ def test_codes_take_their_bits_on_disk(num_bits: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, inputs = nn.Linear(64, 64).eval(), torch.randn(2, 64)
     plan = by_hand({"weight": num_bits}, {}, SYMMETRIC)
-    file = tq.export_onnx(tq.quantize(model, plan, [(inputs,)], TASK), tmp_path / "model.onnx", inputs)
+    file = tq.export_onnx(tq.quantize(model, [(inputs,)], TASK, plan), tmp_path / "model.onnx", inputs)
     assert file.code_bytes == 64 * 64 * num_bits // 8
     assert file.file_bytes == (tmp_path / "model.onnx").stat().st_size
     # 64 scales and biases, the graph, tables of 16 rows.
@@ -405,7 +405,7 @@ def test_codes_take_their_bits_on_disk(num_bits: int, tmp_path: Path) -> None:
 def test_codes_of_4_bits_are_the_weights(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, inputs = nn.Linear(6, 5).eval(), torch.randn(2, 6)
-    quantized = tq.quantize(model, by_hand({"weight": 4}, {}, SYMMETRIC), [(inputs,)], TASK)
+    quantized = tq.quantize(model, [(inputs,)], TASK, by_hand({"weight": 4}, {}, SYMMETRIC))
     tq.export_onnx(quantized, tmp_path / "model.onnx", inputs)
     tensors = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / "model.onnx").graph.initializer}
     weight = tensors["weight"].astype(np.float32) * tensors["weight.scale"][:, None]
@@ -518,7 +518,7 @@ def test_outputs_that_are_no_tensors_are_left_alone(tmp_path: Path) -> None:
     model, inputs = Several().eval(), torch.randn(6, 4)
     batches = [(inputs, torch.arange(6) % 3)]
     points = tq.discover(model, batches, task)
-    quantized = tq.quantize(model, by_hand({"fc": 8}, {"fc": 8}, SYMMETRIC), batches, task).eval()
+    quantized = tq.quantize(model, batches, task, by_hand({"fc": 8}, {"fc": 8}, SYMMETRIC)).eval()
     assert [point.name for point in points.activations] == ["fc"]
     tq.export_onnx(quantized, tmp_path / "model.onnx", inputs)
     found = verify(tmp_path / "model.onnx", quantized, model, batches, task, 1, repeats=1)

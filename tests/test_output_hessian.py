@@ -206,7 +206,7 @@ def test_draws_of_other_groups_are_new() -> None:
     torch.manual_seed(0)
     model = nn.Linear(4, 100)
     batch = [(torch.randn(2, 4), torch.tensor([0, 1]))]
-    values = tq.estimate_curvature(model, batch, TASK, method="gauss_newton", draws=66).weight_draws
+    values = tq.estimate_curvature(model, batch, TASK, num_probes=66, estimator="gauss_newton").weight_probes
     assert values is not None
     (row,) = values.values()
     assert row[64] != row[0]
@@ -218,10 +218,10 @@ def test_standard_error_is_not_too_small() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 9)).double()
     batch = [(torch.randn(20, 6, dtype=torch.float64), torch.arange(20) % 9)]
-    truth = tq.estimate_curvature(model, batch, TASK, method="gauss_newton", draws="exact").weights
+    truth = tq.estimate_curvature(model, batch, TASK, num_probes="exact", estimator="gauss_newton").weights
     within = total = 0
     for seed in range(30):
-        found = tq.estimate_curvature(model, batch, TASK, method="gauss_newton", draws=4, seed=seed).weights
+        found = tq.estimate_curvature(model, batch, TASK, num_probes=4, seed=seed, estimator="gauss_newton").weights
         for name, estimate in found.items():
             total += 1
             within += abs(estimate.trace - truth[name].trace) <= 2 * estimate.standard_error

@@ -70,7 +70,7 @@ def quantized_net(join: Callable[[Net, Tensor], Tensor], num_bits: int = 8) -> t
     """The float model, the quantized one and its plan."""
     model = Net(join).eval()
     plan = plan_for(tq.discover(model, [(pictures(),)], TASK), num_bits)
-    return model, tq.quantize(model, plan, [(pictures(),)], TASK), plan
+    return model, tq.quantize(model, [(pictures(),)], TASK, plan), plan
 
 
 # Joins, by what they are
@@ -237,7 +237,7 @@ def test_a_plan_without_activations_has_no_outputs() -> None:
     points = tq.discover(model, [(pictures(),)], TASK)
     weights = {layer.name: 4 for layer in points.layers}
     plan = tq.BitPlan(weights, {}, 0, 0, 1, 0.0, 0.0, tq.WeightGrid(), "", "by hand", "none")
-    assert activation_quantizers(tq.quantize(model, plan, [(pictures(),)], TASK)) == {}
+    assert activation_quantizers(tq.quantize(model, [(pictures(),)], TASK, plan)) == {}
 
 
 def test_an_input_in_float_leaves_the_output_in_float() -> None:
@@ -246,7 +246,7 @@ def test_an_input_in_float_leaves_the_output_in_float() -> None:
     points = tq.discover(model, [(pictures(),)], TASK)
     weights = {layer.name: 4 for layer in points.layers}
     plan = tq.BitPlan(weights, {"b": 8}, 0, 0, 1, 0.0, 0.0, tq.WeightGrid(), "", "by hand", "none")
-    assert list(output_quantizers(tq.quantize(model, plan, [(pictures(),)], TASK))) == ["nb"]
+    assert list(output_quantizers(tq.quantize(model, [(pictures(),)], TASK, plan))) == ["nb"]
 
 
 def test_gradients_are_those_of_a_relu() -> None:

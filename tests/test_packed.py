@@ -193,7 +193,7 @@ def quantized_case(
 ) -> tuple[nn.Module, tq.BitPlan]:
     model, batches, points = prepared(name)
     plan = random_plan(points, seed, grid or tq.WeightGrid(), activations)
-    return tq.quantize(model, plan, batches, TASK).eval(), plan
+    return tq.quantize(model, batches, TASK, plan).eval(), plan
 
 
 def other_weights(model: nn.Module) -> nn.Module:
@@ -284,11 +284,11 @@ def test_size_of_a_linear_layer_worked_out_by_hand(tmp_path: Path) -> None:
     for num_bits, row in ((1, 4), (8, 4)):
         plan = make_plan(points, {"weight": num_bits}, {})
         path = tmp_path / "model.safetensors"
-        tq.pack(tq.quantize(model, plan, batches, TASK), path)
+        tq.pack(tq.quantize(model, batches, TASK, plan), path)
         header = 8 + struct.unpack("<Q", path.read_bytes()[:8])[0]
         assert path.stat().st_size == header + 4 * row + 4 * 4 + 4 * 4
     plan = make_plan(points, {"weight": 4}, {points.activations[0].name: 8})
-    tq.pack(tq.quantize(model, plan, batches, TASK), path)
+    tq.pack(tq.quantize(model, batches, TASK, plan), path)
     header = 8 + struct.unpack("<Q", path.read_bytes()[:8])[0]
     assert path.stat().st_size == header + 4 * 4 + 4 * 4 + 4 * 4 + 4 + 1
 
@@ -325,7 +325,7 @@ def test_codes_in_the_file_are_the_weights(tmp_path: Path) -> None:
     """First layer's codes decoded by hand from the file: scale * (code - 8) at 4 bits."""
     model, batches, points = prepared("convolutions")
     plan = make_plan(points, {layer.name: 4 for layer in points.layers}, {})
-    quantized = tq.quantize(model, plan, batches, TASK)
+    quantized = tq.quantize(model, batches, TASK, plan)
     tq.pack(quantized, tmp_path / "model.safetensors")
     sections = safetensors.torch.load_file(tmp_path / "model.safetensors")
 
@@ -458,7 +458,7 @@ def test_buffers_of_other_types_come_back(tmp_path: Path) -> None:
     batches = [(torch.randn(5, 3), torch.tensor([0, 1, 2, 3, 0]))]
     points = tq.discover(model, batches, TASK)
     plan = make_plan(points, {"layer": 3}, {"layer": 5})
-    quantized = tq.quantize(model, plan, batches, TASK)
+    quantized = tq.quantize(model, batches, TASK, plan)
     assert tq.pack(quantized, tmp_path / "model.safetensors") == plan.size_bytes
 
     loaded = tq.load(tmp_path / "model.safetensors", other_weights(model))
@@ -963,7 +963,7 @@ def test_bfloat16_is_widened(tmp_path: Path) -> None:
     layer.register_buffer("table", torch.tensor([1.5, -0.0078125], dtype=torch.bfloat16))
     batches = [(torch.randn(6, 3), torch.zeros(6, dtype=torch.long))]
     points = tq.discover(layer, batches, TASK)
-    tq.pack(tq.quantize(layer, random_plan(points, 0, tq.WeightGrid()), batches, TASK), tmp_path / "model")
+    tq.pack(tq.quantize(layer, batches, TASK, random_plan(points, 0, tq.WeightGrid())), tmp_path / "model")
     table = read_packed(tmp_path / "model").tensors()["table"]
     assert table.dtype == np.float32
     assert table.tolist() == [1.5, -0.0078125]

@@ -37,7 +37,7 @@ from tracequant import (
     measure_sensitivity,
 )
 from tracequant.core.sensitivity import combine
-from tracequant.core.settings import EXPANSIONS, METRICS
+from tracequant.core.settings import CRITERIA, EXPANSIONS
 from tracequant.curvature import batch_loop
 from tracequant.curvature.output_hessian import loss_hessian
 from tracequant.measure.sensitivity import measure_weight_errors
@@ -146,7 +146,7 @@ def test_against_jacobian_and_hessian_of_the_outputs(name: str) -> None:
     make, batches, task = CASES[name]
     model = make()
     points = discover(model, batches, task)
-    result = measure_perturbation(model, batches, task, points, BITS, draws="exact")
+    result = measure_perturbation(model, batches, task, points, weight_bits=BITS, num_probes="exact")
     first, second = explicit(make(), batches, task)
     assert float(second.abs().max()) > 1e-6
     torch.testing.assert_close(
@@ -163,8 +163,10 @@ def test_activations_against_derivatives_along_their_rounding(name: str, draws: 
     make, batches, task = CASES[name]
     model = make()
     points = discover(model, batches, task)
-    result = measure_perturbation(model, batches, task, points, (4,), activation_bits=(3, 2), draws=draws)
-    grids = calibrate(model, batches, task, points, {p.name: [2, 3, 8] for p in points.activations})
+    result = measure_perturbation(
+        model, batches, task, points, weight_bits=(4,), activation_bits=(3, 2), num_probes=draws
+    )
+    grids = calibrate(model, batches, task, points, bits={p.name: [2, 3, 8] for p in points.activations})
     total = sum(task.batch_size(batch) for batch in batches)
     assert set(result.activation_second) == {point.name for point in points.activations}
     for point in points.activations:
@@ -201,26 +203,28 @@ def test_activations_against_derivatives_along_their_rounding(name: str, draws: 
 @pytest.mark.filterwarnings("ignore:.*fewer bits lower the loss:UserWarning")
 def test_the_expansion_of_activations_is_their_omega(tmp_path: Path) -> None:
     model, batches = conv_net(), images((4, 3))
-    curvature = estimate_curvature(model, batches, TASK, "gauss_newton")
+    curvature = estimate_curvature(model, batches, TASK, estimator="gauss_newton")
     tables = {
-        metric: measure_sensitivity(model, curvature, batches, TASK, BITS, (2, 4), metric)
+        metric: measure_sensitivity(
+            model, batches, TASK, curvature, weight_bits=BITS, activation_bits=(2, 4), criterion=metric
+        )
         for metric in ("trace", "quadratic", "first+quadratic")
     }
-    expansion = measure_perturbation(model, batches, TASK, curvature.points, BITS, activation_bits=(2, 4))
+    expansion = measure_perturbation(model, batches, TASK, curvature.points, weight_bits=BITS, activation_bits=(2, 4))
     assert tables["quadratic"].activation_omega == expansion.activation_second
     for name, own in tables["first+quadratic"].activation_omega.items():
         assert own == {b: expansion.activation_second[name][b] + expansion.activation_first[name][b] for b in own}
     expansion.save(tmp_path / "perturbation.json")
     assert Perturbation.load(tmp_path / "perturbation.json") == expansion
     # One without activations gives them half of the trace's.
-    weights_only = measure_perturbation(model, batches, TASK, curvature.points, BITS)
+    weights_only = measure_perturbation(model, batches, TASK, curvature.points, weight_bits=BITS)
     table = combine(
         curvature,
         tables["trace"].weight_errors,
         tables["trace"].activation_errors,
         WeightGrid(),
-        "quadratic",
-        weights_only,
+        criterion="quadratic",
+        perturbation=weights_only,
     )
     for name, own in table.activation_omega.items():
         assert own == pytest.approx({b: x / 2 for b, x in tables["trace"].activation_omega[name].items()})
@@ -233,7 +237,9 @@ def test_activations_of_processes_and_microbatches_add_up(draws: Any, monkeypatc
     points = discover(model, batches, TASK)
 
     def measured() -> Perturbation:
-        return measure_perturbation(model, batches, TASK, points, BITS, activation_bits=(2, 4), draws=draws)
+        return measure_perturbation(
+            model, batches, TASK, points, weight_bits=BITS, activation_bits=(2, 4), num_probes=draws
+        )
 
     def assert_close(found: Perturbation) -> None:
         for one, other in (
@@ -258,7 +264,7 @@ def test_attention_and_tied_weights_take_the_slow_way_and_say_so() -> None:
     """Which is what makes the two cases above a test of it."""
     batches = labelled(4, 3, sizes=(3,))
     model = build(AttentionNet)
-    result = measure_perturbation(model, batches, TASK, discover(model, batches, TASK), BITS)
+    result = measure_perturbation(model, batches, TASK, discover(model, batches, TASK), weight_bits=BITS)
     assert "a backward pass for each sample for attention" in result.reason
 
 
@@ -266,16 +272,16 @@ def test_draws_and_division_into_batches_and_microbatches(monkeypatch: pytest.Mo
     """64 draws cancel all products of 5 columns; a batch cut into microbatches, or in two, is the same samples."""
     model = conv_net()
     points = discover(model, images((6,)), TASK)
-    exact = measure_perturbation(model, images((6,)), TASK, points, BITS, draws="exact")
-    drawn = measure_perturbation(model, images((6,)), TASK, points, BITS, draws=64)
-    few = measure_perturbation(model, images((6,)), TASK, points, BITS, draws=1)
+    exact = measure_perturbation(model, images((6,)), TASK, points, weight_bits=BITS, num_probes="exact")
+    drawn = measure_perturbation(model, images((6,)), TASK, points, weight_bits=BITS, num_probes=64)
+    few = measure_perturbation(model, images((6,)), TASK, points, weight_bits=BITS, num_probes=1)
     torch.testing.assert_close(square(drawn), square(exact), rtol=1e-6, atol=1e-9)
     assert float((square(few) - square(exact)).norm() / square(exact).norm()) > 1e-3
     (x, y) = images((6,))[0]
-    two = measure_perturbation(model, [(x[:2], y[:2]), (x[2:], y[2:])], TASK, points, BITS)
+    two = measure_perturbation(model, [(x[:2], y[:2]), (x[2:], y[2:])], TASK, points, weight_bits=BITS)
     torch.testing.assert_close(square(two), square(exact), rtol=1e-9, atol=1e-12)
     monkeypatch.setattr(batch_loop._Collector, "_expected_count", lambda self, whole: 3)
-    cut = measure_perturbation(model, images((6,)), TASK, points, BITS)
+    cut = measure_perturbation(model, images((6,)), TASK, points, weight_bits=BITS)
     assert "cut to 2 samples" in cut.reason
     torch.testing.assert_close(square(cut), square(exact), rtol=1e-9, atol=1e-12)
     assert cut.first_order == pytest.approx(exact.first_order, rel=1e-9)
@@ -286,9 +292,9 @@ def test_draws_that_processes_share_out_count_once(draws: int | None, monkeypatc
     """One batch for three processes: each has some of the draws, or takes all of the few columns for its share."""
     model, batches = conv_net(), images((6,))
     points = discover(model, batches, TASK)
-    alone = measure_perturbation(model, batches, TASK, points, BITS, draws=draws)
+    alone = measure_perturbation(model, batches, TASK, points, weight_bits=BITS, num_probes=draws)
     monkeypatch.setattr(batch_loop, "_shares", lambda *given: 3)
-    shared = measure_perturbation(model, batches, TASK, points, BITS, draws=draws)
+    shared = measure_perturbation(model, batches, TASK, points, weight_bits=BITS, num_probes=draws)
     torch.testing.assert_close(square(shared), square(alone), rtol=1e-9, atol=1e-12)
     assert shared.first_order == pytest.approx(alone.first_order, rel=1e-9)
 
@@ -298,7 +304,7 @@ def test_it_is_what_the_loss_does_for_small_steps() -> None:
     batches = images((6,))
     model = conv_net().eval()
     points = discover(model, batches, TASK)
-    omega = measure_perturbation(model, batches, TASK, points, (8,)).omega(first_order=True)
+    omega = measure_perturbation(model, batches, TASK, points, weight_bits=(8,)).omega(first_order=True)
     before = TASK.evaluate(model, batches).loss
     for layer in points.layers:
         weight = weight_parameter(model, layer)
@@ -314,7 +320,7 @@ def test_it_is_what_the_loss_does_for_small_steps() -> None:
 def test_the_model_comes_back_as_it_was_and_the_result_saves(tmp_path) -> None:
     model = residual_net()
     before = snapshot(model)
-    result = measure_perturbation(model, images((3,)), TASK, discover(model, images(), TASK), BITS)
+    result = measure_perturbation(model, images((3,)), TASK, discover(model, images(), TASK), weight_bits=BITS)
     assert snapshot(model) == before
     result.save(tmp_path / "p.json")
     assert Perturbation.load(tmp_path / "p.json") == result
@@ -324,15 +330,15 @@ def test_errors_name_what_is_wrong() -> None:
     model = conv_net()
     points = discover(model, images(), TASK)
     with pytest.raises(ModelError, match="draws must be"):
-        measure_perturbation(model, images(), TASK, points, BITS, draws=0)
+        measure_perturbation(model, images(), TASK, points, weight_bits=BITS, num_probes=0)
     with pytest.raises(ModelError, match="bit widths go from 1 to 8, got 9"):
-        measure_perturbation(model, images(), TASK, points, (9,))
+        measure_perturbation(model, images(), TASK, points, weight_bits=(9,))
     with pytest.raises(ModelError, match="name at least one"):
-        measure_perturbation(model, images(), TASK, points, ())
+        measure_perturbation(model, images(), TASK, points, weight_bits=())
     model.fc.weight.data.zero_()
     del model.conv2
     with pytest.raises(ModelError, match=r"layer conv2"):
-        measure_perturbation(model, images(), TASK, points, BITS)
+        measure_perturbation(model, images(), TASK, points, weight_bits=BITS)
 
 
 # Metrics
@@ -346,7 +352,7 @@ def test_every_metric_is_the_formula_that_is_documented() -> None:
     curvature = dataclasses.replace(made_up(points, average_trace=0.5), top_eigenvalues=eigenvalues)
     errors = measure_weight_errors(model, points, BITS, WeightGrid())
     activations = {point.name: {4: 0.25} for point in points.activations}
-    expansion = measure_perturbation(model, batches, TASK, points, BITS)
+    expansion = measure_perturbation(model, batches, TASK, points, weight_bits=BITS)
     numel = {layer.name: layer.numel for layer in points.layers}
     trace = {name: 0.5 * (i + 1) for i, name in enumerate(numel)}
     second = {(n, b): 0.5 * expansion.products[i][-1] for i, (n, b) in enumerate((n, b) for n in numel for b in BITS)}
@@ -359,9 +365,9 @@ def test_every_metric_is_the_formula_that_is_documented() -> None:
         "quadratic": lambda n, b: second[n, b],
         "first+quadratic": lambda n, b: second[n, b] + slope[n, b],
     }
-    assert {*want} == set(METRICS)
+    assert {*want} == set(CRITERIA)
     for metric, formula in want.items():
-        table = combine(curvature, errors, activations, WeightGrid(), metric, expansion)
+        table = combine(curvature, errors, activations, WeightGrid(), criterion=metric, perturbation=expansion)
         assert table.metric == metric
         assert table.weight_omega == {n: {b: pytest.approx(formula(n, b)) for b in BITS} for n in numel}
         for i, point in enumerate(points.activations):
@@ -376,26 +382,30 @@ def test_metrics_refuse_what_they_have_no_ingredients_for() -> None:
     errors = measure_weight_errors(model, points, BITS, WeightGrid())
     curvature = made_up(points)
     with pytest.raises(ModelError, match="unknown metric 'hessian'; choose trace, l2"):
-        combine(curvature, errors, {}, WeightGrid(), "hessian")
+        combine(curvature, errors, {}, WeightGrid(), criterion="hessian")
     with pytest.raises(ModelError, match="no eigenvalues"):
-        combine(curvature, errors, {}, WeightGrid(), "eigenvalue")
+        combine(curvature, errors, {}, WeightGrid(), criterion="eigenvalue")
     with pytest.raises(ModelError, match="needs the roundings"):
-        combine(curvature, errors, {}, WeightGrid(), "quadratic")
-    other = measure_perturbation(model, images(), TASK, points, (2, 3))
+        combine(curvature, errors, {}, WeightGrid(), criterion="quadratic")
+    other = measure_perturbation(model, images(), TASK, points, weight_bits=(2, 3))
     with pytest.raises(ModelError, match=r"measured at \[2, 3\] bits"):
-        combine(curvature, errors, {}, WeightGrid(), "quadratic", other)
+        combine(curvature, errors, {}, WeightGrid(), criterion="quadratic", perturbation=other)
 
 
 def test_measure_sensitivity_measures_what_the_metric_needs() -> None:
     model = conv_net()
     batches = images()
     curvature = made_up(discover(model, batches, TASK))
-    by_eigenvalue = measure_sensitivity(model, curvature, batches, TASK, BITS, (), metric="eigenvalue")
+    by_eigenvalue = measure_sensitivity(
+        model, batches, TASK, curvature, weight_bits=BITS, activation_bits=(), criterion="eigenvalue"
+    )
     ratio = {
         n: by_eigenvalue.weight_omega[n][2] / by_eigenvalue.weight_errors[n][2] for n in by_eigenvalue.weight_omega
     }
     assert all(value > 0 for value in ratio.values())
-    quadratic = measure_sensitivity(model, curvature, batches, TASK, BITS, (), metric="quadratic")
+    quadratic = measure_sensitivity(
+        model, batches, TASK, curvature, weight_bits=BITS, activation_bits=(), criterion="quadratic"
+    )
     _, second = explicit(conv_net(), batches, TASK)
     got = [omega for by_bits in quadratic.weight_omega.values() for omega in by_bits.values()]
     assert got == pytest.approx((0.5 * second.diagonal()).tolist(), rel=1e-8)

@@ -14,8 +14,8 @@ import torch
 import tiny_task
 from image_tree import make_tree
 from tracequant import cli
+from tracequant.cli.presets import PRESETS, Preset
 from tracequant.core.settings import RunSettings
-from tracequant.presets import PRESETS, Preset
 from tracequant.run import Run
 
 TASK = f"{Path(tiny_task.__file__)}:build"
@@ -38,7 +38,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PRESETS, "tiny", preset)
 
 
-QUICK = ("--draws", "1", "--no-eigenvalues", "-q")
+QUICK = ("--num-probes", "1", "--no-eigenvalues", "-q")
 
 
 def settings(path: Path) -> RunSettings:

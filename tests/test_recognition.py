@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import tracequant as tq
 from tracequant.curvature import choose_estimator
-from tracequant.curvature.choose_estimator import choose_method
+from tracequant.curvature.choose_estimator import choose_estimator
 from tracequant.model.batches import Batch
 
 torchvision = pytest.importorskip("torchvision", reason="the architectures are torchvision's")
@@ -112,7 +112,7 @@ def prepared(make: Callable[[], nn.Module], size: int) -> tuple[nn.Module, list[
 
 
 def chosen(model: nn.Module, batches: list[Batch], task: tq.Task) -> tuple[str, str]:
-    return choose_method(model, batches, task, tq.discover(model, batches, task), 0)
+    return choose_estimator(model, batches, task, tq.discover(model, batches, task), 0)
 
 
 @pytest.mark.parametrize("name", PIECEWISE_LINEAR)

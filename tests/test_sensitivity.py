@@ -93,7 +93,7 @@ def test_weight_omega_is_average_trace_times_the_sum_of_squares(weight_grid):
     model = conv_net()
     curvature = made_up(discover(model, images(), TASK), average_trace=0.5)
     result = measure_sensitivity(
-        model, curvature, images(), TASK, weight_bits=(4, 2), activation_bits=(), weight_grid=weight_grid
+        model, images(), TASK, curvature, weight_bits=(4, 2), activation_bits=(), weight_grid=weight_grid
     )
     assert list(result.weight_omega) == ["conv1", "conv2", "fc"]
     for index, layer in enumerate(curvature.points.layers):
@@ -117,7 +117,7 @@ def test_a_transposed_convolution_has_scales_for_its_output_channels():
         model[0].weight[:, 1] *= 100
     batches = [(torch.randn(2, 3, 4, 4, dtype=torch.float64),)]
     points = discover(model, batches, EnergyTask())
-    result = measure_sensitivity(model, made_up(points), batches, EnergyTask(), weight_bits=(4,), activation_bits=())
+    result = measure_sensitivity(model, batches, EnergyTask(), made_up(points), weight_bits=(4,), activation_bits=())
     want = sum(
         squared_error(part, choose_weight_grid(part, 4, 0, WeightGrid(per_channel=False)))
         for part in model[0].weight.detach().unbind(1)
@@ -135,7 +135,7 @@ def test_a_layer_counts_by_its_size():
     curvature = made_up(discover(model, batches, TASK))
     same = dataclasses.replace(curvature.weights["0"], average_trace=2.0)
     curvature = dataclasses.replace(curvature, weights={"0": same, "1": same})
-    result = measure_sensitivity(model, curvature, batches, TASK, weight_bits=(2, 3, 8), activation_bits=())
+    result = measure_sensitivity(model, batches, TASK, curvature, weight_bits=(2, 3, 8), activation_bits=())
     for num_bits in (2, 3, 8):
         assert result.weight_omega["1"][num_bits] == pytest.approx(100 * result.weight_omega["0"][num_bits], rel=1e-9)
 
@@ -145,9 +145,9 @@ def test_activation_omega_is_a_mean_over_samples(device):
     model = conv_net().to(device)
     batches = images(sizes=(3, 1))
     curvature = made_up(discover(model, batches, TASK), average_trace=0.5)
-    result = measure_sensitivity(model, curvature, batches, TASK, weight_bits=(8,), activation_bits=(3, 2))
+    result = measure_sensitivity(model, batches, TASK, curvature, weight_bits=(8,), activation_bits=(3, 2))
     assert list(result.activation_omega) == ["conv1", "conv2", "fc"]
-    grids = calibrate(model, batches, TASK, curvature.points, {"conv2": [2, 3], "fc": [2, 3]})
+    grids = calibrate(model, batches, TASK, curvature.points, bits={"conv2": [2, 3], "fc": [2, 3]})
     net = copy.deepcopy(model).eval()
     pictures = torch.cat([inputs for inputs, _ in batches]).to(device)
     with torch.no_grad():
@@ -168,8 +168,8 @@ def test_consumers_of_one_tensor_count_it_once():
     batches = images(sizes=(2, 1))
     points = discover(model, batches, TASK)
     shared = next(point for point in points.activations if len(point.consumers) == 2)
-    result = measure_sensitivity(model, made_up(points), batches, TASK, weight_bits=(8,), activation_bits=(3,))
-    grid = calibrate(model, batches, TASK, points, {shared.name: [3]})[shared.name][3]
+    result = measure_sensitivity(model, batches, TASK, made_up(points), weight_bits=(8,), activation_bits=(3,))
+    grid = calibrate(model, batches, TASK, points, bits={shared.name: [3]})[shared.name][3]
     with torch.no_grad():
         tensor = torch.relu(model.stem(torch.cat([inputs for inputs, _ in batches])))
     assert result.activation_errors[shared.name][3] == pytest.approx(squared_error(tensor, grid) / 3, rel=1e-9)
@@ -179,8 +179,8 @@ def test_a_head_called_on_several_tensors_counts_them_all():
     model = shared_head_net()
     batches = images(sizes=(2,))
     points = discover(model, batches, TASK)
-    result = measure_sensitivity(model, made_up(points), batches, TASK, weight_bits=(8,), activation_bits=(3,))
-    grid = calibrate(model, batches, TASK, points, {"head": [3]})["head"][3]
+    result = measure_sensitivity(model, batches, TASK, made_up(points), weight_bits=(8,), activation_bits=(3,))
+    grid = calibrate(model, batches, TASK, points, bits={"head": [3]})["head"][3]
     with torch.no_grad():
         levels = [torch.tanh(conv(batches[0][0])) for conv in (model.fine, model.coarse)]
     want = sum(squared_error(level, grid) for level in levels) / 2
@@ -194,7 +194,7 @@ def test_ranges_are_chosen_on_all_batches():
     batches[0][0][1, 1] = -50
     batches[2][0][0, 2] = 70
     points = discover(model, batches, TASK)
-    grid = calibrate(model, batches, TASK, points, {"1": [8]})["1"][8]
+    grid = calibrate(model, batches, TASK, points, bits={"1": [8]})["1"][8]
     low, high = (float(grid.dequantize(torch.tensor(code))) for code in (0.0, 255.0))
     assert low == pytest.approx(-50, abs=1)
     assert high == pytest.approx(70, abs=1)
@@ -203,7 +203,7 @@ def test_ranges_are_chosen_on_all_batches():
 def test_a_tensor_that_is_never_negative_gets_the_whole_grid():
     model = conv_net()
     points = discover(model, images(), TASK)
-    grid = calibrate(model, images(), TASK, points, {"conv2": [4]})["conv2"][4]
+    grid = calibrate(model, images(), TASK, points, bits={"conv2": [4]})["conv2"][4]
     assert grid.zero_point.item() == 0
 
 
@@ -221,8 +221,8 @@ def test_a_batch_may_leave_a_tensor_empty():
 
     model, batches = build(Sometimes), labelled(6, sizes=(3, 2))
     curvature = made_up(discover(model, batches, TASK))
-    both = measure_sensitivity(model, curvature, batches, TASK, activation_bits=(4,)).activation_errors["second"][4]
-    full = measure_sensitivity(model, curvature, batches[:1], TASK, activation_bits=(4,)).activation_errors["second"][4]
+    both = measure_sensitivity(model, batches, TASK, curvature, activation_bits=(4,)).activation_errors["second"][4]
+    full = measure_sensitivity(model, batches[:1], TASK, curvature, activation_bits=(4,)).activation_errors["second"][4]
     assert both == pytest.approx(full * 3 / 5)
 
 
@@ -231,7 +231,7 @@ def test_a_negative_trace_counts_as_zero():
     model = conv_net()
     curvature = made_up(discover(model, images(), TASK), average_trace=-1.0)
     with pytest.warns(UserWarning, match="3 of 3 layers have a trace of zero or less"):
-        result = measure_sensitivity(model, curvature, images(), TASK, weight_bits=(2, 4), activation_bits=(4,))
+        result = measure_sensitivity(model, images(), TASK, curvature, weight_bits=(2, 4), activation_bits=(4,))
     omegas = [*result.weight_omega.values(), *result.activation_omega.values()]
     assert [value for options in omegas for value in options.values()] == [0.0] * (3 * 2 + 3)
     assert result.weight_errors["fc"][2] > 0
@@ -241,19 +241,19 @@ def test_a_negative_trace_counts_as_zero():
 def test_the_l2_metric_leaves_the_trace_out():
     model = conv_net()
     curvature = made_up(discover(model, images(), TASK), average_trace=-7.0)
-    result = measure_sensitivity(model, curvature, images(), TASK, metric="l2")
+    result = measure_sensitivity(model, images(), TASK, curvature, criterion="l2")
     assert result.metric == "l2"
     assert result.weight_omega == result.weight_errors
     assert result.activation_omega == result.activation_errors
     with pytest.raises(ModelError, match="unknown metric 'l1'"):
-        measure_sensitivity(model, curvature, images(), TASK, metric="l1")
+        measure_sensitivity(model, images(), TASK, curvature, criterion="l1")
 
 
 def test_the_models_input_is_offered_8_bits_only():
     """Also where 8 bits are not among the widths asked for; a tensor inside the model gets what was asked for."""
     model = conv_net()
     curvature = made_up(discover(model, images(), TASK))
-    result = measure_sensitivity(model, curvature, images(), TASK, activation_bits=(4, 2, 4))
+    result = measure_sensitivity(model, images(), TASK, curvature, activation_bits=(4, 2, 4))
     assert {name: list(options) for name, options in result.activation_omega.items()} == {
         "conv1": [8],
         "conv2": [2, 4],
@@ -268,14 +268,14 @@ def test_bits_outside_1_to_8_are_refused(option, num_bits):
     model = conv_net()
     curvature = made_up(discover(model, images(), TASK))
     with pytest.raises(ModelError, match=f"bit widths go from 1 to 8, got {num_bits}"):
-        measure_sensitivity(model, curvature, images(), TASK, **{option: (4, num_bits)})
+        measure_sensitivity(model, images(), TASK, curvature, **{option: (4, num_bits)})
 
 
 def test_all_bits_from_1_to_8_are_measured_and_more_bits_err_less():
     model = conv_net()
     curvature = made_up(discover(model, images(), TASK))
     bits = tuple(range(1, 9))
-    result = measure_sensitivity(model, curvature, images(), TASK, weight_bits=bits, activation_bits=bits)
+    result = measure_sensitivity(model, images(), TASK, curvature, weight_bits=bits, activation_bits=bits)
     for errors in (*result.weight_errors.values(), result.activation_errors["conv2"]):
         assert list(errors) == list(bits)
         assert all(errors[b + 1] < errors[b] for b in bits[:-1])
@@ -285,7 +285,7 @@ def test_no_weight_bits_are_refused():
     model = conv_net()
     curvature = made_up(discover(model, images(), TASK))
     with pytest.raises(ModelError, match="weight_bits is empty"):
-        measure_sensitivity(model, curvature, images(), TASK, weight_bits=())
+        measure_sensitivity(model, images(), TASK, curvature, weight_bits=())
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -295,24 +295,24 @@ def test_weights_that_are_not_finite_are_refused(value):
     with torch.no_grad():
         model.conv2.weight[1, 0, 0, 0] = value
     with pytest.raises(ModelError, match="layer conv2 holds weights that are NaN or infinite"):
-        measure_sensitivity(model, curvature, images(), TASK)
+        measure_sensitivity(model, images(), TASK, curvature)
 
 
 def test_activations_can_stay_in_float():
     """Without activation bits a curvature of weights alone will do; with them it will not."""
     model = conv_net()
     curvature = made_up(discover(model, images(), TASK), activations=False)
-    result = measure_sensitivity(model, curvature, images(), TASK, activation_bits=())
+    result = measure_sensitivity(model, images(), TASK, curvature, activation_bits=())
     assert result.activation_omega == {}
     assert result.activation_errors == {}
     with pytest.raises(ModelError, match="measured for weights only"):
-        measure_sensitivity(model, curvature, images(), TASK, activation_bits=(8,))
+        measure_sensitivity(model, images(), TASK, curvature, activation_bits=(8,))
 
 
 def test_a_tied_weight_is_measured_once():
     model = tied_net()
     curvature = made_up(discover(model, [token_batch()], TASK))
-    result = measure_sensitivity(model, curvature, [token_batch()], TASK, weight_bits=(3,), activation_bits=(4,))
+    result = measure_sensitivity(model, [token_batch()], TASK, curvature, weight_bits=(3,), activation_bits=(4,))
     assert list(result.weight_errors) == ["embedding", "hidden"]
     assert {name: list(options) for name, options in result.activation_errors.items()} == {"hidden": [4], "out": [4]}
 
@@ -323,7 +323,7 @@ def test_an_infinite_activation_is_named():
     with torch.no_grad():
         model[0].bias[0] = math.inf
     with pytest.raises(ModelError, match="the input of layer 1 is NaN or infinite"):
-        calibrate(model, labelled(6), TASK, points, {"1": [8]})
+        calibrate(model, labelled(6), TASK, points, bits={"1": [8]})
 
 
 def test_a_point_that_is_never_read_is_named():
@@ -331,7 +331,7 @@ def test_a_point_that_is_never_read_is_named():
     points = discover(model, labelled(6), TASK)
     task = ClassificationTask(forward=lambda model, inputs: model[2](inputs.new_zeros(4, 8)))
     with pytest.raises(ModelError, match="activation of layer 0 was never seen"):
-        calibrate(model, labelled(6), task, points, {"0": [8]})
+        calibrate(model, labelled(6), task, points, bits={"0": [8]})
 
 
 def test_the_model_is_left_as_it_was_and_an_iterator_will_do():
@@ -343,16 +343,16 @@ def test_the_model_is_left_as_it_was_and_an_iterator_will_do():
     batches = images(sizes=(2, 1))
     curvature = made_up(discover(model, batches, TASK))
     before = snapshot(model)
-    result = measure_sensitivity(model, curvature, iter(batches), TASK)
+    result = measure_sensitivity(model, iter(batches), TASK, curvature)
     assert snapshot(model) == before
-    assert result == measure_sensitivity(model, curvature, batches, TASK)
+    assert result == measure_sensitivity(model, batches, TASK, curvature)
 
 
 def test_from_curvature_to_table_and_file(tmp_path):
     """The measured curvature of a model goes in unchanged, and the table comes back from its file equal."""
     model, batches = gelu_mlp(), labelled(6)
-    curvature = estimate_curvature(model, batches, TASK, draws=4)
-    result = measure_sensitivity(model, curvature, batches, TASK)
+    curvature = estimate_curvature(model, batches, TASK, num_probes=4)
+    result = measure_sensitivity(model, batches, TASK, curvature)
     for name, estimate in curvature.weights.items():
         assert result.average_traces[name] == estimate.average_trace
         for num_bits, omega in result.weight_omega[name].items():
@@ -375,7 +375,7 @@ def test_eigenvalues_on_as_many_samples_as_fit(monkeypatch: pytest.MonkeyPatch) 
         return top_eigenvalues(model, batches, *rest, **options)
 
     model, batches = gelu_mlp(), labelled(6, sizes=(9,))
-    curvature = estimate_curvature(model, batches, TASK, "hutchinson", 1)
+    curvature = estimate_curvature(model, batches, TASK, estimator="hutchinson", num_probes=1)
     with pytest.raises(DataError, match="yielded no batches"):
         sensitivity_module.with_eigenvalues(model, curvature, [], TASK)
     monkeypatch.setattr(sensitivity_module, "top_eigenvalues", limited)

@@ -76,7 +76,7 @@ def test_a_density_from_all_steps_is_that_of_the_matrix() -> None:
     """With as many steps as weights the quadrature is exact for its start; averaged, its trace is the block's."""
     model, batches = network(), data(12)
     points = tq.discover(model, batches, TASK)
-    density = tq.spectral_density(model, batches, TASK, points, layer="2", draws=400, steps=24, seed=1)
+    density = tq.spectral_density(model, batches, TASK, points, layer="2", num_probes=400, steps=24, seed=1)
     values = exact(model, batches, points, "2")
     assert density.numel == 24
     assert density.trace == pytest.approx(float(values.sum()), rel=0.1)
@@ -91,7 +91,7 @@ def test_a_density_from_all_steps_is_that_of_the_matrix() -> None:
 def test_a_density_of_the_whole_model_takes_in_the_blocks_between_layers() -> None:
     model, batches = network(), data(12)
     points = tq.discover(model, batches, TASK)
-    density = tq.spectral_density(model, batches, TASK, points, draws=2, steps=54)
+    density = tq.spectral_density(model, batches, TASK, points, num_probes=2, steps=54)
     parameters = {name: p.detach() for name, p in model.named_parameters() if name.endswith("weight")}
     shapes = [p.shape for p in parameters.values()]
 
@@ -113,7 +113,7 @@ def test_a_density_of_the_whole_model_takes_in_the_blocks_between_layers() -> No
 def test_a_density_survives_a_file(tmp_path: Path) -> None:
     model, batches = network(), data(6)
     points = tq.discover(model, batches, TASK)
-    density = tq.spectral_density(model, batches, TASK, points, layer="0", draws=2, steps=3)
+    density = tq.spectral_density(model, batches, TASK, points, layer="0", num_probes=2, steps=3)
     spectrum = tq.Spectrum({"0": (2.0, -1.0)}, (density,))
     spectrum.save(tmp_path / "spectrum.json")
     assert tq.Spectrum.load(tmp_path / "spectrum.json") == spectrum

@@ -29,7 +29,7 @@ def shares(values: dict[str, tuple[float, ...]]) -> dict[str, float]:
     """Stability of the plan for layers that differ in their traces alone."""
     curvature = made_of(values)
     errors = {name: {2: 1.0, 4: 0.1} for name in values}
-    sensitivity = combine(curvature, errors, {}, WeightGrid(), "trace")
+    sensitivity = combine(curvature, errors, {}, WeightGrid(), criterion="trace")
     plan = solve(sensitivity, average_bits=3)
     found = plan_stability(sensitivity, plan, curvature, SETTINGS)
     assert found is not None
@@ -54,7 +54,7 @@ def test_common_fluctuations_of_all_layers_do_not_matter() -> None:
 
 def test_without_several_values_there_is_no_answer() -> None:
     curvature = made_of({"a": (1.0,)})
-    sensitivity = combine(curvature, {"a": {2: 1.0}}, {}, WeightGrid(), "trace")
+    sensitivity = combine(curvature, {"a": {2: 1.0}}, {}, WeightGrid(), criterion="trace")
     plan = solve(sensitivity, average_bits=2)
     assert plan_stability(sensitivity, plan, curvature, SETTINGS) is None
 

@@ -19,7 +19,7 @@ import tracequant as tq
 from tracequant import cli
 from tracequant.core import cost
 from tracequant.core.errors import ArtifactError, BudgetError
-from tracequant.core.plan import MEGABYTE
+from tracequant.core.plan import MIB
 
 DATA = Path(os.environ.get("TRACEQUANT_DATA") or Path(__file__).parents[2] / "shared" / "data")
 PUBLISHED = DATA.parent / "reference" / "hawqv3_resnet18.json"
@@ -174,7 +174,7 @@ def brute_force() -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
 
     trace, numel, macs = (np.array(table[key]) for key in ("average_trace", "parameters", "macs"))
     figures = {
-        "max_size_mb": total(numel * 4 / 8 / MEGABYTE, numel * 8 / 8 / MEGABYTE),
+        "max_size_mib": total(numel * 4 / 8 / MIB, numel * 8 / 8 / MIB),
         "max_bops_g": total(macs * 16 / 1e9, macs * 64 / 1e9),
         "max_latency_ms": total(table["latency_ms"]["4"], table["latency_ms"]["8"]),
         "omega": total(trace * table["delta_sq"]["4"], trace * table["delta_sq"]["8"]),
@@ -187,10 +187,10 @@ def brute_force() -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
 @pytest.mark.parametrize(
     "names",
     [
-        ("max_size_mb",),
+        ("max_size_mib",),
         ("max_bops_g",),
         ("max_latency_ms",),
-        ("max_size_mb", "max_bops_g", "max_latency_ms"),
+        ("max_size_mib", "max_bops_g", "max_latency_ms"),
     ],
     ids="+".join,
 )
@@ -206,19 +206,19 @@ def test_published_resnet18_is_solved_to_the_optimum(names: tuple[str, ...], tmp
     assert list(plan.weight_bits.values()) == figures["bits"][best].tolist()
     assert plan.omega == pytest.approx(figures["omega"][best], rel=1e-12)
     assert plan.gap == 0.0
-    assert plan.size_mb == pytest.approx(figures["max_size_mb"][best], rel=1e-12)
+    assert plan.size_mib == pytest.approx(figures["max_size_mib"][best], rel=1e-12)
     bits = list(plan.weight_bits.values())
     assert all(len({bits[i] for i in group}) == 1 for group in table["ties"])
     options = [text for name in names for text in (f"--{name.replace('_', '-')}", repr(limits[name]))]
     out = tmp_path / "plan.json"
-    assert invoke("plan", "--sensitivity", PUBLISHED, "--bits", "4,8", *options, "--out", out, "-q") == 0
+    assert invoke("plan", "--sensitivity", PUBLISHED, "--weight-bits", "4,8", *options, "--out", out, "-q") == 0
     assert tq.BitPlan.load(out).weight_bits == plan.weight_bits
 
 
 @pytest.mark.skipif(not PUBLISHED.is_file(), reason=f"{PUBLISHED} is not there; set TRACEQUANT_DATA")
 def test_published_frontier_is_that_of_brute_force() -> None:
     _, figures = brute_force()
-    sizes = np.round(figures["max_size_mb"] * MEGABYTE).astype(int)
+    sizes = np.round(figures["max_size_mib"] * MIB).astype(int)
     best, expected = math.inf, []
     for i in np.lexsort((figures["omega"], sizes)):
         if figures["omega"][i] < best * (1 - 1e-12):
@@ -246,7 +246,7 @@ def test_plan_from_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert invoke("plan", "--sensitivity", path, "--average-bits", "7", "--json") == 0
     plan = tq.BitPlan.from_json(json.loads(capsys.readouterr().out))
     assert plan.gap == 0.0
-    assert invoke("plan", "--sensitivity", path, "--average-bits", "7", "--search", "pareto") == 0
+    assert invoke("plan", "--sensitivity", path, "--average-bits", "7", "--solver", "pareto") == 0
     assert "nothing proven" in capsys.readouterr().out
 
 
@@ -259,12 +259,12 @@ def test_rules_from_the_command_line(tmp_path: Path) -> None:
 
     assert bits("--average-bits", "8") == {"stem": 8, "head": 8}
     assert bits("--average-bits", "7.9") == {"stem": 8, "head": 4}
-    assert bits("--average-bits", "7.9", "--fix", "head=8") == {"stem": 4, "head": 8}
+    assert bits("--average-bits", "7.9", "--fixed-bits", "head=8") == {"stem": 4, "head": 8}
     assert bits("--average-bits", "7.9", "--min-bits", "he*=5") == {"stem": 4, "head": 8}
-    assert bits("--average-bits", "7.2", "--allow", "stem=4") == {"stem": 4, "head": 8}
-    assert bits("--average-bits", "4", "--bits", "4") == {"stem": 4, "head": 4}
+    assert bits("--average-bits", "7.2", "--allowed-bits", "stem=4") == {"stem": 4, "head": 8}
+    assert bits("--average-bits", "4", "--weight-bits", "4") == {"stem": 4, "head": 4}
     limits = ("--average-bits", "8", "--average-activation-bits", "8")
-    assert bits(*limits, "--activation-bits", "4", "--allow-activation", "head=4,8") == {"stem": 8, "head": 8}
+    assert bits(*limits, "--activation-bits", "4", "--allowed-activation-bits", "head=4,8") == {"stem": 8, "head": 8}
     assert tq.BitPlan.load(out).activation_bits == {"head": 4}
 
 
@@ -273,11 +273,11 @@ def test_rules_from_the_command_line(tmp_path: Path) -> None:
     [
         (("--average-bits", "6", "RUN"), "give a run directory or --sensitivity FILE"),
         (("--average-bits", "6", "--apply"), "--apply needs a run directory"),
-        (("--average-bits", "6", "--fix", "head"), "--fix takes PATTERN=BITS"),
-        (("--average-bits", "6", "--fix", "head=4,8"), "--fix takes one bit width for 'head'"),
+        (("--average-bits", "6", "--fixed-bits", "head"), "--fixed-bits takes PATTERN=BITS"),
+        (("--average-bits", "6", "--fixed-bits", "head=4,8"), "--fixed-bits takes one bit width for 'head'"),
         (("--average-bits", "6", "--latency", "nowhere.csv"), "nowhere.csv cannot be read"),
-        (("--max-size-mb", "0.001"), "the nearest is 0.002386 MB"),
-        (("--max-size-mb", "0.001", "--max-latency-ms", "0.1"), "at most 0.001 MB on disk, at most 0.1 ms"),
+        (("--max-size-mib", "0.001"), "the nearest is 0.002386 MB"),
+        (("--max-size-mib", "0.001", "--max-latency-ms", "0.1"), "at most 0.001 MB on disk, at most 0.1 ms"),
     ],
 )
 def test_mistakes_on_the_command_line(

@@ -413,9 +413,9 @@ def test_a_padded_encoder_goes_through_every_stage():
     torch.manual_seed(0)
     model, ids = PaddedClassifier().eval(), torch.tensor([[1, 2, 3, 0], [4, 5, 6, 7]])
     batches, task = [(ids, torch.tensor([0, 2]))], ClassificationTask()
-    curvature = tq.estimate_curvature(model, batches, task, draws=1, seed=1)
-    sensitivity = tq.measure_sensitivity(model, curvature, batches, task, metric="l2")
-    quantized = tq.quantize(model, tq.solve(sensitivity, average_bits=4), batches, task)
+    curvature = tq.estimate_curvature(model, batches, task, num_probes=1, seed=1)
+    sensitivity = tq.measure_sensitivity(model, batches, task, curvature, criterion="l2")
+    quantized = tq.quantize(model, batches, task, tq.solve(sensitivity, average_bits=4))
     assert task.evaluate(quantized, batches).samples == 2
     assert torch.backends.mha.get_fastpath_enabled()
 

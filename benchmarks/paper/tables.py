@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tracequant.core.plan import MEGABYTE
+from tracequant.core.plan import MIB
 from tracequant.run import Run
 
 HERE = Path(__file__).parent
@@ -30,7 +30,7 @@ PAPER = HERE / "hawq_v2.json"
 RESULTS = HERE.parent / "results"
 # What a row is, as opposed to what was measured of it.
 LABELS = ("Model", "Method", "Metric")
-METRICS = ("Top-1", "mAP")
+CRITERIA = ("Top-1", "mAP")
 # The layer of ResNet20 that reads the image, whose 8 bits the paper does not count.
 IMAGE_READER = "conv1"
 METRICS_NOTE = "12 times smaller, not fine-tuned, 1,000 test images, by draws of calibration images (metrics.py)"
@@ -118,7 +118,7 @@ def mean(values: Sequence[float]) -> str:
 
 def megabytes(size_bytes: float) -> str:
     """Bytes in MB of 2^20, three digits."""
-    return f"{size_bytes / MEGABYTE:.3g}"
+    return f"{size_bytes / MIB:.3g}"
 
 
 def read(results: Path, name: str) -> dict[str, Any]:
@@ -135,10 +135,10 @@ def from_run(path: str, baseline: bool) -> Cells:
     if not rows:
         raise SystemExit(f"{path} has no results yet; run `tracequant quantize {path}` first")
     if baseline:
-        cells = dict.fromkeys(METRICS, f"{rows[0].metric:.2f}") | {"w-bits": "32", "a-bits": "32"}
+        cells = dict.fromkeys(CRITERIA, f"{rows[0].metric:.2f}") | {"w-bits": "32", "a-bits": "32"}
         return cells | {"W-Comp": "1.00×", "A-Comp": "1.00×", "Size(MB)": megabytes(rows[0].size_bytes)}
     plan = run.plan()
-    cells = dict.fromkeys(METRICS, f"{rows[-1].metric:.2f}")
+    cells = dict.fromkeys(CRITERIA, f"{rows[-1].metric:.2f}")
     cells |= {"w-bits": width(plan.weight_bits.values()), "W-Comp": f"{plan.compression:.2f}×"}
     cells["a-bits"] = "32"
     points = [point for point in run.sensitivity().points.activations if not point.is_model_input]
@@ -181,7 +181,7 @@ def cifar_rows(results: Path) -> dict[int, dict[str, Cells]]:
 
 
 def metric_rows(results: Path) -> dict[str, Cells]:
-    """Metric → cells of metrics.json: plans of one size on ResNet20, calibrated and not fine-tuned."""
+    """Criterion → cells of metrics.json: plans of one size on ResNet20, calibrated and not fine-tuned."""
     ablation = read(results, "metrics.json").get("ablation")
     if ablation is None:
         return {}
@@ -207,7 +207,7 @@ def imagenet_rows(results: Path) -> dict[str, dict[str, Cells]]:
             tables[title][label] = {
                 "w-bits": width(rows[0]["weight_bits"].values()), "a-bits": str(document["activation_bits"]),
                 "Top-1": mean([row["top1"] for row in rows]), "W-Comp": f"{rows[0]['compression']:.2f}×",
-                "Size(MB)": f"{rows[0]['size_mb']:.3g}",
+                "Size(MB)": f"{rows[0]['size_mib']:.3g}",
             }  # fmt: skip
     return tables
 
@@ -219,8 +219,8 @@ def detection_rows(results: Path) -> dict[str, Cells]:
         runs = [run["AP"] for run in row.get("seeds", {}).values()]
         own = {"w-bits": row.get("w_bits", ""), "a-bits": row.get("a_bits", "")}
         own |= {key: f"{row[key]:.2f}×" for key in ("W-Comp", "A-Comp") if key in row}
-        if "size_mb" in row:
-            own["Size(MB)"] = f"{row['size_mb']:.3g}"
+        if "size_mib" in row:
+            own["Size(MB)"] = f"{row['size_mib']:.3g}"
         if runs or "mAP" in row:
             own["mAP"] = mean(runs or [row["mAP"]])
         cells[name] = own

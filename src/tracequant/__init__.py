@@ -2,7 +2,7 @@
 
     curvature = tq.estimate_curvature(model, batches, task)
     sensitivity = tq.measure_sensitivity(model, curvature, batches, task)
-    plan = tq.solve(sensitivity, max_size_mb=8.0)
+    plan = tq.solve(sensitivity, max_size_mib=8.0)
     quantized = tq.quantize(model, plan, batches, task)
     tq.finetune(quantized, loader, task, steps=1000, teacher=model)
     tq.pack(quantized, "model.safetensors")
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from tracequant.deploy.onnx import OnnxFile, export_onnx
     from tracequant.deploy.pack import load, pack
     from tracequant.measure.accuracy import solve_by_accuracy
-    from tracequant.measure.check import check_metrics
+    from tracequant.measure.check import check_criteria
     from tracequant.measure.latency import measure_latency
     from tracequant.measure.perturbation import measure_perturbation
     from tracequant.measure.sensitivity import measure_sensitivity
@@ -56,7 +56,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "tracequant.measure.accuracy": ("solve_by_accuracy",),
-    "tracequant.measure.check": ("check_metrics",),
+    "tracequant.measure.check": ("check_criteria",),
     "tracequant.measure.perturbation": ("measure_perturbation",),
     "tracequant.core.evaluations": ("AccuracySearch", "Check", "EvaluatedPlan", "Evaluations"),
     "tracequant.model.classification": ("ClassificationTask",),
@@ -93,7 +93,7 @@ __all__ = [
     "Curvature", "DataError", "Density", "EvaluatedPlan", "Evaluation", "Evaluations", "Exported", "FinetuneSettings",
     "Frontier", "Layer", "ModelError", "OnnxFile", "OutputPoint", "Perturbation", "QuantizationPoints", "ResourceError",
     "RetinaNetTask", "RunError", "Sensitivity", "SettingsError", "Spectrum", "Task", "TaskError", "TaskSetup",
-    "TraceEstimate", "TracequantError", "WeightGrid", "check_metrics", "discover", "estimate_curvature", "export_onnx",
+    "TraceEstimate", "TracequantError", "WeightGrid", "check_criteria", "discover", "estimate_curvature", "export_onnx",
     "finetune", "frontier", "full_space", "load", "measure_latency", "measure_perturbation", "measure_sensitivity",
     "monotone_space", "pack", "quantize", "read_latency", "read_sensitivity", "solve", "solve_by_accuracy",
     "spectral_density", "to_float", "top_eigenvalues", "uniform_plan", "write_latency",

@@ -1,5 +1,5 @@
 """`python -m tracequant`."""
 
-from tracequant.cli import main
+from tracequant.cli.app import main
 
 main()

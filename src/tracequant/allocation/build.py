@@ -10,9 +10,9 @@ import numpy as np
 from tracequant.allocation.limits import Offer, limits_of, owners, rounded_up
 from tracequant.allocation.problem import ROUNDING, Amounts, Decision, Problem
 from tracequant.core import cost
-from tracequant.core.match import match_names
 from tracequant.core.errors import BudgetError
-from tracequant.core.plan import MEGABYTE
+from tracequant.core.match import match_names
+from tracequant.core.plan import MIB
 from tracequant.core.sensitivity import Sensitivity
 from tracequant.core.settings import PlanSettings
 
@@ -68,8 +68,8 @@ def _decisions(sensitivity: Sensitivity, request: PlanSettings) -> tuple[list[De
         **{name: tuple(sorted(omega)) for name, omega in sensitivity.activation_omega.items() if name in inputs},
         **_allowed("activation", choosable, rules),
     }
-    if request.max_activation_mb is not None:
-        offered = _within_peak(sensitivity, offered, request.max_activation_mb)
+    if request.max_activation_mib is not None:
+        offered = _within_peak(sensitivity, offered, request.max_activation_mib)
     limited = (
         request.average_activation_bits,
         request.activation_compression,
@@ -104,14 +104,14 @@ def _within_peak(
 ) -> dict[str, tuple[int, ...]]:
     """The bits at which each activation, for one sample, is no larger than the peak."""
     points = sensitivity.points
-    limit = megabytes * MEGABYTE * (1 + ROUNDING)
+    limit = megabytes * MIB * (1 + ROUNDING)
     least = {name: bits[0] for name, bits in offered.items()}
     peak = cost.peak_activation_bytes(points, least)
     if peak > limit:
         largest = max(points.activations, key=lambda point: point.numel * least.get(point.name, cost.FLOAT_BITS))
         raise BudgetError(
             f"no plan fits the budget, activations of at most {megabytes:g} MB: the input of {largest.name} has"
-            f" {largest.numel:,.0f} elements and needs {rounded_up(peak / MEGABYTE, 6):.6f} MB at"
+            f" {largest.numel:,.0f} elements and needs {rounded_up(peak / MIB, 6):.6f} MB at"
             f" {least.get(largest.name, cost.FLOAT_BITS)} bits, its fewest; ask for that or more room, or offer fewer"
             " bits (--activation-bits)"
         )

@@ -85,7 +85,7 @@ def _steps(units: Sequence[Unit], monotone: bool) -> list[_Step]:
     if cells > MEMORY:
         raise BudgetError(
             f"the exact frontier would take {cells / (1 << 30):.1f} GiB, because the layers' sizes have no large common"
-            ' measure; use method="pareto", or solve single budgets, which has no such limit'
+            ' measure; use solver="pareto", or solve single budgets, which has no such limit'
         )
     return steps
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 from tracequant.core import cost
-from tracequant.core.plan import MEGABYTE, PRICE_UNITS, BitPlan
+from tracequant.core.plan import MIB, PRICE_UNITS, BitPlan
 from tracequant.core.points import Layer
 from tracequant.core.reasons import aligned, neighbours, ordinal, trace_ranks
 from tracequant.core.sensitivity import Sensitivity
@@ -168,7 +168,7 @@ class _Steps:
         points = self._sensitivity.points
         if resource == "size":
             grid = plan.weight_grid
-            return sum(cost.code_bytes(layer, plan.weight_bits[layer.name], grid) for layer in points.layers) / MEGABYTE
+            return sum(cost.code_bytes(layer, plan.weight_bits[layer.name], grid) for layer in points.layers) / MIB
         if resource == "weight_bits":
             return cost.weight_bits_total(points, plan.weight_bits) / plan.weight_count
         if resource == "activation_bits":
@@ -179,7 +179,7 @@ class _Steps:
 
 
 _RESOURCES: dict[str, Callable[[float], str] | None] = {
-    "size": lambda change: _bytes(round(change * MEGABYTE)),
+    "size": lambda change: _bytes(round(change * MIB)),
     "weight_bits": None,  # the size says it better
     "activation_bits": lambda change: f"{change:.2g} bits per activation",
     "bops": lambda change: f"{change:.3g} G BOPs",

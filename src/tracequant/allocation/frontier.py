@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import overload
 
@@ -15,7 +15,9 @@ from tracequant.allocation.build import build
 from tracequant.allocation.limits import base_bytes
 from tracequant.allocation.pareto import pareto_frontier, weight_units
 from tracequant.allocation.problem import chosen_bits
-from tracequant.allocation.request import Method, Space, check, listed, plain
+from tracequant.allocation.request import WEIGHT_LIMITS, check_request
+from tracequant.core.errors import BudgetError
+from tracequant.core.options import resolve, takes
 from tracequant.core.plan import BitPlan, priced
 from tracequant.core.sensitivity import Sensitivity
 from tracequant.core.settings import PlanSettings
@@ -52,35 +54,29 @@ class Frontier(Sequence[BitPlan]):
         return f"Frontier({len(self):,} plans, {self.size_bytes[0]:,} to {self.size_bytes[-1]:,} bytes)"
 
 
+@takes(PlanSettings)
 def frontier(
     sensitivity: Sensitivity,
+    settings: PlanSettings | None = None,
     *,
-    average_activation_bits: float | None = None,
     activation_bits: dict[str, int] | None = None,
-    fixed_bits: Mapping[str, int] | None = None,
-    min_bits: Mapping[str, int] | None = None,
-    allowed_bits: Mapping[str, Iterable[int]] | None = None,
-    space: Space = "full",
-    method: Method = "exact",
+    **fields: object,
 ) -> Frontier:
     """All plans that no other beats in file size or Ω of the weights, by increasing size.
 
-    "exact" finds every one of them by dynamic programming over bytes, "pareto" those that Appendix E finds. Activations
-    are as in `solve`, or those of `activation_bits`, such as a plan's.
+    The rules are those fields of `PlanSettings` that limit no cost of the weights. `solver` "exact" finds every plan by
+    dynamic programming over bytes, "pareto" those that Appendix E finds. Activations are as in `solve`, or those of
+    `activation_bits`, such as a plan's.
 
-    Raises `BudgetError` as `solve` does, and where the exact tables would not fit into memory.
+    Raises `BudgetError` as `solve` does, for a limit on the weights, and where the exact tables would not fit into
+    memory.
     """
-    request = PlanSettings(
-        # A size that no plan exceeds: only the file's bytes are wanted, as costs.
-        max_size_mb=1e12,
-        average_activation_bits=average_activation_bits,
-        fixed_bits=plain(fixed_bits),
-        min_bits=plain(min_bits),
-        allowed_bits=listed(allowed_bits),
-        space=space,
-        method=method,
-    )
-    check(request)
+    request = resolve(PlanSettings, settings, fields)
+    if limits := [name for name in WEIGHT_LIMITS if getattr(request, name) is not None]:
+        raise BudgetError(f"a frontier has plans of every size: leave out {', '.join(limits)}")
+    # A size that no plan exceeds: only the file's bytes are wanted, as costs.
+    request = replace(request, max_size_mib=1e12)
+    check_request(request)
     if activation_bits is None:
         activation_bits = decided_activations(sensitivity, request)
     else:
@@ -90,7 +86,7 @@ def frontier(
         )
     problem = build(sensitivity, replace(request, average_activation_bits=None))[0]
     units, members = weight_units(problem)
-    label = f"{method}, {space} space"
+    label = f"{request.solver}, {request.space} space"
     base = base_bytes(sensitivity)
 
     def plan(choice: Sequence[int]) -> BitPlan:
@@ -98,11 +94,11 @@ def frontier(
         for d, option in zip(members, choice, strict=True):
             found[d] = option
         weights, shared = chosen_bits([problem], [found])
-        return priced(sensitivity, weights, {**activation_bits, **shared}, method=label, budget="frontier")
+        return priced(sensitivity, weights, {**activation_bits, **shared}, solver=label, budget="frontier")
 
-    if method == "exact":
-        points = dynamic.exact_frontier(units, space == "monotone")
+    if request.solver == "exact":
+        points = dynamic.exact_frontier(units, request.space == "monotone")
         return Frontier(points.cost + base, points.omega, lambda i: plan(points.choice(i)))
-    found = pareto_frontier(units, space == "monotone")
+    found = pareto_frontier(units, request.space == "monotone")
     sizes = np.array([assignment.cost + base for assignment in found])
     return Frontier(sizes, np.array([a.omega for a in found]), lambda i: plan(found[i].choice))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tracequant.allocation.problem import ROUNDING, Amounts, Decision, Limit
 from tracequant.core import cost
 from tracequant.core.errors import BudgetError
-from tracequant.core.plan import MEGABYTE
+from tracequant.core.plan import MIB
 from tracequant.core.points import ActivationPoint, Layer
 from tracequant.core.sensitivity import Sensitivity
 from tracequant.core.settings import Latency, PlanSettings
@@ -42,18 +42,18 @@ def limits_of(offer: Offer, request: PlanSettings, latency: Latency) -> tuple[Li
 
 
 def _of_size(offer: Offer, request: PlanSettings) -> list[Limit]:
-    if request.max_size_mb is None:
+    if request.max_size_mib is None:
         return []
     base, grid = base_bytes(offer.sensitivity), offer.sensitivity.weight_grid
     return [
         Limit(
-            name="max_size_mb",
+            name="max_size_mib",
             resource="size",
-            asked=f"at most {request.max_size_mb:g} MB on disk",
-            bound=_whole(request.max_size_mb * MEGABYTE + 1e-6) - base,
+            asked=f"at most {request.max_size_mib:g} MB on disk",
+            bound=_whole(request.max_size_mib * MIB + 1e-6) - base,
             amounts=_of_weights(offer, lambda layer, b: cost.code_bytes(layer, b, grid)),
-            price_unit=MEGABYTE,
-            say=lambda used: f"{rounded_up((base + used) / MEGABYTE, 6):.6f} MB",
+            price_unit=MIB,
+            say=lambda used: f"{rounded_up((base + used) / MIB, 6):.6f} MB",
         )
     ]
 
@@ -93,7 +93,7 @@ def _of_weight_bits(offer: Offer, request: PlanSettings) -> list[Limit]:
 def _of_activation_bits(offer: Offer, request: PlanSettings) -> list[Limit]:
     by_name = offer.sensitivity.points.activation_by_name
     elements = math.fsum(by_name[name].numel for decision in offer.decisions for name in decision.activations)
-    limited = (request.activation_compression, request.average_activation_bits, request.max_activation_mb)
+    limited = (request.activation_compression, request.average_activation_bits, request.max_activation_mib)
     if not elements and any(limit is not None for limit in limited):
         raise BudgetError("a limit on activations needs their number of elements, which this table does not give")
     bits = _of_activations(offer, lambda point, b: point.numel * b)

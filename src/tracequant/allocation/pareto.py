@@ -101,7 +101,7 @@ def weight_units(problem: Problem) -> tuple[list[Unit], list[int]]:
     if len(problem.limits) != 1:
         raise BudgetError(
             "a frontier and Appendix E's search take one limit, on size or weight bits, got"
-            f" {', '.join(limit.name for limit in problem.limits)}; leave the method at 'exact'"
+            f" {', '.join(limit.name for limit in problem.limits)}; leave the solver at 'exact'"
         )
     (limit,) = problem.limits
     members = list(problem.chain) or [d for d, decision in enumerate(problem.decisions) if decision.weights]

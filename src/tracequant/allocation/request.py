@@ -2,80 +2,40 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
-from typing import Literal
+from collections.abc import Iterable
 
 from tracequant.allocation.problem import Problem
 from tracequant.core.errors import BudgetError
 from tracequant.core.settings import PlanSettings
 
-Space = Literal["full", "monotone"]
-Method = Literal["exact", "pareto"]
-
-WEIGHT_LIMITS = ("max_size_mb", "compression", "average_bits", "max_bops_g", "max_latency_ms")
-ACTIVATION_LIMITS = ("average_activation_bits", "activation_compression", "max_activation_mb")
+WEIGHT_LIMITS = ("max_size_mib", "compression", "average_bits", "max_bops_g", "max_latency_ms")
+ACTIVATION_LIMITS = ("average_activation_bits", "activation_compression", "max_activation_mib")
 
 
-def check(request: PlanSettings) -> None:
-    """Raise `BudgetError` for a request that makes no sense whatever the sensitivities are."""
+def check_request(request: PlanSettings) -> None:
+    """Raise `BudgetError` for limits that make no sense together, whatever the sensitivities are."""
+    given = [name for name in WEIGHT_LIMITS if getattr(request, name) is not None]
     if request.by_accuracy:
-        check_losses(request)
-        return
-    check_numbers(request)
-    if request.method not in ("exact", "pareto"):
-        raise BudgetError(f"unknown method {request.method!r}; choose 'exact' or 'pareto'")
-    if request.method == "pareto":
-        given = [name for name in WEIGHT_LIMITS if getattr(request, name) is not None]
-        if len(given) != 1 or given[0] in ("max_bops_g", "max_latency_ms"):
+        if given:
             raise BudgetError(
-                "Appendix E's search (method 'pareto') takes exactly one of max_size_mb, compression and average_bits,"
-                f" got {', '.join(given) or 'none'}; leave the method at 'exact'"
+                f"the smallest plan within a loss of accuracy was asked for, and {', '.join(given)} too; give either"
+                " limits on what a plan loses or limits on what it costs"
             )
-
-
-def check_numbers(request: PlanSettings) -> None:
-    """Raise `BudgetError` unless there is a limit on something and every limit is a positive number."""
-    given = {name: getattr(request, name) for name in (*WEIGHT_LIMITS, *ACTIVATION_LIMITS)}
-    given = {name: value for name, value in given.items() if value is not None}
-    if not given:
+        if request.solver != "exact":
+            raise BudgetError("solving by accuracy walks the exact frontier; leave the solver at 'exact'")
+        return
+    if not given and all(getattr(request, name) is None for name in ACTIVATION_LIMITS):
+        raise BudgetError(f"give at least one budget: {', '.join((*WEIGHT_LIMITS, *ACTIVATION_LIMITS))}")
+    if request.solver == "pareto" and (len(given) != 1 or given[0] in ("max_bops_g", "max_latency_ms")):
         raise BudgetError(
-            "give at least one budget: "
-            + ", ".join(f"{name} (--{name.replace('_', '-')})" for name in (*WEIGHT_LIMITS, *ACTIVATION_LIMITS))
+            "Appendix E's search (solver='pareto') takes exactly one of max_size_mib, compression and average_bits,"
+            f" got {', '.join(given) or 'none'}; leave the solver at 'exact'"
         )
-    for name, value in given.items():
-        if not (math.isfinite(value) and value > 0):
-            raise BudgetError(f"{name} must be a positive number, got {value}")
-
-
-def check_losses(request: PlanSettings) -> None:
-    """Raise `BudgetError` for limits on what a plan loses that are no numbers, or have others beside them."""
-    for name in ("max_accuracy_drop", "max_loss_increase"):
-        value = getattr(request, name)
-        if value is not None and not (math.isfinite(value) and value >= 0):
-            raise BudgetError(f"{name} must be a number from 0, got {value}")
-    if given := [name for name in WEIGHT_LIMITS if getattr(request, name) is not None]:
-        raise BudgetError(
-            f"the smallest plan within a loss of accuracy was asked for, and {', '.join(given)} besides; give either"
-            " limits on what a plan loses or limits on what it costs"
-        )
-    if request.method != "exact":
-        raise BudgetError("solving by accuracy walks the exact frontier; leave the method at 'exact'")
 
 
 def describe(request: PlanSettings, problems: Iterable[Problem]) -> str:
     """The budget in words."""
     asked = [limit.asked for problem in problems for limit in problem.limits]
-    if request.max_activation_mb is not None:
-        asked.append(f"no activation above {request.max_activation_mb:g} MB")
+    if request.max_activation_mib is not None:
+        asked.append(f"no activation above {request.max_activation_mib:g} MiB")
     return ", ".join(asked)
-
-
-def plain(rules: Mapping[str, int] | None) -> dict[str, int] | None:
-    """Rules of one bit width each, as the request stores them."""
-    return None if rules is None else dict(rules)
-
-
-def listed(rules: Mapping[str, Iterable[int]] | None) -> dict[str, tuple[int, ...]] | None:
-    """Rules of several bit widths each, as the request stores them."""
-    return None if rules is None else {pattern: tuple(sorted(bits)) for pattern, bits in rules.items()}

@@ -20,9 +20,6 @@ from tracequant.core.settings import PlanSettings, WeightGrid
 
 # The rule is applied after every batch, which leaves less time than a report has.
 STOP_RESAMPLES = 40
-_ABOUT_WEIGHTS = (
-    "max_size_mb", "compression", "average_bits", "fixed_bits", "min_bits", "allowed_bits", "space", "method",
-)  # fmt: skip
 
 
 def is_stable(
@@ -37,12 +34,21 @@ def is_stable(
     Only limits on weights count here; without any the plan is the one half way between the least and the most bits.
     """
     asked = settings or PlanSettings()
-    weights_only = PlanSettings(**{name: getattr(asked, name) for name in _ABOUT_WEIGHTS})
-    if not (weights_only.max_size_mb or weights_only.compression or weights_only.average_bits):
+    weights_only = PlanSettings(
+        max_size_mib=asked.max_size_mib,
+        compression=asked.compression,
+        average_bits=asked.average_bits,
+        fixed_bits=asked.fixed_bits,
+        min_bits=asked.min_bits,
+        allowed_bits=asked.allowed_bits,
+        space=asked.space,
+        solver=asked.solver,
+    )
+    if not (weights_only.max_size_mib or weights_only.compression or weights_only.average_bits):
         widths = [b for options in weight_errors.values() for b in options]
         weights_only = replace(weights_only, average_bits=(min(widths) + max(widths)) / 2)
-    sensitivity = combine(curvature, weight_errors, {}, weight_grid, "trace")
-    plan = solve(sensitivity, **weights_only.keywords())
+    sensitivity = combine(curvature, weight_errors, {}, weight_grid, criterion="trace")
+    plan = solve(sensitivity, weights_only)
     kept = plan_stability(sensitivity, plan, curvature, weights_only, resamples=STOP_RESAMPLES)
     return kept is not None and min(kept.values()) >= share
 
@@ -60,10 +66,10 @@ def plan_stability(
 
     `plan` was solved from `sensitivity` for `settings`, and `curvature` is what the sensitivity was measured with: it
     holds the traces by sample. Traces of weights are drawn anew, samples together for all layers; perturbations and
-    activations stay as they are. None too for metrics that do not rest on the traces, and for a plan that was found by
+    activations stay as they are. None too for criteria that do not rest on the traces, and for a plan that was found by
     evaluations.
     """
-    if curvature.weight_values is None or sensitivity.metric not in ("trace", "l2") or settings.by_accuracy:
+    if curvature.weight_values is None or sensitivity.criterion not in ("trace", "l2") or settings.by_accuracy:
         return None
     names = list(plan.weight_bits)
     values = np.array([curvature.weight_values[name] for name in names])
@@ -84,9 +90,9 @@ def plan_stability(
             sensitivity.weight_errors,
             sensitivity.activation_errors,
             sensitivity.weight_grid,
-            sensitivity.metric,
+            criterion=sensitivity.criterion,
         )
-        again = solve(resampled, **settings.keywords())
+        again = solve(resampled, settings)
         for name in names:
             kept[name] += again.weight_bits[name] == plan.weight_bits[name]
     return {name: count / resamples for name, count in kept.items()}

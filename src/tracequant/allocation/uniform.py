@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tracequant.allocation.activations import decided_activations
-from tracequant.allocation.request import check
+from tracequant.allocation.request import check_request
 from tracequant.core.errors import BudgetError
 from tracequant.core.plan import BitPlan, priced
 from tracequant.core.sensitivity import Sensitivity
@@ -29,7 +29,7 @@ def uniform_plan(
         activation_bits = dict.fromkeys(bound_to, num_bits)
     elif activation_bits is None:
         request = PlanSettings(average_bits=32, average_activation_bits=average_activation_bits)
-        check(request)
+        check_request(request)
         activation_bits = decided_activations(sensitivity, request)
     weight_bits = dict.fromkeys(sensitivity.weight_omega, num_bits)
-    return priced(sensitivity, weight_bits, activation_bits, method="uniform", budget=f"{num_bits} bits everywhere")
+    return priced(sensitivity, weight_bits, activation_bits, solver="uniform", budget=f"{num_bits} bits everywhere")

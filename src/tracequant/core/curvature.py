@@ -17,7 +17,7 @@ class TraceEstimate:
 
     `trace` is in loss units per squared unit of the tensor; `average_trace` is it divided by `numel`, the number of
     elements (for activations: of one sample, averaged over the samples). `standard_error` is the error of `trace` due
-    to the random probes, on the samples that were used; it is 0 for an exact method and infinite where one draw leaves
+    to the random probes, on the samples that were used; it is 0 for an exact estimator and infinite where one draw leaves
     it unknown. `sampling_error` is the spread between batches divided by the square root of their number: how far
     another set of samples of this size may lie, probe error included; infinite for a single batch.
     """
@@ -42,8 +42,8 @@ class Curvature(Saveable):
 
     `points` are the layers and tensors that were looked at; later stages take them from here.
 
-    `reason` says why `method` was chosen. `weight_values` and `activation_values` are the single values that a trace is
-    the mean of, one for each sample (Hutchinson: each batch), for resampling; `weight_draws` and `activation_draws` the
+    `reason` says why `estimator` was chosen. `weight_values` and `activation_values` are the single values that a trace is
+    the mean of, one for each sample (Hutchinson: each batch), for resampling; `weight_probes` and `activation_probes` the
     trace by each draw alone, to see it converge. `top_eigenvalues` holds the largest eigenvalue of each layer's block
     where it was asked for, HAWQ's older measure; it serves comparison only.
     """
@@ -51,18 +51,18 @@ class Curvature(Saveable):
     points: QuantizationPoints
     weights: dict[str, TraceEstimate]
     activations: dict[str, TraceEstimate]
-    method: str
+    estimator: str
     reason: str
     seed: int
     samples: int
     weight_values: dict[str, tuple[float, ...]] | None = None
     activation_values: dict[str, tuple[float, ...]] | None = None
-    weight_draws: dict[str, tuple[float, ...]] | None = None
-    activation_draws: dict[str, tuple[float, ...]] | None = None
+    weight_probes: dict[str, tuple[float, ...]] | None = None
+    activation_probes: dict[str, tuple[float, ...]] | None = None
     top_eigenvalues: dict[str, float] | None = None
 
     def __str__(self) -> str:
-        lines = [f"Curvature by {self.method} on {self.samples} samples ({self.reason})"]
+        lines = [f"Curvature by {self.estimator} on {self.samples} samples ({self.reason})"]
         for kind, estimates in (("weights of", self.weights), ("input of", self.activations)):
             for name, e in estimates.items():
                 errors = f"± {e.standard_error / e.numel:.1g} (draws) ± {e.sampling_error / e.numel:.1g} (samples)"

@@ -58,7 +58,7 @@ class AccuracySearch(Saveable):
 
     def __str__(self) -> str:
         return (
-            f"{self.plan.size_mb:.4g} MB with {self.metric_name} {self.found.metric:.2f} (float"
+            f"{self.plan.size_mib:.4g} MB with {self.metric_name} {self.found.metric:.2f} (float"
             f" {self.float_metric:.2f}) and loss {self.found.loss:.4f} (float {self.float_loss:.4f}), after"
             f" {len(self.steps)} evaluations"
         )
@@ -66,7 +66,7 @@ class AccuracySearch(Saveable):
 
 @dataclass(frozen=True)
 class LayerCheck:
-    """One layer rounded alone: the measured change of the loss, and what each metric says of it."""
+    """One layer rounded alone: the measured change of the loss, and what each criterion says of it."""
 
     layer: str
     num_bits: int
@@ -86,14 +86,14 @@ class PlanCheck:
 
 @dataclass(frozen=True)
 class Check(Saveable):
-    """How well each metric ranks the measured changes of the loss, weights rounded and activations in float.
+    """How well each criterion ranks the measured changes of the loss, weights rounded and activations in float.
 
-    `correlations[metric][group]` is Spearman's, NaN where there is nothing to rank. Groups are "2 bits", ..., "all
+    `correlations[criterion][group]` is Spearman's, NaN where there is nothing to rank. Groups are "2 bits", ..., "all
     bits" for layers rounded one at a time, and "plans of 2, 3, 4, 8 bits" for random whole plans. Two forms are for
     plans only and use the check's own measurements: "measured" is the sum of the layers' measured changes of the loss,
     "response" the loss at the float outputs plus the sum of the layers' measured changes of the outputs.
 
-    `trusted` is the metric, of those that plans can be solved for, of highest correlation over plans (all groups, on
+    `trusted` is the criterion, of those that plans can be solved for, of highest correlation over plans (all groups, on
     average), or over layers where there are no plans.
     """
 

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from tracequant.core.errors import ArtifactError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @contextmanager

@@ -42,7 +42,8 @@ class Option:
 
     Numbers lie in `minimum` <= x <= `maximum` and `above` < x < `below`. In tuples and dictionaries every number does.
     The rest is for the command line: `flag` replaces the name made from the field, `metavar` stands for the value,
-    `panel` is the group in the help, and an `expert` option is left out of the short help.
+    `panel` is the group in the help, and an `expert` option is left out of the short help. An option that is not
+    `decisive` says where values are computed and not which they are.
     """
 
     help: str
@@ -54,6 +55,7 @@ class Option:
     metavar: str | None = None
     panel: str = ""
     expert: bool = False
+    decisive: bool = True
 
     @property
     def range(self) -> str:
@@ -83,9 +85,12 @@ def option(
     metavar: str | None = None,
     panel: str = "",
     expert: bool = False,
+    decisive: bool = True,
 ) -> Any:
-    """A dataclass field with this default that carries an `Option`."""
-    described = Option(help, minimum, maximum, above, below, flag, metavar, panel, expert)
+    """A dataclass field with this default that carries an `Option`; a required field where the default is `...`."""
+    described = Option(help, minimum, maximum, above, below, flag, metavar, panel, expert, decisive)
+    if default is ...:
+        return dataclasses.field(metadata={"option": described})
     return dataclasses.field(default=default, metadata={"option": described})
 
 
@@ -160,6 +165,24 @@ def takes(kind: type[Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
         return function
 
     return decorate
+
+
+def decisive(settings: Any) -> dict[str, object]:
+    """The fields that decide values and differ from their defaults, by name; nested settings are dictionaries.
+
+    A new option with its default therefore changes nothing that was recorded before there was one.
+    """
+    kind = type(settings)
+    described, annotations = options(kind), _annotations(kind)
+    chosen: dict[str, object] = {}
+    for field in dataclasses.fields(kind):
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(annotations[field.name]):
+            if nested := decisive(value):
+                chosen[field.name] = nested
+        elif described[field.name].decisive and value != field.default:
+            chosen[field.name] = value
+    return chosen
 
 
 class _Mismatch(Exception):

@@ -15,7 +15,7 @@ from tracequant.core.reasons import aligned, in_bits, short_reasons
 from tracequant.core.sensitivity import Sensitivity
 from tracequant.core.settings import WeightGrid
 
-MEGABYTE = 1 << 20
+MIB = 1 << 20
 # Resource → the unit that `BitPlan.prices` are for.
 PRICE_UNITS = {
     "size": "MB",
@@ -54,7 +54,7 @@ class BitPlan(Saveable):
     activation_omega: float
     weight_grid: WeightGrid
     fingerprint: str
-    method: str
+    solver: str
     budget: str
     bound: float | None = None
     prices: dict[str, float] = field(default_factory=dict)
@@ -73,9 +73,9 @@ class BitPlan(Saveable):
         return (self.total_omega - self.bound) / abs(self.total_omega) if self.total_omega > self.bound else 0.0
 
     @property
-    def size_mb(self) -> float:
+    def size_mib(self) -> float:
         """Size of the packed file in MB of 2^20 bytes."""
-        return self.size_bytes / MEGABYTE
+        return self.size_bytes / MIB
 
     @property
     def average_bits(self) -> float:
@@ -91,7 +91,7 @@ class BitPlan(Saveable):
     def summary(self) -> str:
         """The plan in one line: its size, its average bits, and how many layers have how many bits."""
         return (
-            f"BitPlan: {self.size_mb:.4g} MB on disk, weights {self.average_bits:.2f} bits on average"
+            f"BitPlan: {self.size_mib:.4g} MB on disk, weights {self.average_bits:.2f} bits on average"
             f" ({self.compression:.2f}x); layers: {_spread(self.weight_bits)}; omega {self.omega:.4g}"
         )
 
@@ -128,7 +128,7 @@ class BitPlan(Saveable):
         edited = replace(self, weight_bits=bits, activation_bits=self.activation_bits | changed_activations)
         again = reprice(sensitivity, edited)
         reasons = short_reasons(sensitivity, bits, dict.fromkeys(changed, "edited"))
-        return replace(again, method="edited", bound=None, prices={}, reasons=reasons)
+        return replace(again, solver="edited", bound=None, prices={}, reasons=reasons)
 
     def __str__(self) -> str:
         shown = list(self.weight_bits.items())
@@ -148,7 +148,7 @@ def priced(
     weight_bits: Mapping[str, int],
     activation_bits: Mapping[str, int],
     *,
-    method: str,
+    solver: str,
     budget: str,
     notes: Mapping[str, str] | None = None,
 ) -> BitPlan:
@@ -166,7 +166,7 @@ def priced(
         activation_omega=math.fsum(sensitivity.activation_omega[n][b] for n, b in activations.items()),
         weight_grid=grid,
         fingerprint=points.fingerprint,
-        method=method,
+        solver=solver,
         budget=budget,
         reasons=short_reasons(sensitivity, weights, notes),
     )
@@ -191,7 +191,7 @@ def reprice(sensitivity: Sensitivity, plan: BitPlan) -> BitPlan:
         if missing := offered.keys() - chosen.keys():
             raise BudgetError(f"the plan gives no bits to {kind} {min(missing)}")
     _check_ties(sensitivity.points, plan.weight_bits)
-    again = priced(sensitivity, plan.weight_bits, plan.activation_bits, method=plan.method, budget=plan.budget)
+    again = priced(sensitivity, plan.weight_bits, plan.activation_bits, solver=plan.solver, budget=plan.budget)
     return replace(again, bound=plan.bound, prices=plan.prices)
 
 

@@ -8,7 +8,7 @@ from tracequant.core.curvature import Curvature, Perturbation
 from tracequant.core.errors import ModelError
 from tracequant.core.files import Saveable
 from tracequant.core.points import QuantizationPoints
-from tracequant.core.settings import EXPANSIONS, METRICS, Latency, WeightGrid
+from tracequant.core.settings import CRITERIA, EXPANSIONS, Latency, WeightGrid
 
 # The tensor that enters the model keeps 8 bits in every plan: images are stored that way, and no layer gains from less.
 MODEL_INPUT_BITS = 8
@@ -33,12 +33,12 @@ class Sensitivity(Saveable):
     activation_errors: dict[str, dict[int, float]]
     average_traces: dict[str, float]
     weight_grid: WeightGrid
-    metric: str
+    criterion: str
     latency: Latency = field(default_factory=dict)
     same_bits: bool = False
 
     def __str__(self) -> str:
-        lines = [f"Sensitivity of {len(self.weight_omega)} layers, metric {self.metric}; Ω by bits"]
+        lines = [f"Sensitivity of {len(self.weight_omega)} layers, criterion {self.criterion}; Ω by bits"]
         for kind, table in (("weights of", self.weight_omega), ("input of", self.activation_omega)):
             for name, options in table.items():
                 omegas = ", ".join(f"{num_bits}: {omega:.3g}" for num_bits, omega in options.items())
@@ -51,10 +51,11 @@ def combine(
     weight_errors: dict[str, dict[int, float]],
     activation_errors: dict[str, dict[int, float]],
     weight_grid: WeightGrid,
-    metric: str,
+    *,
+    criterion: str,
     perturbation: Perturbation | None = None,
 ) -> Sensitivity:
-    """Ω of every layer and activation by `metric`, from what was measured.
+    """Ω of every layer and activation by `criterion`, from what was measured.
 
     - "trace": Tr(H_i)/n_i · ‖Q_b(W_i) − W_i‖² (Eq. 10); "l2" the perturbation alone (Table 3b);
     - "eigenvalue": λ_i/n_i · ‖ΔW_i‖², HAWQ's measure, and "eigenvalue_alone": λ_i · ‖ΔW_i‖² (Table 5);
@@ -62,26 +63,28 @@ def combine(
 
     Activations have the same with the mean over samples of ‖Δa‖², or the expansion in their own rounding. Where that
     was not measured the expansions give them half of the trace's Ω, which is in units of the loss too; the eigenvalues'
-    metrics give them the trace's. A negative trace or eigenvalue, possible by noise or away from a minimum, counts as
-    zero: more bits must never look worse. Only first-order terms may be negative. Raises `ModelError` for a metric
+    criteria give them the trace's. A negative trace or eigenvalue, possible by noise or away from a minimum, counts as
+    zero: more bits must never look worse. Only first-order terms may be negative. Raises `ModelError` for a criterion
     whose ingredients are not there.
     """
-    if metric not in METRICS:
-        raise ModelError(f"unknown metric {metric!r}; choose {', '.join(METRICS)}")
+    if criterion not in CRITERIA:
+        raise ModelError(f"unknown criterion {criterion!r}; choose {', '.join(CRITERIA)}")
     traces = {name: estimate.average_trace for name, estimate in curvature.weights.items()}
     activation_traces = {name: estimate.average_trace for name, estimate in curvature.activations.items()}
     weight_factors, activation_factors = traces, activation_traces
-    if metric == "l2":
+    if criterion == "l2":
         weight_factors, activation_factors = dict.fromkeys(traces, 1.0), dict.fromkeys(activation_traces, 1.0)
-    elif metric in ("eigenvalue", "eigenvalue_alone"):
-        weight_factors = _eigenvalues(curvature, divided=metric == "eigenvalue")
-    elif metric in EXPANSIONS:
+    elif criterion in ("eigenvalue", "eigenvalue_alone"):
+        weight_factors = _eigenvalues(curvature, divided=criterion == "eigenvalue")
+    elif criterion in EXPANSIONS:
         activation_factors = {name: 0.5 * trace for name, trace in activation_traces.items()}
     weight_omega = _weighted(weight_errors, weight_factors)
     activation_omega = _weighted(activation_errors, activation_factors)
-    if metric in EXPANSIONS:
+    if criterion in EXPANSIONS:
         if perturbation is None:
-            raise ModelError(f"metric {metric!r} needs the roundings measured: perturbation=measure_perturbation(...)")
+            raise ModelError(
+                f"criterion {criterion!r} needs the roundings measured: perturbation=measure_perturbation(...)"
+            )
         if (
             perturbation.weight_grid != weight_grid
             or perturbation.points != curvature.points
@@ -91,7 +94,7 @@ def combine(
                 f"the perturbation was measured at {list(perturbation.weight_bits)} bits for other layers, bits or"
                 " another weight grid than the sensitivity; measure it again for these"
             )
-        first_order = metric.startswith("first+")
+        first_order = criterion.startswith("first+")
         weight_omega = perturbation.omega(first_order)
         expanded = perturbation.activation_omega(first_order)
         if {n: set(own) for n, own in expanded.items()} == {n: set(own) for n, own in activation_errors.items()}:
@@ -104,7 +107,7 @@ def combine(
         activation_errors=activation_errors,
         average_traces={layer.name: traces[layer.name] for layer in curvature.points.layers},
         weight_grid=weight_grid,
-        metric=metric,
+        criterion=criterion,
     )
 
 

@@ -1,20 +1,29 @@
-"""Choices that several stages must agree on. Plain data, no torch."""
+"""Every option of tracequant, declared once: its name, type, default, range and help.
+
+A Python function takes one of these objects, or its fields by keyword; the command line makes its options from the
+fields; a run directory stores the objects; the table in docs/options.md is printed from them. Plain data, no torch.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 from tracequant.core.files import Saveable
 from tracequant.core.options import option, validate
 
 # What stands for the loss that a layer's rounding costs; docs/method.md has the formulas. "trace" is HAWQ-V2's Eq. 10.
-Metric = Literal[
-    "trace", "l2", "eigenvalue", "eigenvalue_alone", "quadratic", "first+quadratic",
-]  # fmt: skip
-METRICS: tuple[Metric, ...] = get_args(Metric)
-# Those that rest on the roundings themselves (`tracequant.Perturbation`).
-EXPANSIONS: tuple[Metric, ...] = ("quadratic", "first+quadratic")
+Criterion = Literal["trace", "l2", "eigenvalue", "eigenvalue_alone", "quadratic", "first+quadratic"]
+CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
+# Criteria that need the rounding itself to be measured (`tracequant.Perturbation`).
+EXPANSIONS: tuple[Criterion, ...] = ("quadratic", "first+quadratic")
+
+# Layer → weight bits → bits of the layer's input (32 for float) → milliseconds.
+Latency = dict[str, dict[int, dict[int, float]]]
+
+# The panels in which `--help` groups the options.
+MODEL, BUDGET, RULES, ANALYSIS = "Model and data", "Budget", "Rules", "Analysis"
+QUANTIZATION, TRAINING = "Quantization", "Training"
 
 
 @dataclass(frozen=True)
@@ -25,126 +34,354 @@ class WeightGrid:
     range).
     """
 
-    per_channel: bool = True
-    symmetric: bool = True
-    range: Literal["minmax", "percentile", "mse"] = "mse"
+    per_channel: bool = option(
+        True,
+        "one scale for each output channel of a weight, or one for the whole tensor",
+        flag="--per-channel/--per-tensor",
+        panel=QUANTIZATION,
+        expert=True,
+    )
+    symmetric: bool = option(
+        True,
+        "weight ranges are centred on zero, or need not be",
+        flag="--symmetric/--asymmetric",
+        panel=QUANTIZATION,
+        expert=True,
+    )
+    range: Literal["mse", "percentile", "minmax"] = option(
+        "mse",
+        "how the range of a weight grid is chosen",
+        flag="--weight-range",
+        panel=QUANTIZATION,
+        expert=True,
+    )
+
+    def __post_init__(self) -> None:
+        validate(self)
 
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """What the command line passes on to a task; None where the user said nothing and the task's default holds.
+    """What the command line hands to a task; None where the user said nothing and the task's own default holds."""
 
-    `samples` is the number of calibration inputs, `batch_size` that of calibration and fine-tuning batches, `workers`
-    that of processes that load data, `image_size` that of pixels of a side: of what is cut from the centre of an image
-    that is larger by 1 / `crop_share`, or, in detection, of the shorter side.
-    """
+    model: str | None = option(
+        None, "which of the task's models, such as resnet20 or torchvision:resnet50", metavar="NAME", panel=MODEL
+    )
+    weights: str | None = option(
+        None,
+        "trained weights of the model (safetensors, .pth), or the name of a published set",
+        metavar="FILE",
+        panel=MODEL,
+    )
+    data_dir: str | None = option(None, "folder of the task's data set", metavar="DIR", panel=MODEL)
+    samples: int | None = option(
+        None, "calibration inputs, for curvature and ranges [512; detection 128]", minimum=1, panel=MODEL
+    )
+    batch_size: int | None = option(None, "inputs in a batch, for analysis and fine-tuning", minimum=1, panel=MODEL)
+    image_size: int | None = option(
+        None,
+        "pixels of a side, where the task scales images [that of the weights]; in detection, of the shorter side",
+        minimum=1,
+        panel=MODEL,
+        expert=True,
+    )
+    crop_share: float | None = option(
+        None,
+        "share of a side that the crop from the centre keeps [that of the weights]",
+        minimum=0.01,
+        maximum=1,
+        panel=MODEL,
+        expert=True,
+    )
+    seed: int = option(0, "seed of random vectors and of fine-tuning; the same seed gives the same plan", panel=MODEL)
+    workers: int | None = option(
+        None, "processes that load images, where the task has some [4]", minimum=0, panel=MODEL, decisive=False
+    )
 
-    data_dir: str | None = None
-    weights: str | None = None
-    model: str | None = None
-    samples: int | None = None
-    batch_size: int | None = None
-    seed: int = 0
-    workers: int | None = None
-    image_size: int | None = None
-    crop_share: float | None = None
+    def __post_init__(self) -> None:
+        validate(self)
 
 
 @dataclass(frozen=True)
-class AnalyzeSettings:
-    """What to measure: the task, the estimator, the layers, the bit widths on offer.
+class DiscoverSettings:
+    """Which layers are quantized, and which of them share one bit width (`tracequant.discover`)."""
 
-    No more batches are taken once all traces are known to `relative_error`, or once every layer keeps its bits in a
-    share `stable` of the resamples.
+    include: tuple[str, ...] = option(
+        ("*",), "quantize only layers whose name matches this pattern; may be repeated", metavar="PATTERN", panel=RULES
+    )
+    exclude: tuple[str, ...] = option(
+        (), "keep layers whose name matches this pattern in float; may be repeated", metavar="PATTERN", panel=RULES
+    )
+    ties: tuple[str, ...] = option(
+        (),
+        "layers that match this pattern share one bit width; 'blocks': the blocks that the task names; may be repeated",
+        metavar="PATTERN",
+        panel=RULES,
+    )
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+
+@dataclass(frozen=True)
+class CurvatureSettings:
+    """How traces are estimated (`tracequant.estimate_curvature`).
+
+    `num_probes` random vectors are drawn for each sample (gauss_newton, default 2) or for each batch (hutchinson,
+    default 16). No more batches are taken once every trace is known to `target_sampling_error` (gauss_newton); no more
+    vectors are drawn once every trace is known to `target_standard_error` (hutchinson). Both are shares of the trace.
     """
 
-    task: str
-    options: TaskOptions
-    device: str = "auto"
-    method: str = "auto"
-    draws: int | None = None
-    probes: Literal["per_layer", "shared"] = "per_layer"
-    include: tuple[str, ...] = ("*",)
-    exclude: tuple[str, ...] = ()
-    ties: tuple[str, ...] = ()
-    weight_bits: tuple[int, ...] = (2, 3, 4, 8)
-    activation_bits: tuple[int, ...] = (4, 8)
-    metric: Metric = "trace"
+    estimator: Literal["auto", "gauss_newton", "hutchinson"] = option(
+        "auto",
+        "auto takes gauss_newton where it equals the Hessian, which it checks, and hutchinson elsewhere",
+        panel=ANALYSIS,
+    )
+    num_probes: int | Literal["exact"] | None = option(
+        None,
+        "random vectors for each sample (gauss_newton) [2] or each batch (hutchinson) [16]; 'exact' sums over all"
+        " outputs instead (gauss_newton)",
+        minimum=1,
+        metavar="N",
+        panel=ANALYSIS,
+    )
+    probe_scope: Literal["per_layer", "shared"] = option(
+        "per_layer",
+        "hutchinson: one random vector for each layer, or one for all layers, which is faster and far noisier",
+        panel=ANALYSIS,
+        expert=True,
+    )
+    distribution: Literal["rademacher", "gaussian"] = option(
+        "rademacher", "hutchinson: distribution of the random vectors", panel=ANALYSIS, expert=True
+    )
+    target_sampling_error: float | None = option(
+        None,
+        "gauss_newton: take no more samples once every trace is known to this share of it",
+        minimum=0,
+        panel=ANALYSIS,
+        expert=True,
+    )
+    target_standard_error: float | None = option(
+        None,
+        "hutchinson: draw no more vectors once every trace is known to this share of it",
+        minimum=0,
+        panel=ANALYSIS,
+        expert=True,
+    )
+    precision: Literal["float32", "tf32", "bfloat16"] = option(
+        "float32",
+        "arithmetic of the analysis; tf32 (GPU) and bfloat16 are faster and less exact",
+        panel=ANALYSIS,
+        expert=True,
+    )
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+
+@dataclass(frozen=True)
+class SensitivitySettings:
+    """The bit widths on offer and what stands for the loss that they cost (`tracequant.measure_sensitivity`)."""
+
+    weight_bits: tuple[int, ...] = option(
+        (2, 3, 4, 8), "weight bit widths on offer", minimum=1, maximum=8, metavar="LIST", panel=QUANTIZATION
+    )
+    activation_bits: tuple[int, ...] = option(
+        (4, 8),
+        "activation bit widths on offer; 'none' keeps activations in float",
+        minimum=1,
+        maximum=8,
+        metavar="LIST",
+        panel=QUANTIZATION,
+    )
+    criterion: Criterion = option(
+        "trace", "what stands for the loss that rounding a layer costs; trace is HAWQ-V2's Eq. 10", panel=ANALYSIS
+    )
     weight_grid: WeightGrid = WeightGrid()
-    eigenvalues: bool = True
-    relative_error: float | None = None
-    stable: float | None = None
-    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        validate(self)
 
 
-# Layer → weight bits → bits of the layer's input (32 for float) → milliseconds.
-Latency = dict[str, dict[int, dict[int, float]]]
+@dataclass(frozen=True)
+class AnalysisSettings:
+    """What a run analyses: the task and its data, the layers, the estimator, the bit widths on offer."""
+
+    task: str = option(
+        ..., "digits, cifar10, imagenet, detection, or path/to/file.py:function", metavar="TASK", panel=MODEL
+    )
+    options: TaskOptions = TaskOptions()
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...", panel=MODEL, decisive=False)
+    discover: DiscoverSettings = DiscoverSettings()
+    curvature: CurvatureSettings = CurvatureSettings()
+    sensitivity: SensitivitySettings = SensitivitySettings()
+    eigenvalues: bool = option(
+        True,
+        "compute each layer's largest eigenvalue too; the report then shows what HAWQ would choose",
+        panel=ANALYSIS,
+    )
+    target_stability: float | None = option(
+        None,
+        "take no more samples once every layer keeps its bits in this share of resamples",
+        minimum=0,
+        maximum=1,
+        panel=ANALYSIS,
+        expert=True,
+    )
+
+    def __post_init__(self) -> None:
+        validate(self)
 
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """What a plan may cost and which bits it may use: the keywords of `tracequant.solve`, which explains them.
+    """What a plan may cost and which bits it may use (`tracequant.solve`).
 
-    `metric` is what the plan makes small, None for the one that the analysis was asked for. `max_accuracy_drop` (points
-    of the task's metric) and `max_loss_increase` ask for the smallest plan that keeps to them by evaluation, in place
-    of a limit on what it costs.
+    `max_accuracy_drop` (points of the task's metric) and `max_loss_increase` ask for the smallest plan that keeps to
+    them by evaluation, in place of a limit on what the plan costs.
     """
 
-    max_size_mb: float | None = None
-    compression: float | None = None
-    average_bits: float | None = None
-    average_activation_bits: float | None = None
-    activation_compression: float | None = None
-    max_activation_mb: float | None = None
-    max_bops_g: float | None = None
-    max_latency_ms: float | None = None
-    latency: Latency | None = None
-    fixed_bits: dict[str, int] | None = None
-    min_bits: dict[str, int] | None = None
-    allowed_bits: dict[str, tuple[int, ...]] | None = None
-    allowed_activation_bits: dict[str, tuple[int, ...]] | None = None
-    space: Literal["full", "monotone"] = "full"
-    method: Literal["exact", "pareto"] = "exact"
-    metric: Metric | None = None
-    max_accuracy_drop: float | None = None
-    max_loss_increase: float | None = None
+    max_size_mib: float | None = option(
+        None, "size of the packed file, in MiB (2^20 bytes)", minimum=0, metavar="MIB", panel=BUDGET
+    )
+    compression: float | None = option(
+        None,
+        "float32 size over quantized size of the weights, the paper's W-Comp",
+        minimum=0,
+        metavar="X",
+        panel=BUDGET,
+    )
+    average_bits: float | None = option(
+        None, "bits for each weight, on average", minimum=0, metavar="BITS", panel=BUDGET
+    )
+    average_activation_bits: float | None = option(
+        None, "bits for each activation, on average [the most on offer]", minimum=0, metavar="BITS", panel=BUDGET
+    )
+    activation_compression: float | None = option(
+        None, "float32 size over quantized size of the activations, A-Comp", minimum=0, metavar="X", panel=BUDGET
+    )
+    max_activation_mib: float | None = option(
+        None, "largest input of a layer for one sample, in MiB", minimum=0, metavar="MIB", panel=BUDGET, expert=True
+    )
+    max_bops_g: float | None = option(
+        None,
+        "10^9 bit operations for one sample: multiply-accumulates times weight bits times input bits",
+        minimum=0,
+        metavar="G",
+        panel=BUDGET,
+    )
+    max_latency_ms: float | None = option(
+        None, "milliseconds of all layers by the table of --latency", minimum=0, metavar="MS", panel=BUDGET
+    )
+    latency: Latency | None = option(
+        None,
+        "table for --max-latency-ms: CSV layer,weight_bits,activation_bits,ms or JSON",
+        metavar="FILE",
+        panel=BUDGET,
+    )
+    max_accuracy_drop: float | None = option(
+        None,
+        "find the smallest plan that loses at most this many points, by evaluation",
+        metavar="POINTS",
+        panel=BUDGET,
+    )
+    max_loss_increase: float | None = option(
+        None, "find the smallest plan whose loss rises by at most this, by evaluation", metavar="LOSS", panel=BUDGET
+    )
+    fixed_bits: dict[str, int] | None = option(
+        None, "layers that match the pattern get these bits; may be repeated", metavar="PATTERN=BITS", panel=RULES
+    )
+    min_bits: dict[str, int] | None = option(
+        None, "layers that match get these bits or more; may be repeated", metavar="PATTERN=BITS", panel=RULES
+    )
+    allowed_bits: dict[str, tuple[int, ...]] | None = option(
+        None, "layers that match get one of these widths; may be repeated", metavar="PATTERN=LIST", panel=RULES
+    )
+    allowed_activation_bits: dict[str, tuple[int, ...]] | None = option(
+        None,
+        "the same for activations (the model's input keeps 8 bits); may be repeated",
+        metavar="PATTERN=LIST",
+        panel=RULES,
+        expert=True,
+    )
+    space: Literal["full", "monotone"] = option(
+        "full",
+        "all assignments of bits, or only those that never give a layer of larger trace fewer bits",
+        panel=RULES,
+        expert=True,
+    )
+    solver: Literal["exact", "pareto"] = option(
+        "exact",
+        "exact finds a proven optimum; pareto is the search of HAWQ-V2's Appendix E, for one budget",
+        panel=RULES,
+        expert=True,
+    )
+    criterion: Criterion | None = option(
+        None, "solve by this criterion [the one of the analysis]", flag="--criterion", panel=RULES
+    )
+
+    def __post_init__(self) -> None:
+        validate(self)
 
     @property
     def by_accuracy(self) -> bool:
         """Whether the limit is one on what the plan loses."""
         return self.max_accuracy_drop is not None or self.max_loss_increase is not None
 
-    def keywords(self) -> dict[str, Any]:
-        """The limits and rules as `tracequant.solve` takes them."""
-        own = ("metric", "max_accuracy_drop", "max_loss_increase")
-        return {name: value for name, value in asdict(self).items() if name not in own}
-
 
 @dataclass(frozen=True)
 class FinetuneSettings:
     """The recipe of fine-tuning, which `tracequant.finetune` explains."""
 
-    steps: int = option(400, "number of training steps, each on one batch", minimum=0)
-    learning_rate: float = option(0.01, "learning rate of the first step; it falls along a cosine to zero", minimum=0)
-    optimizer: Literal["sgd", "adamw"] = option("sgd", "sgd has Nesterov momentum 0.9")
-    weight_decay: float = option(1e-4, "decay of weights; scales, biases and norms have none", minimum=0)
+    steps: int = option(
+        400, "training steps, each on one batch; 0 for none", minimum=0, flag="--finetune-steps", panel=TRAINING
+    )
+    learning_rate: float = option(
+        0.01, "learning rate of the first step; it falls along a cosine to zero", minimum=0, panel=TRAINING
+    )
+    optimizer: Literal["sgd", "adamw"] = option("sgd", "sgd has Nesterov momentum 0.9", panel=TRAINING)
+    weight_decay: float = option(
+        1e-4, "decay of weights; scales, biases and norms have none", minimum=0, panel=TRAINING, expert=True
+    )
     scales: Literal["lsq", "fixed"] = option(
-        "lsq", "lsq learns the scales of the grids, fixed keeps the calibrated ones"
+        "lsq",
+        "lsq learns the scales of the grids, fixed keeps the calibrated ones",
+        panel=TRAINING,
+        expert=True,
     )
     distillation: float = option(
-        0.5, "share of the loss that is the distance to the teacher's outputs; 0 for none", minimum=0, maximum=1
+        0.5,
+        "share of the loss that is the distance to the float model's outputs; 0 for none",
+        minimum=0,
+        maximum=1,
+        panel=TRAINING,
     )
     feature_distillation: float = option(
-        0.0, "weight of the distance to the teacher at the input of every quantized layer", minimum=0
+        0.0,
+        "weight of the distance to the float model at the input of every quantized layer",
+        minimum=0,
+        panel=TRAINING,
+        expert=True,
     )
     batchnorm: Literal["train", "freeze", "reestimate"] = option(
-        "train", "BatchNorm's statistics: as in training, kept, or measured anew at the end"
+        "train", "BatchNorm's statistics: as in training, kept, or measured anew at the end", panel=TRAINING
     )
-    ema: float = option(0.0, "decay of a moving average of weights and scales; 0 for none", minimum=0, below=1)
-    compile: bool = option(False, "train through torch.compile")
-    channels_last: bool = option(False, "train with images and weights laid out channels last")
+    ema: float = option(
+        0.0,
+        "decay of a moving average of weights and scales; 0 for none",
+        minimum=0,
+        below=1,
+        panel=TRAINING,
+        expert=True,
+    )
+    compile: bool = option(False, "train through torch.compile", panel=TRAINING, expert=True)
+    channels_last: bool = option(
+        False, "train with images and weights laid out channels last", panel=TRAINING, expert=True
+    )
     uniform_too: bool = option(
-        False, "in a run, fine-tune the uniform plan of the nearest size as well: a fair comparison in twice the time"
+        False,
+        "in a run, fine-tune the uniform plan of the nearest size as well: a fair comparison in twice the time",
+        panel=TRAINING,
     )
 
     def __post_init__(self) -> None:
@@ -160,6 +397,6 @@ class FinetuneSettings:
 class RunSettings(Saveable):
     """Everything that a run directory was asked for so far."""
 
-    analyze: AnalyzeSettings
+    analysis: AnalysisSettings
     plan: PlanSettings | None = None
     finetune: FinetuneSettings | None = None

@@ -185,7 +185,7 @@ def _from_table(document: dict[str, Any], source: str) -> Sensitivity:
         activation_errors={},
         average_traces=traces,
         weight_grid=WeightGrid(),
-        metric="table",
+        criterion="table",
         latency=latency,
         same_bits=same_bits,
     )

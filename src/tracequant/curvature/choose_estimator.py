@@ -38,7 +38,7 @@ _BENT = (
 )  # fmt: skip
 
 
-def choose_method(
+def choose_estimator(
     model: nn.Module, batches: Batches, task: Task, points: QuantizationPoints, seed: int
 ) -> tuple[Literal["gauss_newton", "hutchinson"], str]:
     """The estimator that suits the model, and why."""
@@ -56,7 +56,7 @@ def choose_method(
         if out_of_memory(error):
             raise ResourceError(
                 f"memory does not suffice to compare estimators on {CHECKED_SAMPLES} samples ({error}); name one"
-                " (method='gauss_newton'), or use smaller inputs or another device"
+                " (estimator='gauss_newton'), or use smaller inputs or another device"
             ) from None
         return "hutchinson", f"Gauss-Newton cannot be compared with the Hessian ({error})"
     name = max(defects, key=lambda layer: defects[layer])

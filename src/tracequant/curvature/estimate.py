@@ -12,7 +12,7 @@ from torch import nn
 from tracequant.core.curvature import Curvature
 from tracequant.core.errors import ModelError
 from tracequant.core.points import QuantizationPoints
-from tracequant.curvature.choose_estimator import choose_method
+from tracequant.curvature.choose_estimator import choose_estimator
 from tracequant.curvature.gauss_newton import gauss_newton
 from tracequant.curvature.hutchinson import hutchinson
 from tracequant.model import distributed
@@ -27,7 +27,7 @@ def estimate_curvature(
     model: nn.Module,
     batches: Batches,
     task: Task,
-    method: str = "auto",
+    estimator: str = "auto",
     draws: int | Literal["exact"] | None = None,
     seed: int = 0,
     points: QuantizationPoints | None = None,
@@ -35,7 +35,7 @@ def estimate_curvature(
 ) -> Curvature:
     """Average Hessian traces of all layers and activation points of `model` under `task`'s loss.
 
-    `batches` are a few hundred samples, labelled. `method`: "gauss_newton" (one forward and a few backward passes;
+    `batches` are a few hundred samples, labelled. `estimator`: "gauss_newton" (one forward and a few backward passes;
     equal to the Hessian's traces for piecewise linear networks such as those with ReLU), "hutchinson" (any
     twice-differentiable network, thousands of products), or "auto", which compares the two on one batch and takes the
     fast one where they agree; the result's `reason` says which and why. `draws` random vectors are used for each batch
@@ -49,33 +49,35 @@ def estimate_curvature(
     """
     if draws is not None and draws != "exact" and (not isinstance(draws, int) or draws < 1):
         raise ModelError(f"draws must be a whole number from 1, or 'exact', got {draws!r}")
-    if method != "auto" and method not in ESTIMATORS:
-        raise ModelError(f"unknown method {method!r}; choose auto or {', '.join(sorted(ESTIMATORS))}")
+    if estimator != "auto" and estimator not in ESTIMATORS:
+        raise ModelError(f"unknown estimator {estimator!r}; choose auto or {', '.join(sorted(ESTIMATORS))}")
     batches = reusable(batches)
     if points is None:
         points = discover(model, batches, task)
-    if draws == "exact" and method == "hutchinson":
+    if draws == "exact" and estimator == "hutchinson":
         raise ModelError("draws='exact' is for gauss_newton; give hutchinson a number of draws")
     why = ""
-    if method == "auto":
+    if estimator == "auto":
         known = set().union(*(_own_options(name, options) for name in ESTIMATORS))
         if unknown := options.keys() - known:
             raise ModelError(f"there is no option {', '.join(sorted(unknown))}")
         # Of several processes all must take the same, whatever their own batch and memory would choose.
-        method, why = distributed.gather(choose_method(model, batches, task, points, seed))[0]
-        if method == "gauss_newton":
+        estimator, why = distributed.gather(choose_estimator(model, batches, task, points, seed))[0]
+        if estimator == "gauss_newton":
             try:
-                return _call(method, why, model, batches, task, points, draws, seed, _own_options(method, options))
+                return _call(
+                    estimator, why, model, batches, task, points, draws, seed, _own_options(estimator, options)
+                )
             except ModelError as error:
-                method, why = "hutchinson", f"gauss_newton cannot take this model ({error})"
+                estimator, why = "hutchinson", f"gauss_newton cannot take this model ({error})"
         if draws == "exact":
             raise ModelError(f"draws='exact' is for gauss_newton, which does not suit this model: {why}")
-        options = _own_options(method, options)
-    return _call(method, why, model, batches, task, points, draws, seed, options)
+        options = _own_options(estimator, options)
+    return _call(estimator, why, model, batches, task, points, draws, seed, options)
 
 
 def _call(
-    method: str,
+    estimator: str,
     why: str,
     model: nn.Module,
     batches: Batches,
@@ -85,15 +87,15 @@ def _call(
     seed: int,
     options: dict[str, Any],
 ) -> Curvature:
-    if unknown := options.keys() - _own_options(method, options).keys():
-        raise ModelError(f"method {method!r} has no option {', '.join(sorted(unknown))}")
+    if unknown := options.keys() - _own_options(estimator, options).keys():
+        raise ModelError(f"estimator {estimator!r} has no option {', '.join(sorted(unknown))}")
     if draws is not None:
         options = options | {"draws": draws}
-    result = ESTIMATORS[method](model, batches, task, points, seed=seed, **options)
+    result = ESTIMATORS[estimator](model, batches, task, points, seed=seed, **options)
     return replace(result, reason=f"{why}; {result.reason}") if why else result
 
 
-def _own_options(method: str, options: dict[str, Any]) -> dict[str, Any]:
+def _own_options(estimator: str, options: dict[str, Any]) -> dict[str, Any]:
     """Those of `options` that the estimator knows; with "auto" the others were meant for the one not chosen."""
-    known = inspect.signature(ESTIMATORS[method]).parameters
+    known = inspect.signature(ESTIMATORS[estimator]).parameters
     return {name: value for name, value in options.items() if name in known}

@@ -108,7 +108,7 @@ class _GaussNewton(Passes):
 
     def settings(self) -> dict[str, Any]:
         return {
-            "method": "gauss_newton",
+            "estimator": "gauss_newton",
             "draws": "exact" if self._exact else self.draws,
             "seed": self._seed,
             "families": [self._weights, self._activations],
@@ -154,14 +154,14 @@ class _GaussNewton(Passes):
             points=self._points,
             weights=estimates("weights", numel),
             activations=estimates("activations", {name: n / whole.samples for name, n in whole.elements.items()}),
-            method="gauss_newton",
+            estimator="gauss_newton",
             reason=", ".join((text, *whole.notes)),
             seed=self._seed,
             samples=whole.samples,
             weight_values=self._series(whole, "weights", 0),
             activation_values=self._series(whole, "activations", 0),
-            weight_draws=self._series(whole, "weights", 1),
-            activation_draws=self._series(whole, "activations", 1),
+            weight_probes=self._series(whole, "weights", 1),
+            activation_probes=self._series(whole, "activations", 1),
         )
 
     def _series(self, whole: Part, family: str, axis: int) -> dict[str, tuple[float, ...]]:

@@ -152,7 +152,7 @@ class _Hutchinson:
 
     def settings(self) -> dict[str, Any]:
         return {
-            "method": "hutchinson",
+            "estimator": "hutchinson",
             "draws": self.draws,
             "seed": self._seed,
             "probes": [self._probes, self._distribution, self._target],
@@ -227,7 +227,7 @@ class _Hutchinson:
             points=self._points,
             weights=weights,
             activations=activations,
-            method="hutchinson",
+            estimator="hutchinson",
             reason=", ".join(
                 (
                     f"{limit}{self.draws} {self._distribution} draws for each of {len(sizes)} batches",
@@ -239,8 +239,8 @@ class _Hutchinson:
             samples=samples,
             weight_values={name: _row_means(rows("weights", name)) for name in weights},
             activation_values={name: _row_means(rows("activations", name)) for name in activations},
-            weight_draws={name: _draw_means(rows("weights", name), sizes) for name in weights},
-            activation_draws={name: _draw_means(rows("activations", name), sizes) for name in activations},
+            weight_probes={name: _draw_means(rows("weights", name), sizes) for name in weights},
+            activation_probes={name: _draw_means(rows("activations", name), sizes) for name in activations},
         )
 
     def _certain(self, family: str, name: str, row: list[float], piece: Microbatch) -> bool:

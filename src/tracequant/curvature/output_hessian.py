@@ -216,7 +216,7 @@ def factor(task: Task, outputs: Any, batch: Batch, generator: torch.Generator) -
         if not _close([alone(probe[number])], [image[number]]):
             raise ModelError(
                 "the loss has mixed derivatives between the model's outputs, which cannot be factored one by one; give"
-                " the task one output tensor, or use method='hutchinson'"
+                " the task one output tensor, or use estimator='hutchinson'"
             )
         parts.append(_factor_one(tensor, probe[number], image[number], alone))
     return SeparateHessians(parts)
@@ -250,7 +250,7 @@ def _factor_one(tensor: Tensor, probe: Tensor, image: Tensor, product: Callable[
     raise ModelError(
         "the loss's Hessian with respect to the outputs is neither that of a softmax nor diagonal, it couples more than"
         f" {DENSE_LIMIT} outputs of a sample, and those of different positions (or it is too large to try); give the"
-        " task an output_hessian, or use method='hutchinson'"
+        " task an output_hessian, or use estimator='hutchinson'"
     )
 
 
@@ -321,7 +321,7 @@ def _dense(tensors: list[Tensor], blocks: Tensor, image: Tensor, probe: Tensor) 
     if not _close([torch.einsum("nij,nj->ni", blocks, probe.flatten(1))], [image.flatten(1)]):
         raise ModelError(
             "the samples of a batch interact in the loss, so that samples have no Hessian of their own; use"
-            " method='hutchinson', or batches of one sample"
+            " estimator='hutchinson', or batches of one sample"
         )
     values, vectors = torch.linalg.eigh((blocks + blocks.mT) / 2)
     return OutputHessian("dense", tensors, [values], vectors)

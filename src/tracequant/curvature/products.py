@@ -23,7 +23,7 @@ Distribution = Literal["rademacher", "gaussian"]
 
 _NO_SECOND_DERIVATIVE = (
     "an operation of this model has no second derivative, which the Hessian needs; replace it by one that torch can"
-    " differentiate twice, use method='gauss_newton', or try mode='forward'"
+    " differentiate twice, use estimator='gauss_newton', or try mode='forward'"
 )
 
 

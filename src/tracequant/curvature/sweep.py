@@ -194,7 +194,7 @@ class Sweep:
                 name = key.split(":", 1)[1]
                 raise ModelError(
                     f"at layer {name} samples of a batch interact, or do not lie along the first axis; use batches of"
-                    " one sample, or method='hutchinson'"
+                    " one sample, or estimator='hutchinson'"
                 )
 
     def collect(self, vectors: list[Tensor]) -> dict[str, list[gradient_norms.Call]]:

@@ -79,11 +79,12 @@ class Verification(Saveable):
 
 
 def verify(
-    path: str | Path,
     quantized: nn.Module,
-    float_model: nn.Module,
     batches: Batches,
     task: Task,
+    path: str | Path,
+    *,
+    float_model: nn.Module,
     promised_bytes: int,
     repeats: int = 30,
 ) -> Verification:

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import itertools
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from torch import nn
 
 from tracequant.allocation.activations import decided_activations
 from tracequant.allocation.frontier import frontier
-from tracequant.allocation.request import check
+from tracequant.allocation.request import check_request
 from tracequant.core.errors import ArtifactError, BudgetError, DataError
 from tracequant.core.evaluations import AccuracySearch, EvaluatedPlan, Evaluations
+from tracequant.core.options import resolve, takes
 from tracequant.core.plan import BitPlan
 from tracequant.core.sensitivity import Sensitivity
 from tracequant.core.settings import PlanSettings
@@ -40,8 +41,9 @@ class Evaluator:
     def __init__(
         self,
         model: nn.Module,
-        task: Task,
         calibration: Batches,
+        task: Task,
+        *,
         evaluation: Batches,
         cache: str | Path | None = None,
         progress: bool = False,
@@ -65,11 +67,11 @@ class Evaluator:
         self.results = self._load(context)
 
     def of(self, plan: BitPlan) -> EvaluatedPlan:
-        """Metric and loss of the model quantized by `plan`, measured only where that was not done before."""
+        """Criterion and loss of the model quantized by `plan`, measured only where that was not done before."""
         for known in self.results.plans:
             if known.weight_bits == plan.weight_bits and known.activation_bits == plan.activation_bits:
                 return known
-        quantized = quantize(self._model, plan, self._calibration, self._task, self._progress)
+        quantized = quantize(self._model, self._calibration, self._task, plan, progress=self._progress)
         result = self._evaluated(quantized, self._evaluation)
         found = EvaluatedPlan(plan.weight_bits, plan.activation_bits, plan.size_bytes, result.metric, result.loss)
         self.results = replace(self.results, plans=(*self.results.plans, found))
@@ -96,41 +98,38 @@ class Evaluator:
             self.results.save(self._path)
 
 
+@takes(PlanSettings)
 def solve_by_accuracy(
     model: nn.Module,
-    sensitivity: Sensitivity,
+    batches: Batches,
     task: Task,
-    calibration: Batches,
+    sensitivity: Sensitivity,
+    settings: PlanSettings | None = None,
+    *,
     evaluation: Batches,
-    max_drop: float | None = None,
-    max_loss_increase: float | None = None,
     cache: str | Path | None = None,
     progress: bool = False,
-    **rules: Any,
+    **fields: object,
 ) -> AccuracySearch:
-    """The smallest plan of the exact frontier whose metric falls by at most `max_drop` points below the float model's.
+    """The smallest plan of the exact frontier that keeps to `max_accuracy_drop` and `max_loss_increase`.
 
-    Plans are quantized, calibrated on `calibration` and evaluated on `evaluation`, which should be held out from both
-    training and calibration; nothing is fine-tuned. `max_drop` supposes a metric of which more is better;
-    `max_loss_increase` limits the rise of the loss, in its own units. With both, both hold. `rules` are those of
-    `solve` about bits and activations (`fixed_bits`, `min_bits`, `allowed_bits`, `allowed_activation_bits`,
-    `average_activation_bits`, `activation_compression`, `max_activation_mb`, `space`). `cache` is a file of evaluations
-    that is read, if it is of the same model and data, and written after each one: an interrupted search resumes where
-    it stopped.
+    Plans are quantized, calibrated on `batches` and evaluated on `evaluation`, which should be held out from both
+    training and calibration; nothing is fine-tuned. `max_accuracy_drop` is in points of the task's metric, of which more
+    must be better; `max_loss_increase` is in units of the loss. With both, both hold. The other fields of `PlanSettings`
+    that limit no cost of the weights are rules as in `solve`. `cache` is a file of evaluations. It is read if it is of
+    the same model and data, and written after each evaluation: an interrupted search resumes where it stopped.
 
     A bisection over size, to 0.2 % of it, assumes that accuracy falls with size. This does not always hold: plans up to
     4 % smaller than the one found are evaluated too, and the search continues from each that passes.
 
-    Raises `BudgetError` without any of the two limits, for rules that limit size, BOPs or latency, and where even the
-    largest plan loses more.
+    Raises `BudgetError` without any of the two limits, for limits on size, BOPs or latency, and where even the largest
+    plan loses more; `SettingsError` for options that do not exist or are out of range.
     """
-    rules = rules | {"max_accuracy_drop": max_drop, "max_loss_increase": max_loss_increase}
-    if unknown := rules.keys() - {field.name for field in fields(PlanSettings)}:
-        raise BudgetError(f"solve_by_accuracy has no rule {', '.join(sorted(unknown))}")
-    request = PlanSettings(**rules)
+    request = resolve(PlanSettings, settings, fields)
     if not request.by_accuracy:
-        raise BudgetError("give max_drop (--max-accuracy-drop) or max_loss_increase (--max-loss-increase)")
-    check(request)
+        raise BudgetError("give max_accuracy_drop or max_loss_increase")
+    check_request(request)
+    max_drop, max_loss_increase = request.max_accuracy_drop, request.max_loss_increase
     front = frontier(
         sensitivity,
         space=request.space,
@@ -139,7 +138,7 @@ def solve_by_accuracy(
         min_bits=request.min_bits,
         allowed_bits=request.allowed_bits,
     )
-    evaluator = Evaluator(model, task, calibration, evaluation, cache, progress)
+    evaluator = Evaluator(model, batches, task, evaluation=evaluation, cache=cache, progress=progress)
     base = evaluator.results
     steps: dict[int, EvaluatedPlan] = {}
 
@@ -155,19 +154,25 @@ def solve_by_accuracy(
     if not passes(last):
         found = steps[last]
         raise BudgetError(
-            f"even the largest plan, {front[last].size_mb:.4g} MB, changes {base.metric_name} from"
+            f"even the largest plan, {front[last].size_mib:.4g} MiB, changes {base.metric_name} from"
             f" {base.float_metric:.4g} to {found.metric:.4g} and the loss from {base.float_loss:.4g} to"
-            f" {found.loss:.4g}; asked for was {describe(request)}; allow more, or offer more bits (--bits,"
-            " --activation-bits)"
+            f" {found.loss:.4g}; asked for was {describe(request)}; allow more, or offer more bits"
+            " (weight_bits, activation_bits)"
         )
     best = _smallest(front.size_bytes, passes)
     plan = replace(
         front[best],
-        method=f"{front[best].method}, by evaluation",
+        solver=f"{front[best].solver}, by evaluation",
         budget=f"{describe(request)} ({base.samples:,} samples)",
     )
     return AccuracySearch(
-        plan, steps[best], tuple(steps.values()), base.metric_name, base.float_metric, base.float_loss, base.samples
+        plan=plan,
+        found=steps[best],
+        steps=tuple(steps.values()),
+        metric_name=base.metric_name,
+        float_metric=base.float_metric,
+        float_loss=base.float_loss,
+        samples=base.samples,
     )
 
 

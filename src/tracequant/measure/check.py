@@ -1,4 +1,4 @@
-"""The self-check: round single layers and random whole plans, measure the loss, and see which metric ranks best."""
+"""The self-check: round single layers and random whole plans, measure the loss, and see which criterion ranks best."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tracequant.core.files import replace_file
 from tracequant.core.points import QuantizationPoints
 from tracequant.core.progress import track
 from tracequant.core.sensitivity import Sensitivity, combine
-from tracequant.core.settings import EXPANSIONS, Metric, WeightGrid
+from tracequant.core.settings import EXPANSIONS, Criterion, WeightGrid
 from tracequant.measure.sensitivity import measure_weight_errors
 from tracequant.model.batches import Batch, Batches, reusable
 from tracequant.model.device import measuring, model_device
@@ -38,11 +38,12 @@ RESPONSE_ELEMENTS = 1 << 25
 _Measured = tuple[list[float], list[Tensor]]
 
 
-def check_metrics(
+def check_criteria(
     model: nn.Module,
-    curvature: Curvature,
     batches: Batches,
     task: Task,
+    curvature: Curvature,
+    *,
     weight_bits: Sequence[int] = (2, 3, 4, 8),
     weight_grid: WeightGrid | None = None,
     perturbation: Perturbation | None = None,
@@ -51,10 +52,9 @@ def check_metrics(
     seed: int = 0,
     cache: str | Path | None = None,
     progress: bool = False,
-    *,
     extra_scores: Mapping[str, Callable[[dict[str, int]], float]] | None = None,
 ) -> Check:
-    """Rank correlations of every metric with the measured change of the loss on `batches`, labelled samples.
+    """Rank correlations of every criterion with the measured change of the loss on `batches`, labelled samples.
 
     Every layer of `curvature` is rounded alone at each of `weight_bits`, and `plans` random plans with bits from each
     of `offered` (all of `weight_bits` if None), ties kept; activations stay in float. That is a pass over the batches
@@ -107,7 +107,7 @@ def check_metrics(
             name,
             num_bits,
             alone[name, num_bits],
-            {metric: table.weight_omega[name][num_bits] for metric, table in tables.items()},
+            {criterion: table.weight_omega[name][num_bits] for criterion, table in tables.items()},
         )
         for name, num_bits in options
     )
@@ -219,12 +219,15 @@ def _tables(
     grid: WeightGrid,
     perturbation: Perturbation | None,
 ) -> dict[str, Sensitivity]:
-    metrics: list[Metric] = ["trace", "l2"]
+    criteria: list[Criterion] = ["trace", "l2"]
     if curvature.top_eigenvalues is not None:
-        metrics += ["eigenvalue", "eigenvalue_alone"]
+        criteria += ["eigenvalue", "eigenvalue_alone"]
     if perturbation is not None:
-        metrics += EXPANSIONS
-    return {metric: combine(curvature, errors, {}, grid, metric, perturbation) for metric in metrics}
+        criteria += EXPANSIONS
+    return {
+        criterion: combine(curvature, errors, {}, grid, criterion=criterion, perturbation=perturbation)
+        for criterion in criteria
+    }
 
 
 def _random_plans(
@@ -246,7 +249,7 @@ def _correlations(
     widths: Sequence[int],
     groups: Sequence[tuple[int, ...]],
 ) -> dict[str, dict[str, float]]:
-    """Metric → group → Spearman's correlation of its scores with the measured changes."""
+    """Criterion → group → Spearman's correlation of its scores with the measured changes."""
     rows: dict[str, Sequence[LayerCheck] | Sequence[PlanCheck]] = {
         f"{b} bits": [row for row in layers if row.num_bits == b] for b in widths
     }
@@ -263,11 +266,11 @@ def _correlations(
     }
 
 
-def _trusted(correlations: dict[str, dict[str, float]], groups: Sequence[str], metrics: Sequence[str]) -> str:
-    """The metric of highest correlation over these groups, on average; the first of equal ones."""
+def _trusted(correlations: dict[str, dict[str, float]], groups: Sequence[str], criteria: Sequence[str]) -> str:
+    """The criterion of highest correlation over these groups, on average; the first of equal ones."""
 
-    def worth(metric: str) -> float:
-        values = [correlations[metric].get(group, math.nan) for group in groups]
+    def worth(criterion: str) -> float:
+        values = [correlations[criterion].get(group, math.nan) for group in groups]
         return -1.0 if any(map(math.isnan, values)) else math.fsum(values) / len(values)
 
-    return max(metrics, key=worth)
+    return max(criteria, key=worth)

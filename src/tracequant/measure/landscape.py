@@ -36,6 +36,7 @@ def loss_landscapes(
     batches: Batches,
     task: Task,
     points: QuantizationPoints,
+    *,
     layers: Sequence[str],
     size: int = DEFAULT_SIZE,
     radius: float | None = None,
@@ -79,7 +80,7 @@ def loss_landscapes(
     if found is None:
         values: dict[str, tuple[float, ...]] = {}
         for layer in track(layers, "Sharpest directions", progress):
-            values[layer], directions[layer] = top_eigenvectors(model, data, task, points, layer, k=2, seed=seed)
+            values[layer], directions[layer] = top_eigenvectors(model, data, task, points, layer=layer, k=2, seed=seed)
         if radius is None:
             radius = _default_radius(model, points, values, centre)
         steps = tuple(radius * i / (size // 2) for i in range(-(size // 2), size // 2 + 1))

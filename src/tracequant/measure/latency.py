@@ -61,6 +61,7 @@ def measure_latency(
     batches: Batches,
     task: Task,
     points: QuantizationPoints,
+    *,
     weight_bits: Sequence[int] = (2, 3, 4, 8),
     activation_bits: Sequence[int] = (4, 8),
     threads: int = 1,

@@ -56,6 +56,7 @@ def measure_perturbation(
     batches: Batches,
     task: Task,
     points: QuantizationPoints,
+    *,
     weight_bits: Sequence[int] = (2, 3, 4, 8),
     weight_grid: WeightGrid | None = None,
     activation_bits: Sequence[int] = (),
@@ -89,7 +90,7 @@ def measure_perturbation(
     if activation_bits:
         batches = reusable(batches)
         options = activation_options(points, activation_bits)
-        grids = calibrate(model, batches, task, points, options, progress=progress)
+        grids = calibrate(model, batches, task, points, bits=options, progress=progress)
     estimator = _Perturbations(model, task, points, widths, weight_grid or WeightGrid(), grids, draws, seed)
     return collect(estimator, model, batches, task, checkpoint, None, precision, progress)
 
@@ -116,7 +117,7 @@ class _Perturbations(Passes):
 
     def settings(self) -> dict[str, Any]:
         return {
-            "method": "perturbation",
+            "estimator": "perturbation",
             "draws": "chosen" if self._choose else "exact" if self._exact else self.draws,
             "seed": self._seed,
             "model": self._points.fingerprint,

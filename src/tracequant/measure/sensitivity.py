@@ -13,10 +13,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from tracequant.core.curvature import Curvature, Perturbation
 from tracequant.core.errors import ModelError
+from tracequant.core.options import resolve, takes
 from tracequant.core.points import QuantizationPoints
 from tracequant.core.progress import track
 from tracequant.core.sensitivity import Sensitivity, combine
-from tracequant.core.settings import EXPANSIONS, Metric, WeightGrid
+from tracequant.core.settings import EXPANSIONS, SensitivitySettings, WeightGrid
 from tracequant.curvature.spectrum import top_eigenvalues
 from tracequant.measure.perturbation import measure_perturbation
 from tracequant.model.batches import Batch, Batches, reusable
@@ -28,68 +29,76 @@ from tracequant.quantization.calibrate import activation_options, calibrate
 from tracequant.quantization.grid import Grid, check_bits, choose_weight_grid
 
 
+@takes(SensitivitySettings)
 def measure_sensitivity(
     model: nn.Module,
-    curvature: Curvature,
     batches: Batches,
     task: Task,
-    weight_bits: Sequence[int] = (2, 3, 4, 8),
-    activation_bits: Sequence[int] = (4, 8),
-    metric: Metric = "trace",
-    weight_grid: WeightGrid | None = None,
+    curvature: Curvature,
+    settings: SensitivitySettings | None = None,
+    *,
     weight_errors: dict[str, dict[int, float]] | None = None,
     perturbation: Perturbation | None = None,
     seed: int = 0,
     progress: bool = False,
+    **fields: object,
 ) -> Sensitivity:
     """Perturbations and Ω (HAWQ-V2, Eq. 10) of every layer at `weight_bits` and every point at `activation_bits`.
 
     Weights: ‖Q(W) − W‖² with the grid that conversion will use (`weight_grid`). Activations: the mean over samples of
-    ‖Q(a) − a‖², with ranges chosen on `batches`. `metric` "trace" weights them by the average trace; the others are
-    explained at `tracequant.core.sensitivity.combine`. What a metric needs besides is measured on `batches` where it
-    is not given: the largest eigenvalues (on the first batch, where `curvature` has none) and the `perturbation` of
-    `measure_perturbation`, both by `seed`. With `activation_bits=()` activations
-    stay in float. The tensor that the caller hands to the model is offered 8 bits only: images arrive that way.
-    `weight_errors` are those of `measure_weight_errors` for these bits and this grid, where they are known already.
+    ‖Q(a) − a‖², with ranges chosen on `batches`. `criterion` "trace" weights them by the average trace; the other
+    criteria are explained at `tracequant.core.sensitivity.combine`. What a criterion needs is measured on `batches`
+    where it is not given: the largest eigenvalues (on the first batch, where `curvature` has none) and the
+    `perturbation` of `measure_perturbation`, both by `seed`. With `activation_bits=()` activations stay in float. The
+    tensor that the caller hands to the model is offered 8 bits only: images arrive that way. `weight_errors` are those
+    of `measure_weight_errors` for these bits and this grid, where they are known already.
 
-    Raises `ModelError` for bit widths outside 1 to 8, weights that are not finite, and a curvature without activations.
+    Raises `SettingsError` for bit widths outside 1 to 8, `ModelError` for weights that are not finite and for a
+    curvature without activations.
     """
+    request = resolve(SensitivitySettings, settings, fields)
     batches = reusable(batches)
-    points = curvature.points
-    weight_grid = weight_grid or WeightGrid()
-    weight_bits, activation_bits = sorted(set(weight_bits)), sorted(set(activation_bits))
+    points, criterion, weight_grid = curvature.points, request.criterion, request.weight_grid
+    weight_bits, activation_bits = sorted(set(request.weight_bits)), sorted(set(request.activation_bits))
     if not weight_bits:
         raise ModelError("weight_bits is empty; name at least one bit width from 1 to 8")
-    for num_bits in (*weight_bits, *activation_bits):
-        check_bits(num_bits)
     if activation_bits and points.activations and not curvature.activations:
         raise ModelError(
             "the curvature was measured for weights only; estimate it with activations=True, or pass activation_bits=()"
         )
-
     if missing := [layer.name for layer in points.layers if layer.name not in curvature.weights]:
         raise ModelError(f"the curvature holds no trace of {missing[0]}; estimate it with weights=True")
-    _warn_of_flat_layers(curvature, metric)
+    _warn_of_flat_layers(curvature, criterion)
     if weight_errors is None:
         weight_errors = measure_weight_errors(model, points, weight_bits, weight_grid)
     activation_errors: dict[str, dict[int, float]] = {}
     if activation_bits:
         options = activation_options(points, activation_bits)
-        grids = calibrate(model, batches, task, points, options, progress=progress)
+        grids = calibrate(model, batches, task, points, bits=options, progress=progress)
         activation_errors = _activation_errors(model, batches, task, points, grids, progress)
-    if metric.startswith("eigenvalue") and curvature.top_eigenvalues is None:
-        curvature = with_eigenvalues(model, curvature, batches, task, seed, progress)
-    if metric in EXPANSIONS and perturbation is None:
+    if criterion.startswith("eigenvalue") and curvature.top_eigenvalues is None:
+        curvature = with_eigenvalues(model, batches, task, curvature, seed=seed, progress=progress)
+    if criterion in EXPANSIONS and perturbation is None:
         perturbation = measure_perturbation(
-            model, batches, task, points, weight_bits, weight_grid, activation_bits, seed=seed, progress=progress
+            model,
+            batches,
+            task,
+            points,
+            weight_bits=weight_bits,
+            weight_grid=weight_grid,
+            activation_bits=activation_bits,
+            seed=seed,
+            progress=progress,
         )
-    found = combine(curvature, weight_errors, activation_errors, weight_grid, metric, perturbation)
+    found = combine(
+        curvature, weight_errors, activation_errors, weight_grid, criterion=criterion, perturbation=perturbation
+    )
     _warn_of_falling_losses(found)
     return found
 
 
 def with_eigenvalues(
-    model: nn.Module, curvature: Curvature, batches: Batches, task: Task, seed: int = 0, progress: bool = False
+    model: nn.Module, batches: Batches, task: Task, curvature: Curvature, *, seed: int = 0, progress: bool = False
 ) -> Curvature:
     """The curvature with the largest eigenvalue of every layer's block, on the first of `batches`.
 
@@ -172,14 +181,14 @@ def _activation_errors(
     return {name: {b: value / total for b, value in options.items()} for name, options in sums.items()}
 
 
-def _warn_of_flat_layers(curvature: Curvature, metric: str) -> None:
+def _warn_of_flat_layers(curvature: Curvature, criterion: str) -> None:
     """Traces that are not positive say nothing of what a layer can bear; the user should hear of them."""
     flat = [name for name, estimate in curvature.weights.items() if estimate.trace <= 0]
-    if flat and metric == "trace":
+    if flat and criterion == "trace":
         warnings.warn(
             f"{len(flat)} of {len(curvature.weights)} layers have a trace of zero or less"
             f" ({', '.join(flat[:3])}{', ...' if len(flat) > 3 else ''})"
-            " and count as insensitive; use more samples or draws, check that the model is trained, or use metric='l2'",
+            " and count as insensitive; use more samples or draws, check that the model is trained, or use criterion='l2'",
             stacklevel=3,
         )
 
@@ -190,10 +199,10 @@ def _warn_of_falling_losses(sensitivity: Sensitivity) -> None:
     falling = [name for name, omega in table.items() if min(omega.values()) < min(0.0, omega[max(omega)])]
     if 2 * len(falling) > len(table):
         warnings.warn(
-            f"by metric={sensitivity.metric!r} fewer bits lower the loss in {len(falling)} of {len(table)} layers"
+            f"by criterion={sensitivity.criterion!r} fewer bits lower the loss in {len(falling)} of {len(table)} layers"
             f" ({', '.join(falling[:3])}, ...): the model is not at a minimum of this loss, and its gradient says"
             " little about steps as long as rounding's; see that the task's loss is the one that the model was trained"
-            " by, or use metric='trace' or 'quadratic'",
+            " by, or use criterion='trace' or 'quadratic'",
             stacklevel=3,
         )
 

@@ -11,7 +11,9 @@ from torch.nn.utils import parametrize
 
 from tracequant.core.errors import ModelError
 from tracequant.core.match import match_names, some_names
+from tracequant.core.options import resolve, takes
 from tracequant.core.points import Layer, QuantizationPoints, StoredTensor
+from tracequant.core.settings import DiscoverSettings
 from tracequant.model.batches import Batches
 from tracequant.model.calls import group_activations, output_points, record_calls
 from tracequant.model.hooks import weight_parameter
@@ -20,13 +22,9 @@ from tracequant.model.state import fingerprint
 from tracequant.model.task import Task
 
 
+@takes(DiscoverSettings)
 def discover(
-    model: nn.Module,
-    batches: Batches,
-    task: Task,
-    include: Sequence[str] = ("*",),
-    exclude: Sequence[str] = (),
-    ties: Sequence[str] = (),
+    model: nn.Module, batches: Batches, task: Task, settings: DiscoverSettings | None = None, **fields: object
 ) -> QuantizationPoints:
     """The quantization points of `model`, found in one forward pass over the first of `batches`.
 
@@ -38,6 +36,7 @@ def discover(
     Raises `ModelError` for a pattern that matches no layer of the model, or if no layer is left, and `DataError` for
     batches that cannot be used.
     """
+    request = resolve(DiscoverSettings, settings, fields)
     candidates = _candidate_weights(model)
     names = list(candidates)
     others = _unsupported(model, candidates)
@@ -52,10 +51,10 @@ def discover(
             " only Conv, ConvTranspose, Linear, Embedding and MultiheadAttention can",
             stacklevel=2,
         )
-    kept = set(match_names(include, names, "include")) - set(match_names(exclude, names, "exclude"))
+    kept = set(match_names(request.include, names, "include")) - set(match_names(request.exclude, names, "exclude"))
     if not kept:
         raise ModelError(
-            f"no layer is left: include {list(include)}, exclude {list(exclude)}, layers {some_names(names)}"
+            f"no layer is left: include {list(request.include)}, exclude {list(request.exclude)}, layers {some_names(names)}"
         )
     candidates = {name: sites for name, sites in candidates.items() if name in kept}
 
@@ -81,7 +80,7 @@ def discover(
     return QuantizationPoints(
         layers=tuple(layers),
         activations=tuple(points),
-        ties=_tie_groups(ties, names, kept),
+        ties=_tie_groups(request.ties, names, kept),
         float_tensors=tuple(_float_tensors(model, layers)),
         fingerprint=fingerprint(model),
         outputs=tuple(output_points(modules, layers, calls.flow)),

@@ -26,7 +26,7 @@ from tracequant.quantization.quantizer import ActivationQuantizer, OutputQuantiz
 QUANTIZER_NAMES = ("input_quantizer", "output_quantizer")
 
 
-def quantize(model: nn.Module, plan: BitPlan, batches: Batches, task: Task, progress: bool = False) -> nn.Module:
+def quantize(model: nn.Module, batches: Batches, task: Task, plan: BitPlan, *, progress: bool = False) -> nn.Module:
     """A copy of `model` whose weights and activations are rounded as `plan` says; `model` itself is untouched.
 
     Module classes stay what they are: a weight is quantized by a parametrization, an activation by a forward pre-hook
@@ -49,7 +49,7 @@ def quantize(model: nn.Module, plan: BitPlan, batches: Batches, task: Task, prog
     if plan.activation_bits:
         options = {name: [num_bits] for name, num_bits in plan.activation_bits.items()}
         outputs = points.rounded_outputs(plan.activation_bits)
-        grids = calibrate(quantized, batches, task, points, options, outputs, progress)
+        grids = calibrate(quantized, batches, task, points, bits=options, outputs=outputs, progress=progress)
         for name, num_bits in plan.activation_bits.items():
             consumers = points.activation_by_name[name].consumers
             modules = [quantized.get_submodule(consumer) for consumer in consumers]

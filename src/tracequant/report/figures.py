@@ -13,7 +13,7 @@ from tracequant.allocation.explain import LayerRow
 from tracequant.allocation.frontier import Frontier
 from tracequant.core.curvature import Curvature, Spectrum
 from tracequant.core.evaluations import Check, LayerCheck, PlanCheck
-from tracequant.core.plan import MEGABYTE, BitPlan
+from tracequant.core.plan import MIB, BitPlan
 from tracequant.report.drawing import BIT_COLORS, GREY, RED, despine, name_axis, running_means, trace_bars
 
 
@@ -70,10 +70,10 @@ def convergence_figure(curvature: Curvature) -> Figure | None:
     None where there is but one value of each. The dashed lines are ± the median layer's error after as many samples
     or draws, which is what an honest reader should expect of the full lines.
     """
-    unit = "samples" if curvature.method == "gauss_newton" else "batches"
+    unit = "samples" if curvature.estimator == "gauss_newton" else "batches"
     families = (
-        ("weights", curvature.weight_values, curvature.weight_draws),
-        ("activations", curvature.activation_values, curvature.activation_draws),
+        ("weights", curvature.weight_values, curvature.weight_probes),
+        ("activations", curvature.activation_values, curvature.activation_probes),
     )
     panels = [
         (f"traces of {family}", f"{name} used", list(series.values()))
@@ -144,15 +144,15 @@ def frontier_figure(
         front = fronts["exact"]
         shown = np.unique(np.linspace(0, len(front) - 1, 2000).round().astype(int))
         axes.step(
-            front.size_bytes[shown] / MEGABYTE, front.omega[shown], where="post",
+            front.size_bytes[shown] / MIB, front.omega[shown], where="post",
             color=BIT_COLORS[2], linewidth=1.2, label=f"exact frontier ({len(front):,} plans)", zorder=1,
         )  # fmt: skip
     if "pareto" in fronts:
         front = fronts["pareto"]
         label = f"Appendix E's search ({len(front):,} plans{_loss(fronts)})"
-        axes.plot(front.size_bytes / MEGABYTE, front.omega, ".", color=RED, markersize=4, label=label, zorder=2)
+        axes.plot(front.size_bytes / MIB, front.omega, ".", color=RED, markersize=4, label=label, zorder=2)
     for marker in markers:
-        position = (marker.plan.size_bytes / MEGABYTE, marker.plan.omega)
+        position = (marker.plan.size_bytes / MIB, marker.plan.omega)
         axes.plot(
             *position, marker.style, color=marker.color, markersize=14 if marker.style == "*" else 8,
             markeredgecolor="black", label=marker.label or None, linestyle="none", zorder=3,
@@ -161,7 +161,7 @@ def frontier_figure(
     if evaluated:
         sizes, omegas, metrics = zip(*evaluated, strict=True)
         positive = positive and min(omegas) > 0
-        megabytes = [size / MEGABYTE for size in sizes]
+        megabytes = [size / MIB for size in sizes]
         drawn = axes.scatter(
             megabytes, omegas, c=metrics, cmap="viridis", edgecolors="black", zorder=2.5, label="evaluated plans"
         )
@@ -225,7 +225,7 @@ def check_figure(check: Check) -> Figure:
             axes.tick_params(labelsize=7)
             despine(axes)
     figure.supylabel("measured change of the loss", fontsize=10)
-    figure.supxlabel("what the metric says", fontsize=10)
+    figure.supxlabel("what the criterion says", fontsize=10)
     return figure
 
 
@@ -242,7 +242,7 @@ def _smallest_shown(values: Sequence[float]) -> float:
 
 
 def accuracy_figure(rows: Sequence[tuple[str, float, float]], metric_name: str) -> Figure:
-    """Metric of each model (name, metric, size in MB) as bars, sizes written beside them."""
+    """Criterion of each model (name, metric, size in MB) as bars, sizes written beside them."""
     figure = Figure(figsize=(8, 0.9 + 0.5 * len(rows)), layout="constrained")
     axes = figure.subplots()
     names = [name for name, _, _ in rows]

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import math
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 from tracequant.allocation.frontier import Frontier, frontier
-from tracequant.allocation.request import Method
 from tracequant.allocation.solve import solve
 from tracequant.allocation.uniform import uniform_plan
 from tracequant.core.errors import BudgetError
 from tracequant.core.evaluations import EvaluatedPlan, Evaluations
-from tracequant.core.plan import MEGABYTE, BitPlan
+from tracequant.core.plan import MIB, BitPlan
 from tracequant.core.sensitivity import Sensitivity
 from tracequant.core.settings import PlanSettings
 from tracequant.report import figures
-
-if TYPE_CHECKING:
-    from tracequant.run import Run
+from tracequant.run.directory import RunDirectory
 
 
 def evaluated_plans(sensitivity: Sensitivity, evaluations: Evaluations | None) -> list[tuple[EvaluatedPlan, float]]:
-    """Evaluated plans of this run's layers with their Ω in the plan's metric, by size."""
+    """Evaluated plans of this run's layers with their Ω by the plan's criterion, by size."""
     found = []
     for row in evaluations.plans if evaluations is not None else ():
         known = row.weight_bits.keys() == sensitivity.weight_omega.keys()
@@ -36,12 +32,11 @@ def frontiers(sensitivity: Sensitivity, plan: BitPlan, settings: PlanSettings | 
     """The frontiers at the plan's activations and within its rules: all plans, and what Appendix E finds of them."""
     rules = settings or PlanSettings()
     found: dict[str, Frontier] = {}
-    methods: tuple[Method, ...] = ("exact", "pareto")
-    for method in methods:
+    for solver in ("exact", "pareto"):
         with suppress(BudgetError):  # the exact tables may not fit into memory
-            found[method] = frontier(
+            found[solver] = frontier(
                 sensitivity,
-                method=method,
+                solver=solver,
                 activation_bits=plan.activation_bits,
                 fixed_bits=rules.fixed_bits,
                 min_bits=rules.min_bits,
@@ -50,7 +45,7 @@ def frontiers(sensitivity: Sensitivity, plan: BitPlan, settings: PlanSettings | 
     return found
 
 
-def markers(run: Run, sensitivity: Sensitivity, plan: BitPlan) -> list[figures.Marker]:
+def markers(run: RunDirectory, sensitivity: Sensitivity, plan: BitPlan) -> list[figures.Marker]:
     """The chosen plan, uniform ones, and the best that HAWQ's order of layers allows at the same size."""
     found = [figures.Marker("this plan", "", plan, "*", "#ffd166")]
     label = "uniform"
@@ -65,7 +60,7 @@ def markers(run: Run, sensitivity: Sensitivity, plan: BitPlan) -> list[figures.M
         try:
             hawq = solve(
                 sensitivity,
-                max_size_mb=plan.size_bytes / MEGABYTE,
+                max_size_mib=plan.size_bytes / MIB,
                 space="monotone",
                 ranking=ranking,
             )

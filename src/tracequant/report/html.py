@@ -7,7 +7,6 @@ import io
 import math
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jinja2
 from matplotlib.figure import Figure
@@ -17,16 +16,23 @@ from tracequant.allocation.explain import explain
 from tracequant.allocation.space import full_space, monotone_space
 from tracequant.core import cost
 from tracequant.core.files import replace_file, write_text
-from tracequant.core.plan import MEGABYTE
+from tracequant.core.plan import MIB
 from tracequant.report import figures
 from tracequant.report.frontiers import evaluated_plans, frontiers, markers
+from tracequant.run.directory import RunDirectory
+from tracequant.run.stages import stability
 
-if TYPE_CHECKING:
-    from tracequant.run import Run
+# The figures of a report by the names of their files.
+FIGURES = ("layers", "frontier", "check", "convergence", "spectrum", "activations", "accuracy", "loss")
 
 
-def write_report(run: Run) -> Path:
-    """Write `report.html` and `figures/*.png|svg` into the run directory, from the artifacts that exist."""
+def write_report(run: RunDirectory) -> Path:
+    """The path of `report.html`, written with `figures/*.png|svg` into the run directory from what is finished.
+
+    Raises `RunError` where the run has no plan yet. Other files in RUN/figures stay as they are.
+    """
+    run.need("plan")
+    start = run.begin("report")
     settings, curvature, sensitivity, plan = run.settings(), run.curvature(), run.sensitivity(), run.plan()
     points = sensitivity.points
     explanation = explain(sensitivity, plan, latency=settings.plan.latency if settings.plan else None)
@@ -51,14 +57,14 @@ def write_report(run: Run) -> Path:
     if plan.activation_bits:
         pictures["activations"] = figures.activations_figure(curvature, plan)
     if results:
-        table = [(row.name, row.metric, row.size_bytes / MEGABYTE) for row in results]
+        table = [(row.name, row.metric, row.size_bytes / MIB) for row in results]
         pictures["accuracy"] = figures.accuracy_figure(table, run.quantize_result().metric_name)
     losses = run.finetune_outcome().losses if run.done("finetune") else ()
     if losses:
         pictures["loss"] = figures.loss_figure(losses)
-    for stale in (run.path / "figures").glob("*"):
-        if stale.stem not in pictures:
-            stale.unlink()
+    for stale in (name for name in FIGURES if name not in pictures):
+        for suffix in (".png", ".svg"):
+            (run.path / "figures" / f"{stale}{suffix}").unlink(missing_ok=True)
     embedded = {name: save_figure(figure, run.path / "figures" / name) for name, figure in pictures.items()}
 
     template = jinja2.Environment(
@@ -69,7 +75,7 @@ def write_report(run: Run) -> Path:
     page = template.render(
         settings=settings,
         curvature=curvature,
-        stability=run.stability(),
+        stability=stability(run),
         points=points,
         plan=plan,
         rates=explanation.rates,
@@ -79,7 +85,7 @@ def write_report(run: Run) -> Path:
         evaluation_samples=run.quantize_result().samples if results else 0,
         packed=run.pack_result() if run.done("pack") else None,
         figures=embedded,
-        metric=sensitivity.metric,
+        criterion=sensitivity.criterion,
         evaluations=evaluations,
         evaluated=evaluated,
         check=check,
@@ -89,12 +95,13 @@ def write_report(run: Run) -> Path:
         activation_average=cost.average_activation_bits(points, plan.activation_bits),
         full_space=full_space(units, options),
         monotone_space=monotone_space(units, options),
-        megabyte=MEGABYTE,
+        mib=MIB,
         isinf=math.isinf,
         versions={"tracequant": __version__, **{name: version(name) for name in ("torch", "numpy", "scipy")}},
     )
     path = run.path / "report.html"
     write_text(path, page)
+    run.finish("report", start)
     return path
 
 

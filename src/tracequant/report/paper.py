@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -16,17 +16,17 @@ from tracequant.core.curvature import Curvature
 from tracequant.core.errors import ModelError, RunError
 from tracequant.core.files import replace_file, write_json
 from tracequant.core.match import match_names
-from tracequant.core.plan import MEGABYTE, BitPlan
+from tracequant.core.match import matching
+from tracequant.core.plan import MIB, BitPlan
 from tracequant.core.points import QuantizationPoints
 from tracequant.report import figures, paper_figures
 from tracequant.report.blocks import Block, activation_blocks, block_names, weight_blocks
 from tracequant.report.frontiers import evaluated_plans, frontiers, markers
-
-if TYPE_CHECKING:
-    from tracequant.run import Run
+from tracequant.run import examine
+from tracequant.run.directory import RunDirectory
 
 # What the paper took: Figure 6 shows 20 eigenvalues, Section 3.1 finds 50 iterations sufficient.
-EIGENVALUES, DRAWS = 20, 50
+EIGENVALUES, PROBES = 20, 50
 # A frontier may have hundreds of thousands of plans, of which so many are written beside its picture.
 _FRONTIER_ROWS = 2000
 
@@ -60,7 +60,10 @@ _Drawn = tuple[Figure, dict[str, Any]]
 
 
 def draw_figures(
-    run: Run, numbers: Sequence[int] | None = None, out: Path | None = None, options: FigureOptions | None = None
+    run: RunDirectory,
+    numbers: Sequence[int] | None = None,
+    out: Path | None = None,
+    options: FigureOptions | None = None,
 ) -> PaperFigures:
     """Write `figure-N.png` and `figure-N.json` for the given numbers, by default into RUN/paper.
 
@@ -73,8 +76,14 @@ def draw_figures(
             f"there is no figure {', '.join(map(str, unknown))} to draw; choose from {', '.join(map(str, FIGURES))}"
             " (Figures 1 and 3 are illustrations, which show nothing that is measured)"
         )
+    run.need("analyze")
     options = options or FigureOptions()
-    block_names(run.curvature().points, options.blocks)  # a wrong pattern fails here, and not after an hour
+    points = run.curvature().points
+    # The task names all blocks of its model, the analysis may have left some out.
+    blocks = run.blocks(options.blocks)
+    kept = tuple(name for name in blocks if name in options.blocks or matching(name, points.by_name))
+    options = replace(options, blocks=kept)
+    block_names(points, options.blocks)  # a wrong pattern fails here, and not after an hour
     _matching(run.curvature().points, options.layers)
     folder = out if out is not None else run.path / "paper"
     files, left_out = {}, {}
@@ -93,17 +102,17 @@ def draw_figures(
     return PaperFigures(files, left_out)
 
 
-def _figure_2(run: Run, options: FigureOptions) -> _Drawn:
+def _figure_2(run: RunDirectory, options: FigureOptions) -> _Drawn:
     curvature = run.curvature()
     layers = _matching(curvature.points, options.layers) or _extremes(curvature, middle=False)
-    landscapes = run.landscapes(layers, options.size, options.radius)
+    landscapes = examine.landscapes(run, layers, options.size, options.radius)
     blocks = weight_blocks(curvature, options.blocks, {})
     return paper_figures.figure_2(blocks, landscapes), {
         "blocks": _block_rows(blocks), "samples": curvature.samples, "landscapes": landscapes.to_json(),
     }  # fmt: skip
 
 
-def _figure_4(run: Run, options: FigureOptions) -> _Drawn:
+def _figure_4(run: RunDirectory, options: FigureOptions) -> _Drawn:
     plan = _planned(run, 4)
     settings, sensitivity = run.settings().plan, run.sensitivity()
     fronts = frontiers(sensitivity, plan, settings)
@@ -111,38 +120,38 @@ def _figure_4(run: Run, options: FigureOptions) -> _Drawn:
     evaluated = evaluated_plans(sensitivity, run.evaluations())
     picture = figures.frontier_figure(fronts, points, [(row.size_bytes, omega, row.metric) for row, omega in evaluated])
     return picture, {
-        "metric": sensitivity.metric,
-        "frontiers": {method: _frontier_rows(front) for method, front in fronts.items()},
+        "criterion": sensitivity.criterion,
+        "frontiers": {solver: _frontier_rows(front) for solver, front in fronts.items()},
         "plans": [
-            {"plan": marker.label or marker.note, "note": marker.note, "size_mb": marker.plan.size_mb,
+            {"plan": marker.label or marker.note, "note": marker.note, "size_mib": marker.plan.size_mib,
              "omega": marker.plan.omega, "weight_bits": marker.plan.weight_bits}
             for marker in points
         ],
         "evaluated": [
-            {"size_mb": row.size_bytes / MEGABYTE, "omega": omega, "metric": row.metric} for row, omega in evaluated
+            {"size_mib": row.size_bytes / MIB, "omega": omega, "metric": row.metric} for row, omega in evaluated
         ],
     }  # fmt: skip
 
 
-def _figure_5(run: Run, options: FigureOptions) -> _Drawn:
+def _figure_5(run: RunDirectory, options: FigureOptions) -> _Drawn:
     curvature = run.curvature()
     layers = _matching(curvature.points, options.layers)
     drawn = curvature
-    if curvature.method != "hutchinson" or not _enough(curvature.weight_draws):
+    if curvature.estimator != "hutchinson" or not _enough(curvature.weight_probes):
         layers = layers or _extremes(curvature, middle=True)
-        drawn = run.hutchinson_draws(layers, DRAWS)
-    assert drawn.weight_draws is not None
-    shown = {name: drawn.weight_draws[name] for name in layers or _extremes(curvature, middle=True)}
+        drawn = examine.hutchinson_probes(run, layers, PROBES)
+    assert drawn.weight_probes is not None
+    shown = {name: drawn.weight_probes[name] for name in layers or _extremes(curvature, middle=True)}
     return paper_figures.figure_5(curvature, shown, drawn.samples), {
-        "by_sample": curvature.weight_values, "method": curvature.method, "samples": curvature.samples,
+        "by_sample": curvature.weight_values, "estimator": curvature.estimator, "samples": curvature.samples,
         "by_iteration": shown, "iterations_on_samples": drawn.samples,
     }  # fmt: skip
 
 
-def _figure_6(run: Run, options: FigureOptions) -> _Drawn:
+def _figure_6(run: RunDirectory, options: FigureOptions) -> _Drawn:
     curvature = run.curvature()
     layers = _matching(curvature.points, options.layers) or _extremes(curvature, middle=True)
-    spectrum = run.eigenvalues(layers, EIGENVALUES)
+    spectrum = examine.eigenvalues(run, layers, EIGENVALUES)
     values = {name: spectrum.eigenvalues[name][:EIGENVALUES] for name in layers}
     numel = {name: curvature.points.by_name[name].numel for name in layers}
     averages = {name: _first_trace(curvature, name, spectrum.samples) / numel[name] for name in layers}
@@ -158,13 +167,13 @@ def _figure_6(run: Run, options: FigureOptions) -> _Drawn:
     }  # fmt: skip
 
 
-def _figure_7(run: Run, options: FigureOptions) -> _Drawn:
+def _figure_7(run: RunDirectory, options: FigureOptions) -> _Drawn:
     curvature = run.curvature()
     blocks = weight_blocks(curvature, options.blocks, _planned(run, 7).weight_bits)
     return paper_figures.figure_7(blocks), {"samples": curvature.samples, "blocks": _block_rows(blocks)}
 
 
-def _figure_8(run: Run, options: FigureOptions) -> _Drawn:
+def _figure_8(run: RunDirectory, options: FigureOptions) -> _Drawn:
     curvature, plan = run.curvature(), _planned(run, 8)
     if not (curvature.activations and plan.activation_bits):
         raise RunError(
@@ -173,17 +182,17 @@ def _figure_8(run: Run, options: FigureOptions) -> _Drawn:
         )
     blocks = activation_blocks(curvature, options.blocks, plan.activation_bits)
     return paper_figures.figure_8(blocks, curvature), {
-        "samples": curvature.samples, "method": curvature.method, "blocks": _block_rows(blocks),
+        "samples": curvature.samples, "estimator": curvature.estimator, "blocks": _block_rows(blocks),
         "by_sample": curvature.activation_values,
     }  # fmt: skip
 
 
-FIGURES: Mapping[int, Callable[[Run, FigureOptions], _Drawn]] = {
+FIGURES: Mapping[int, Callable[[RunDirectory, FigureOptions], _Drawn]] = {
     2: _figure_2, 4: _figure_4, 5: _figure_5, 6: _figure_6, 7: _figure_7, 8: _figure_8,
 }  # fmt: skip
 
 
-def _planned(run: Run, number: int) -> BitPlan:
+def _planned(run: RunDirectory, number: int) -> BitPlan:
     if not run.done("plan"):
         raise RunError(
             f"Figure {number} shows the plan, and {run.path} has none; run `tracequant plan {run.path} --max-size-mb X`"
@@ -214,7 +223,7 @@ def _first_trace(curvature: Curvature, name: str, samples: int | None) -> float:
     if curvature.weight_values is None or samples is None:
         return curvature.weights[name].trace
     values = curvature.weight_values[name]
-    count = samples if curvature.method == "gauss_newton" else 1  # hutchinson has a value for each batch
+    count = samples if curvature.estimator == "gauss_newton" else 1  # hutchinson has a value for each batch
     return math.fsum(values[:count]) / len(values[:count])
 
 
@@ -229,7 +238,7 @@ def _block_rows(blocks: Sequence[Block]) -> list[dict[str, Any]]:
 
 def _frontier_rows(front: Frontier) -> dict[str, list[float]]:
     chosen = np.unique(np.linspace(0, len(front) - 1, _FRONTIER_ROWS).round().astype(int))
-    return {"size_mb": (front.size_bytes[chosen] / MEGABYTE).tolist(), "omega": front.omega[chosen].tolist()}
+    return {"size_mib": (front.size_bytes[chosen] / MIB).tolist(), "omega": front.omega[chosen].tolist()}
 
 
 def _plain(value: Any) -> Any:

@@ -80,8 +80,8 @@ def figure_5(curvature: Curvature, drawn: Mapping[str, Sequence[float]], samples
     figure = Figure(figsize=(10 if left else 5.4, 3.8), layout="constrained")
     panels = figure.subplots(1, 2 if left else 1, squeeze=False)[0]
     if left:
-        _samples_axis(panels[0], curvature.method, list(values.values()))
-        panels[0].set_title(f"all {len(values)} layers, by {curvature.method}", fontsize=10)
+        _samples_axis(panels[0], curvature.estimator, list(values.values()))
+        panels[0].set_title(f"all {len(values)} layers, by {curvature.estimator}", fontsize=10)
     axes = panels[-1]
     for color, (name, traces) in zip(_colors(len(drawn)), drawn.items(), strict=True):
         row = np.array(traces)
@@ -158,17 +158,17 @@ def figure_8(blocks: Sequence[Block], curvature: Curvature) -> Figure:
     if right:
         left, beside = figure.subfigures(1, 2, width_ratios=(width, 4.4), squeeze=False)[0]
         axes = beside.subplots()
-        _samples_axis(axes, curvature.method, list(values.values()))
-        axes.set_title(f"all {len(values)} activations, by {curvature.method}", fontsize=10)
+        _samples_axis(axes, curvature.estimator, list(values.values()))
+        axes.set_title(f"all {len(values)} activations, by {curvature.estimator}", fontsize=10)
     below = _traces_and_bits(left, blocks, width, "Tr(H)/|a| (loss per activation²)", "activation bits")
     below.set_xlabel("first reader of the activation")
     return figure
 
 
-def _samples_axis(axes: Axes, method: str, series: Sequence[Sequence[float]]) -> None:
+def _samples_axis(axes: Axes, estimator: str, series: Sequence[Sequence[float]]) -> None:
     """Running means by the samples used so far; Hutchinson's values are means of batches."""
     running_means(axes, series)
-    axes.set_xlabel("samples used" if method == "gauss_newton" else "batches used")
+    axes.set_xlabel("samples used" if estimator == "gauss_newton" else "batches used")
     axes.set_ylabel("running mean / final value")
     axes.legend(fontsize=8)
     despine(axes)

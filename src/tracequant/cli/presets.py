@@ -7,8 +7,8 @@ from typing import Any
 
 # Fine-tuning is ours: the paper says only that it is quantization-aware. With four processes (`torchrun`) of 64 images
 # these are ten passes over ImageNet.
-_FINETUNE = {"steps": 50_000, "learning_rate": 0.01, "optimizer": "sgd", "distillation": 0.0}
-_ANALYZE = {"task": "imagenet", "samples": 512, "batch_size": 64, "metric": "trace"}
+_FINETUNE = {"finetune_steps": 50_000, "learning_rate": 0.01, "optimizer": "sgd", "distillation": 0.0}
+_ANALYZE = {"task": "imagenet", "samples": 512, "batch_size": 64, "criterion": "trace"}
 # Of mixed activations the paper tells the lowest width, 4 bits; their average it tells for RetinaNet alone (Table 2).
 _MIXED_ACTIVATIONS = {"activation_compression": 7.62}
 
@@ -38,7 +38,7 @@ PRESETS = {
         | {
             "model": "torchvision:resnet50",
             "weights": "IMAGENET1K_V1",
-            "bits": "2,3,4,8",
+            "weight_bits": "2,3,4,8",
             "activation_bits": "4,8",
         },
         {"compression": 12.24} | _MIXED_ACTIVATIONS,
@@ -46,13 +46,13 @@ PRESETS = {
     ),
     "paper-inceptionv3": Preset(
         "HAWQ-V2, Table 1b: 75.98 % at 7.57 MB, W-Comp 12.04x (float 77.45 % at 91.2 MB)",
-        _ANALYZE | {"model": "torchvision:inception_v3", "bits": "2,3,4,8", "activation_bits": "4,8"},
+        _ANALYZE | {"model": "torchvision:inception_v3", "weight_bits": "2,3,4,8", "activation_bits": "4,8"},
         {"compression": 12.04} | _MIXED_ACTIVATIONS,
         _FINETUNE,
     ),
     "paper-squeezenext": Preset(
         "HAWQ-V2, Table 1c: 68.68 % at 1.07 MB, W-Comp 9.40x (float 69.38 % at 10.1 MB)",
-        _ANALYZE | {"model": "squeezenext:2.0", "bits": "3,4,8", "activation_bits": "8"},
+        _ANALYZE | {"model": "squeezenext:2.0", "weight_bits": "3,4,8", "activation_bits": "8"},
         {"compression": 9.40},
         _FINETUNE,
     ),

@@ -1,0 +1,134 @@
+"""The program `tracequant`: its commands, its exit codes, and how errors and warnings are printed."""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from tracequant import __version__
+from tracequant.cli import commands, deploy, examine, plan
+from tracequant.cli.help import SettingsCommand
+from tracequant.cli.options import with_settings
+from tracequant.cli.printing import escape
+from tracequant.cli.spelling import in_shell_words
+from tracequant.core.errors import TracequantError
+
+INTERRUPTED = 130  # the shells' exit code for SIGINT
+
+app = typer.Typer(
+    name="tracequant",
+    help=(
+        "Choose the bit width of every layer from the curvature of the loss, then quantize, fine-tune, pack and report."
+        "\n\nTry it: tracequant demo. Your own model: write a function that returns a tracequant.TaskSetup and pass"
+        " --task path/to/file.py:function."
+    ),
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # the boxes cut long option names short
+)
+_errors = Console(stderr=True, highlight=False)
+
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "run": commands.run,
+    "demo": commands.demo,
+    "analyze": commands.analyze,
+    "plan": plan.plan,
+    "quantize": commands.quantize,
+    "finetune": commands.finetune,
+    "pack": commands.pack,
+    "evaluate": commands.evaluate,
+    "report": examine.report,
+    "export": deploy.export,
+    "verify": deploy.verify,
+    "inspect": deploy.inspect,
+    "latency": deploy.latency,
+    "check": examine.check,
+    "compare": examine.compare,
+    "spectrum": examine.spectrum,
+    "figures": examine.figures,
+    "presets": plan.presets,
+}
+for name, command in _COMMANDS.items():
+    app.command(name, cls=SettingsCommand)(with_settings(command))
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"tracequant {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version and exit", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point: our own errors become one message and exit code 2."""
+    sys.exit(run_guarded(app))
+
+
+def run_guarded(command: Callable[[], Any]) -> int:
+    """Run a command and return its exit code; what tracequant can explain is printed without a traceback."""
+    warnings.showwarning = _show_warning
+    try:
+        command()
+    except TracequantError as error:
+        _print_error(in_shell_words(str(error)))
+        return 2
+    except OSError as error:
+        if not _is_ours(error):
+            raise
+        _print_error(str(error))  # a path that cannot be made or written, a full disk
+        return 2
+    except KeyboardInterrupt:
+        return _interrupted()
+    except SystemExit as exit_:
+        if exit_.code == INTERRUPTED:  # typer has caught the interrupt
+            return _interrupted()
+        return exit_.code if isinstance(exit_.code, int) else 0 if exit_.code is None else 1
+    return 0
+
+
+def _is_ours(error: OSError) -> bool:
+    """Whether an operating system error arose in tracequant itself, and not in a user's task, loader or model.
+
+    What counts is the last frame that is in no library: a user's dataset that opens a file by PIL is the user's.
+    """
+    package = Path(__file__).resolve().parents[1]
+    libraries = [Path(path).resolve() for path in sysconfig.get_paths().values()]
+    kinds = []
+    for frame in traceback.extract_tb(error.__traceback__):
+        path = Path(frame.filename).resolve()
+        if package in path.parents:
+            kinds.append("ours")
+        elif kinds and path.is_file() and not any(library in path.parents for library in libraries):
+            kinds.append("user's")
+    return not kinds or kinds[-1] == "ours"
+
+
+def _print_error(text: str) -> None:
+    _errors.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
+
+
+def _interrupted() -> int:
+    _errors.print("interrupted; finished stages are kept, run the same command to resume", style="yellow")
+    return INTERRUPTED
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    if issubclass(category, UserWarning):
+        _errors.print(f"[yellow]warning:[/] {escape(in_shell_words(str(message)))}", soft_wrap=True)

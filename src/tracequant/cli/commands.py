@@ -1,0 +1,219 @@
+"""The stages of a run as commands, and `run` and `demo`, which go through all of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tracequant.allocation.request import check_request
+from tracequant.cli.options import AsJson, Out, Quiet, RunPath, Without
+from tracequant.cli.plan import PresetName, without_replaced_budgets
+from tracequant.cli.printing import (
+    open_run,
+    print_json,
+    print_packed,
+    print_plan,
+    print_results,
+    print_sensitivity,
+)
+from tracequant.cli.requests import absolute, absolute_task
+from tracequant.core.settings import (
+    AnalysisSettings,
+    FinetuneSettings,
+    PlanSettings,
+    RunSettings,
+    SensitivitySettings,
+)
+from tracequant.run import stages
+from tracequant.run.directory import RunDirectory
+
+# In `run` the criterion is that of the analysis.
+_Budget = Annotated[PlanSettings, Without(("criterion",))]
+
+
+def analyze(
+    analysis: AnalysisSettings, out: Out, preset: PresetName = None, quiet: Quiet = False, as_json: AsJson = False
+) -> None:
+    """Measure the curvature and sensitivity of every layer.
+
+    This takes minutes. Every budget after it takes a second.
+    """
+    run = open_run(out, quiet)
+    if not _analyze_together(run, _resolved(analysis)):
+        return
+    if as_json:
+        print_json(run.sensitivity().to_json())
+    elif not quiet:
+        print_sensitivity(run)
+
+
+def quantize(run_path: RunPath, quiet: Quiet = False, as_json: AsJson = False) -> None:
+    """Quantize by the run's plan and uniformly, and evaluate."""
+    run = open_run(run_path, quiet)
+    stages.quantize(run)
+    print_results(run, quiet, as_json)
+
+
+def finetune(
+    run_path: RunPath,
+    recipe: FinetuneSettings,
+    preset: PresetName = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune the quantized model.
+
+    If it is interrupted, the same command resumes from the last checkpoint.
+    """
+    from tracequant.model import distributed
+
+    run = open_run(run_path, quiet)
+    with distributed.process_group(run.settings().analysis.device):
+        first = distributed.rank() == 0
+        if not first:
+            run.be_silent()
+        stages.finetune(run, recipe)
+    if first:
+        print_results(run, quiet, as_json)
+
+
+def pack(run_path: RunPath, quiet: Quiet = False, as_json: AsJson = False) -> None:
+    """Write RUN/model.safetensors, load it back and evaluate it."""
+    run = open_run(run_path, quiet)
+    stages.pack(run)
+    if as_json:
+        print_json(run.pack_result().to_json())
+    elif not quiet:
+        print_packed(run)
+
+
+def evaluate(
+    run_path: RunPath,
+    file: Annotated[Path | None, typer.Option(help="a packed file [RUN/model.safetensors]", metavar="FILE")] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Load the packed file and measure it on the evaluation data."""
+    row = stages.evaluate_file(open_run(run_path, quiet), file)
+    if as_json:
+        print_json({"file": row.name, "metric": row.metric, "loss": row.loss, "size_bytes": row.size_bytes})
+    elif not quiet:
+        print(f"{row.name}: {row.metric:.2f}, loss {row.loss:.6f}, {row.size_bytes:,} bytes on disk")
+
+
+def run(
+    context: typer.Context,
+    analysis: AnalysisSettings,
+    budget: _Budget,
+    recipe: FinetuneSettings,
+    out: Out,
+    preset: PresetName = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """All stages: analyze, plan, quantize, fine-tune, pack, report.
+
+    \b
+    Examples:
+      tracequant run --task cifar10 --data-dir DIR --weights FILE --average-bits 3 --out RUN
+      tracequant run --task path/to/file.py:function --max-size-mib 8 --out RUN
+      tracequant run --task imagenet --model torchvision:resnet50 --data-dir DIR --compression 12 --out RUN
+
+    Run again, the same command resumes at the first stage that is not finished.
+    """
+    _run_stages(
+        open_run(out, quiet), _resolved(analysis), without_replaced_budgets(context, budget), recipe, quiet, as_json
+    )
+
+
+def demo(
+    out: Out = Path("demo-run"),
+    average_bits: Annotated[
+        float, typer.Option(help="bits for each weight, on average", metavar="BITS", rich_help_panel="Budget")
+    ] = 2.0,
+    finetune_steps: Annotated[int, typer.Option(min=0, help="fine-tuning steps", rich_help_panel="Training")] = 300,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """The whole flow on scikit-learn's digits: no data to bring.
+
+    It takes under a minute on two cores.
+    """
+    _run_stages(
+        open_run(out, quiet),
+        AnalysisSettings("digits", sensitivity=SensitivitySettings(activation_bits=(4,))),
+        PlanSettings(average_bits=average_bits),
+        FinetuneSettings(steps=finetune_steps, uniform_too=True),
+        quiet,
+        as_json,
+    )
+
+
+def _run_stages(
+    run: RunDirectory,
+    analysis: AnalysisSettings,
+    budget: PlanSettings,
+    recipe: FinetuneSettings,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    from tracequant.model import distributed
+    from tracequant.report.html import write_report
+
+    check_request(budget)  # a bad budget should not cost an analysis
+    asked = recipe if recipe.steps else None
+    with distributed.process_group(analysis.device):
+        first = _analyze_together(run, analysis, budget, asked)
+        if first:
+            solved = stages.solve(run, budget)  # a budget that cannot be met leaves the run as it was
+            run.ask(RunSettings(analysis, budget, asked))
+            if not run.done("plan"):
+                stages.keep_plan(run, budget, solved)
+            if not (quiet or as_json):
+                print_plan(run.sensitivity(), run.plan(), budget, stages.stability(run))
+            stages.quantize(run)
+        if asked is not None:
+            stages.finetune(run, asked)
+    if not first:
+        return
+    stages.pack(run)
+    path = write_report(run)
+    print_results(run, quiet, as_json)
+    if not (quiet or as_json):
+        print_packed(run)
+        print(f"Report: {path}")
+
+
+def _analyze_together(
+    run: RunDirectory,
+    analysis: AnalysisSettings,
+    budget: PlanSettings | None = None,
+    recipe: FinetuneSettings | None = None,
+) -> bool:
+    """Analyze, with the other processes under `torchrun`. Whether this process is the first, which plans alone."""
+    from tracequant.model import distributed
+
+    with distributed.process_group(analysis.device):
+        first = distributed.rank() == 0
+        if first:
+            run.adopt(analysis)
+            if recipe is not None and not run.done("analyze"):
+                stages.check_recipe(run, recipe)  # here, so that it does not fail after the analysis
+            if budget is not None and analysis.target_stability is not None and not run.done("analyze"):
+                run.ask(replace(run.settings(), plan=budget))  # the plan that is to be stable
+        else:
+            run.be_silent()
+        distributed.gather(None)  # the others start when the settings are there
+        stages.analyze(run)
+    return first
+
+
+def _resolved(analysis: AnalysisSettings) -> AnalysisSettings:
+    """The same settings with paths that hold from any folder."""
+    options = replace(
+        analysis.options, data_dir=absolute(analysis.options.data_dir), weights=absolute(analysis.options.weights)
+    )
+    return replace(analysis, task=absolute_task(analysis.task), options=options)

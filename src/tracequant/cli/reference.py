@@ -1,0 +1,79 @@
+"""The page docs/options.md, printed from the declarations of the options: `python -m tracequant.cli.reference`."""
+
+from __future__ import annotations
+
+import typing
+from typing import Literal
+
+from tracequant.cli.options import FieldOption, field_options
+from tracequant.cli.requests import shown_default
+from tracequant.core.settings import (
+    AnalysisSettings,
+    CurvatureSettings,
+    DiscoverSettings,
+    FinetuneSettings,
+    PlanSettings,
+    SensitivitySettings,
+    TaskOptions,
+)
+
+# Settings class → the Python function that takes its fields by keyword, and the commands that have its options.
+_PAGES: tuple[tuple[type, str, str], ...] = (
+    (TaskOptions, "a task's `build(...)` receives these", "`analyze`, `run`"),
+    (DiscoverSettings, "`tq.discover(model, batches, task, ...)`", "`analyze`, `run`"),
+    (CurvatureSettings, "`tq.estimate_curvature(model, batches, task, ...)`", "`analyze`, `run`"),
+    (SensitivitySettings, "`tq.measure_sensitivity(model, batches, task, curvature, ...)`", "`analyze`, `run`"),
+    (AnalysisSettings, "settings of a run alone", "`analyze`, `run`"),
+    (PlanSettings, "`tq.solve(sensitivity, ...)`", "`plan`, `run`"),
+    (FinetuneSettings, "`tq.finetune(model, batches, task, ...)`", "`finetune`, `run`"),
+)
+
+
+def options_page() -> str:
+    """The page as Markdown."""
+    lines = [
+        "# Options",
+        "",
+        "Every option of Python and of the command line, with its default and its range. This page is printed from the",
+        "declarations in the code: `make docs` writes it. An option of a Python function is a keyword argument; the settings",
+        "class that a section names may be given in its place (`tq.solve(sensitivity, tq.PlanSettings(average_bits=3))`).",
+    ]
+    for kind, function, commands in _PAGES:
+        lines += ["", f"## {kind.__name__}", "", f"Python: {function}. Commands: {commands}.", ""]
+        lines += ["| Python | command line | default | range | meaning |", "|---|---|---|---|---|"]
+        nested = {
+            entry.name
+            for hint in typing.get_type_hints(kind).values()
+            if any(hint is other for other, _, _ in _PAGES)
+            for entry in field_options(hint)
+        }
+        lines += [_row(entry) for entry in field_options(kind) if entry.name not in nested]
+    return "\n".join(lines) + "\n"
+
+
+def _row(entry: FieldOption) -> str:
+    value = shown_default(entry.annotation, entry.default) if entry.default is not ... else None
+    default = "" if value in (None, []) else f"`{value}`" if not isinstance(value, list) else f"`{' '.join(value)}`"
+    flag = (
+        entry.flag
+        if entry.annotation is bool or entry.option.metavar is None
+        else f"{entry.flag} {entry.option.metavar}"
+    )
+    help_text = entry.option.help.replace("|", "\\|")
+    return f"| `{entry.name}` | `{flag}` | {default} | {_range(entry)} | {help_text} |"
+
+
+def _range(entry: FieldOption) -> str:
+    low, high = entry.option.minimum, entry.option.maximum
+    if low is not None and high is not None:
+        return f"{low:g} to {high:g}"
+    if low is not None:
+        return f"≥ {low:g}"
+    kinds = [
+        kind for kind in (entry.annotation, *typing.get_args(entry.annotation)) if typing.get_origin(kind) is Literal
+    ]
+    return ", ".join(f"`{choice}`" for kind in kinds for choice in typing.get_args(kind))
+
+
+if __name__ == "__main__":
+    print(options_page(), end="")

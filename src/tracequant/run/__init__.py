@@ -1,0 +1,1 @@
+"""Run directories: what was asked, what is finished, and the stages that work on them."""

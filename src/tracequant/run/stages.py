@@ -1,0 +1,347 @@
+"""The stages of a run: analyze, plan, quantize, finetune, pack. Each does nothing where it is finished already.
+
+Every function takes the run directory first. It checks that the stages before its own are there, and it marks its own
+as finished in the end. torch is imported by the stages that need the model.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tracequant.allocation.request import check_request
+from tracequant.allocation.solve import solve as solve_plan
+from tracequant.allocation.stability import is_stable, plan_stability
+from tracequant.allocation.uniform import uniform_plan
+from tracequant.core.cost import float_bytes
+from tracequant.core.curvature import Curvature, Perturbation
+from tracequant.core.errors import ModelError, RunError, SecondDerivativeError, TaskError
+from tracequant.core.files import replace_file
+from tracequant.core.plan import BitPlan
+from tracequant.core.sensitivity import Sensitivity
+from tracequant.core.settings import EXPANSIONS, FinetuneSettings, PlanSettings
+from tracequant.run.directory import RunDirectory
+from tracequant.run.results import FinetuneOutcome, ModelRow, PackResult, QuantizeResult
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tracequant.core.points import QuantizationPoints
+
+# What belongs to one analysis only: a new analysis deletes it.
+_OF_THE_ANALYSIS = ("perturbation.json", "check.json", "spectrum.json", "hutchinson.json")
+
+
+def analyze(run: RunDirectory) -> None:
+    """Measure curvature and sensitivities; of several processes the first writes what all have measured."""
+    if run.done("analyze"):
+        return
+    from tracequant.curvature.estimate import estimate_curvature
+    from tracequant.measure.sensitivity import measure_sensitivity, measure_weight_errors, with_eigenvalues
+    from tracequant.model import distributed
+    from tracequant.model.discover import discover
+
+    first = distributed.rank() == 0
+    start = run.begin("analyze") if first else 0.0
+    settings = run.settings().analysis
+    setup = run.setup()
+    model, task, batches = setup.model, setup.task, setup.calibration
+    if other := {str(p.dtype) for p in model.parameters() if str(p.dtype) != "torch.float32"}:
+        raise ModelError(f"the model has {', '.join(sorted(other))} parameters; packing needs float32: model.float()")
+    points = discover(model, batches, task, replace(settings.discover, ties=run.blocks(settings.discover.ties)))
+    run.say(
+        f"analyze: {len(points.layers)} layers, {len(points.activations)} activations,"
+        f" {sum(layer.numel for layer in points.layers):,} weights"
+    )
+    weight_grid, seed = settings.sensitivity.weight_grid, settings.options.seed
+    weight_errors = measure_weight_errors(model, points, settings.sensitivity.weight_bits, weight_grid)
+
+    def stable(curvature: Curvature) -> bool:
+        assert settings.target_stability is not None
+        return is_stable(curvature, weight_errors, weight_grid, run.settings().plan, settings.target_stability)
+
+    curvature = estimate_curvature(
+        model,
+        batches,
+        task,
+        settings.curvature,
+        points=points,
+        seed=seed,
+        activations=bool(settings.sensitivity.activation_bits),
+        stop=None if settings.target_stability is None else stable,
+        checkpoint=run.path / "batches",
+        progress=run.progress,
+    )
+    criterion = settings.sensitivity.criterion
+    # All processes measure it together.
+    perturbation = measure_run_perturbation(run, points) if criterion in EXPANSIONS else None
+    if not first:
+        return
+    if settings.eigenvalues or criterion.startswith("eigenvalue"):
+        try:
+            curvature = with_eigenvalues(model, batches, task, curvature, seed=seed, progress=run.progress)
+        except SecondDerivativeError as error:
+            if criterion.startswith("eigenvalue"):
+                raise
+            run.say(f"analyze: no eigenvalues, HAWQ's point will be missing from the report ({error})")
+    sensitivity = measure_sensitivity(
+        model,
+        batches,
+        task,
+        curvature,
+        settings=settings.sensitivity,
+        weight_errors=weight_errors,
+        perturbation=perturbation,
+        progress=run.progress,
+    )
+    for name in _OF_THE_ANALYSIS:
+        (run.path / name).unlink(missing_ok=True)
+    shutil.rmtree(run.path / "landscapes", ignore_errors=True)
+    if perturbation is not None:
+        perturbation.save(run.path / "perturbation.json")
+    curvature.save(run.path / "curvature.json")
+    sensitivity.save(run.path / "sensitivity.json")
+    shutil.rmtree(run.path / "batches", ignore_errors=True)
+    run.finish("analyze", start)
+
+
+def measure_run_perturbation(run: RunDirectory, points: QuantizationPoints) -> Perturbation:
+    """The expansion in the roundings, measured on the run's calibration data."""
+    from tracequant.measure.perturbation import measure_perturbation
+
+    setup, settings = run.setup(), run.settings().analysis
+    return measure_perturbation(
+        setup.model,
+        setup.calibration,
+        setup.task,
+        points,
+        weight_bits=settings.sensitivity.weight_bits,
+        weight_grid=settings.sensitivity.weight_grid,
+        activation_bits=settings.sensitivity.activation_bits,
+        seed=settings.options.seed,
+        checkpoint=run.path / "batches",
+        precision=settings.curvature.precision,
+        progress=run.progress,
+    )
+
+
+def solve(run: RunDirectory, settings: PlanSettings) -> BitPlan:
+    """The plan for a budget, from the sensitivities alone, or by evaluation for a limit on what the plan loses.
+
+    Nothing is written but the evaluations.
+    """
+    run.need("analyze")
+    sensitivity = run.sensitivity_by(settings.criterion)
+    if not settings.by_accuracy:
+        return solve_plan(sensitivity, settings)
+    check_request(settings)
+    from tracequant.measure.accuracy import solve_by_accuracy
+
+    setup = run.setup()
+    search = solve_by_accuracy(
+        setup.model,
+        setup.calibration,
+        setup.task,
+        sensitivity,
+        settings=settings,
+        evaluation=setup.evaluation,
+        cache=run.path / "evaluations.json",
+        progress=run.progress,
+    )
+    run.say(f"plan: {search}")
+    return search.plan
+
+
+def keep_plan(run: RunDirectory, settings: PlanSettings, plan: BitPlan) -> None:
+    """Make `plan`, solved for `settings`, the run's plan, also in the place of one that was edited."""
+    start = run.begin("plan")
+    run.ask(replace(run.settings(), plan=settings))
+    plan.save(run.path / "plan.json")
+    run.finish("plan", start)
+
+
+def stability(run: RunDirectory) -> dict[str, float] | None:
+    """Layer name → share of resamples in which it keeps the bits of the run's plan; None where nothing can be drawn."""
+    settings = run.settings().plan
+    return None if settings is None else plan_stability(run.sensitivity(), run.plan(), run.curvature(), settings)
+
+
+def quantize(run: RunDirectory) -> None:
+    """Quantize by the plan and uniformly, and evaluate both and the float model."""
+    if run.done("quantize"):
+        return
+    run.need("plan")
+    start = run.begin("quantize")
+    from tracequant.deploy.pack import pack
+
+    setup, plan, sensitivity = run.setup(), run.plan(), run.sensitivity()
+    evaluation = setup.task.evaluate(setup.model, setup.evaluation, run.progress)
+    float_row = ModelRow("float32", evaluation.metric, evaluation.loss, float_bytes(sensitivity.points), 32.0)
+    uniform_bits, uniform = _nearest_uniform(sensitivity, plan)
+    rows = []
+    for name, candidate, file in (
+        (f"uniform {uniform_bits} bits", uniform, "uniform.safetensors"),
+        ("mixed", plan, "quantized.safetensors"),
+    ):
+        quantized = _quantized(run, candidate)
+        size = pack(quantized, run.path / file)
+        result = setup.task.evaluate(quantized, setup.evaluation, run.progress)
+        rows.append(ModelRow(name, result.metric, result.loss, size, candidate.average_bits))
+    result_row = QuantizeResult(
+        evaluation.metric_name, evaluation.samples, float_row, rows[0], uniform_bits=uniform_bits, mixed=rows[1]
+    )
+    result_row.save(run.path / "quantize.json")
+    run.finish("quantize", start)
+
+
+def finetune(run: RunDirectory, recipe: FinetuneSettings) -> None:
+    """Fine-tune the mixed model by `recipe`, from a checkpoint where there is one.
+
+    Of several processes all call this and train together; the first one decides, evaluates and writes.
+    """
+    from tracequant.model import distributed
+
+    start = _begin_finetune(run, recipe) if distributed.rank() == 0 else None
+    start = distributed.gather(start)[0]
+    if start is None:
+        return
+    began = time.perf_counter()
+    plan = run.plan()
+    key = run.key("finetune", run.settings())
+    uniform_row: ModelRow | None = None
+    if recipe.uniform_too:
+        uniform_bits, uniform = _nearest_uniform(run.sensitivity(), plan)
+        quantized, _ = _train(run, uniform, f"uniform-{key}")
+        if distributed.rank() == 0:
+            from tracequant.deploy.pack import pack
+
+            size = pack(quantized, run.path / "uniform_finetuned.safetensors")
+            uniform_row = _row(run, quantized, uniform, f"uniform {uniform_bits} bits, fine-tuned", size)
+    quantized, losses = _train(run, plan, key)
+    if distributed.rank() != 0:
+        return
+    _save_state(quantized, run.path / "finetuned.safetensors")
+    mixed_row = _row(run, quantized, plan, "mixed, fine-tuned", plan.size_bytes)
+    outcome = FinetuneOutcome(tuple(losses), time.perf_counter() - began, mixed_row, uniform_row)
+    outcome.save(run.path / "finetune.json")
+    for leftover in run.path.glob("checkpoint-*.pt"):
+        leftover.unlink()
+    run.finish("finetune", start)
+
+
+def check_recipe(run: RunDirectory, recipe: FinetuneSettings) -> None:
+    """Raise `TaskError` if the recipe has a teacher and the task has no distillation loss."""
+    from tracequant.model.task import Task
+
+    task = run.setup().task
+    if recipe.distillation > 0 and type(task).distillation_loss is Task.distillation_loss:
+        raise TaskError(
+            f"{type(task).__name__} has no distillation_loss(outputs, teacher_outputs); implement it, or fine-tune"
+            " without a teacher (distillation=0)"
+        )
+
+
+def pack(run: RunDirectory) -> None:
+    """Write the product, `model.safetensors`, and evaluate it as it is loaded again."""
+    if run.done("pack"):
+        return
+    from safetensors.torch import load_file
+
+    from tracequant.deploy.pack import pack as pack_model
+
+    run.need("quantize")
+    plan, fine_tuned = run.plan(), run.done("finetune")
+    if run.settings().finetune is not None and not fine_tuned:
+        raise RunError(
+            f"fine-tuning of {run.path} was asked for and is not finished: finish it with `tracequant finetune"
+            f" {run.path}`, or take the packed model from before it, {run.path / 'quantized.safetensors'}"
+        )
+    start = run.begin("pack")
+    quantized = _quantized(run, plan)
+    if fine_tuned:
+        quantized.load_state_dict(load_file(run.path / "finetuned.safetensors"))
+    size = pack_model(quantized, run.path / "model.safetensors")
+    loaded = evaluate_file(run, run.path / "model.safetensors")
+    name = "packed" if fine_tuned else "packed, not fine-tuned"
+    row = ModelRow(name, loaded.metric, loaded.loss, size, plan.average_bits)
+    PackResult(plan.size_bytes, size, fine_tuned, row).save(run.path / "pack.json")
+    run.finish("pack", start)
+
+
+def evaluate_file(run: RunDirectory, file: str | Path | None = None) -> ModelRow:
+    """Metric and loss of a packed file (the run's product by default) on the evaluation data."""
+    from tracequant.deploy.pack import load
+
+    run.settings()
+    path = run.packed_file(file)
+    if file is None and (run.path / "pack.json").is_file() and not run.done("pack"):
+        run.say(f"{path} is older than the run's present plan or settings; `tracequant pack` makes it anew")
+    setup = run.setup()
+    evaluation = setup.task.evaluate(load(path, setup.model), setup.evaluation, run.progress)
+    return ModelRow(path.name, evaluation.metric, evaluation.loss, path.stat().st_size, average_bits=float("nan"))
+
+
+def _begin_finetune(run: RunDirectory, recipe: FinetuneSettings) -> float | None:
+    """Record the recipe. The time, or None where it is done already."""
+    settings = replace(run.settings(), finetune=recipe)
+    if run.settings() == settings and run.done("finetune"):
+        return None
+    run.need("quantize")
+    check_recipe(run, recipe)
+    run.ask(settings)
+    if run.done("finetune"):  # a recipe of before, asked for again
+        return None
+    return run.begin("finetune")
+
+
+def _train(run: RunDirectory, plan: BitPlan, key: str) -> tuple[nn.Module, list[float]]:
+    """The model quantized by `plan` and fine-tuned by the run's recipe, and the losses of all steps."""
+    from tracequant.quantization.finetune import finetune as train
+
+    settings, setup = run.settings(), run.setup()
+    assert settings.finetune is not None
+    quantized = _quantized(run, plan)
+    result = train(
+        quantized,
+        setup.train,
+        setup.task,
+        settings.finetune,
+        teacher=setup.model if settings.finetune.has_teacher else None,
+        seed=settings.analysis.options.seed,
+        checkpoint=run.path / f"checkpoint-{key}.pt",
+        checkpoint_every=50,
+        progress=run.progress,
+    )
+    return quantized, result.losses
+
+
+def _row(run: RunDirectory, model: nn.Module, plan: BitPlan, name: str, size: int) -> ModelRow:
+    setup = run.setup()
+    evaluation = setup.task.evaluate(model, setup.evaluation, run.progress)
+    return ModelRow(name, evaluation.metric, evaluation.loss, size, plan.average_bits)
+
+
+def _save_state(model: nn.Module, path: Path) -> None:
+    from safetensors.torch import save_file
+
+    state = {key: tensor.contiguous().clone() for key, tensor in model.state_dict().items()}
+    with replace_file(path) as temporary:
+        save_file(state, temporary)
+
+
+def _quantized(run: RunDirectory, plan: BitPlan) -> nn.Module:
+    from tracequant.quantization.convert import quantize as quantize_model
+
+    setup = run.setup()
+    return quantize_model(setup.model, setup.calibration, setup.task, plan, progress=run.progress)
+
+
+def _nearest_uniform(sensitivity: Sensitivity, plan: BitPlan) -> tuple[int, BitPlan]:
+    """The offered width at which a uniform plan's file is nearest in size to the plan's, and that uniform plan."""
+    offered = sorted({b for options in sensitivity.weight_omega.values() for b in options})
+    plans = {b: uniform_plan(sensitivity, b, activation_bits=plan.activation_bits) for b in offered}
+    best = min(offered, key=lambda b: abs(plans[b].size_bytes - plan.size_bytes))
+    return best, plans[best]
