@@ -1,6 +1,6 @@
-"""Variants of fine-tuning that are no better than the plain recipe, for the rows of the paper's ablations.
+"""Variants of fine-tuning that the library does without, for the rows of the paper's ablations.
 
-The library does without them, and trains through the seams that it has: hooks, a task of one's own, and `on_step`.
+They use what the library offers everybody: hooks of modules, a task of one's own, and `on_step` of `tq.finetune`.
 
 - progressive order: weights become quantized in groups by Ω, as HAWQ does, and not all at once;
 - label smoothing: a share of every target is the same for all classes;

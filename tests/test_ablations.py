@@ -41,6 +41,7 @@ from ablations import (
     clipping_only,
     quantized_weights,
 )
+from cifar10_resnet20 import OURS, RECIPES, variant
 
 OMEGA = {"one": 4.0, "two": 1.0, "three": 3.0, "four": 2.0}
 FALLING = ["one", "three", "four", "two"]
@@ -178,6 +179,14 @@ def test_clipping_changes_how_scales_learn_and_nothing_else() -> None:
         scales = [weight_quantizers(model)[name, "weight"].scale.detach() for model in (by_steps, by_clipping, start)]
         assert not torch.allclose(scales[0], scales[1], rtol=1e-5), name
     assert not any(quantizer._forward_hooks for quantizer in quantizers_of(by_clipping))
+
+
+@pytest.mark.parametrize("recipe", list(RECIPES))
+def test_every_recipe_of_the_benchmark_trains(recipe: str) -> None:
+    model = quantized()
+    with variant(model, TASK, OMEGA, 3, RECIPES[recipe]) as (task, options):
+        losses = tq.finetune(model, loader(), task, steps=3, teacher=build(), **OURS | options).losses
+    assert len(losses) == 3
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from tracequant.core.errors import ArtifactError
+from tracequant.core.errors import ArtifactError, SettingsError
 
 FORMAT_VERSION = 2
 
@@ -165,4 +166,7 @@ def _decode_dataclass(kind: Any, value: Any, where: str) -> Any:
     if missing := required - value.keys():
         raise ArtifactError(f"{where}: missing field {', '.join(sorted(missing))}")
     decoded = {name: _decode(hints[name], item, f"{where}.{name}") for name, item in value.items()}
-    return kind(**decoded)
+    try:
+        return kind(**decoded)
+    except SettingsError as error:
+        raise ArtifactError(f"{where}: {error}") from None

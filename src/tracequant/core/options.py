@@ -126,7 +126,7 @@ def resolve(kind: type[S], settings: S | None, fields: Mapping[str, object]) -> 
     for name in fields:
         if name not in names:
             raise SettingsError(
-                f"{name} is not an argument here{_suggestion(name, names)}; {kind.__name__} has {', '.join(names)}",
+                f"{name} is not an argument here; {kind.__name__} has {', '.join(names)}{_suggestion(name, names)}",
                 name,
             )
     if settings is None:
@@ -247,7 +247,7 @@ def _only(value: Any, allowed: bool) -> Any:
 def _complaint(name: str, value: Any, annotation: Any, rules: Option) -> str:
     expected = _expectation(annotation, rules)
     if isinstance(value, float) and not math.isfinite(value):
-        expected = f"finite, and {expected}"
+        expected = expected.replace("a number", "a finite number")
     return f"{name} must be {expected}, got {value!r}{_suggestion(value, _choices(annotation))}"
 
 
@@ -263,7 +263,7 @@ def _expectation(annotation: Any, rules: Option) -> str:
     if origin is tuple:
         return f"a sequence whose every item is {_expectation(arguments[0], rules)}"
     if origin is dict:
-        return f"a dictionary whose every value is {_expectation(arguments[1], rules)}"
+        return f"a dictionary from {_expectation(arguments[0], _UNLIMITED)} to {_expectation(arguments[1], rules)}"
     names = {bool: "True or False", int: f"an integer{limits}", float: f"a number{limits}", str: "a string"}
     return "None" if annotation is type(None) else names.get(annotation, f"a {annotation.__name__}")
 
