@@ -43,7 +43,7 @@ def estimate_curvature(
 
     Further `options` go to the estimator: `weights`, `activations`, `progress`; `relative_error` and `stop` to end when
     enough is known; `checkpoint`, a folder to go on from; `precision` "float32", "tf32" or "bfloat16"; for hutchinson
-    `probes`, `distribution` and `mode`. See `gauss_newton`, `hutchinson` and `collect`. Under `torchrun` the work is
+    `probes` and `distribution`. See `gauss_newton`, `hutchinson` and `collect`. Under `torchrun` the work is
     shared out to all processes.
     """
     if draws is not None and draws != "exact" and (not isinstance(draws, int) or draws < 1):

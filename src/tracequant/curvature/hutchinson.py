@@ -16,22 +16,18 @@ own zᵢᵀHᵢzᵢ, at the price of one product; inputs of different sizes need
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from tracequant.curvature.batch_loop import Stop, collect
 from tracequant.curvature.parts import Part, all_notes, together, warn_of_error
 from tracequant.curvature.pieces import Piece, Precision
 from tracequant.curvature.products import (
     Distribution,
-    _dual,
-    _gradients,
     culprit,
     draw_probe,
     first_derivatives,
@@ -42,13 +38,11 @@ from tracequant.curvature.products import (
 )
 from tracequant.curvature.result import Curvature, TraceEstimate, summarize
 from tracequant.errors import ModelError, SecondDerivativeError
-from tracequant.layers import weight_parameter
 from tracequant.model_state import double_backward
 from tracequant.points import QuantizationPoints
 from tracequant.task import Batches, Task, model_device
 
 Probes = Literal["shared", "per_layer"]
-Mode = Literal["reverse", "forward"]
 
 # Maps probes by name to the products with the Hessian, for one family ("weights" or "activations").
 _Product = Callable[[str, dict[str, list[Tensor]]], dict[str, list[Tensor]]]
@@ -70,7 +64,6 @@ def hutchinson(
     seed: int = 0,
     probes: Probes = "per_layer",
     distribution: Distribution = "rademacher",
-    mode: Mode = "reverse",
     weights: bool = True,
     activations: bool = True,
     relative_error: float | None = None,
@@ -82,10 +75,7 @@ def hutchinson(
     """Traces of every layer and activation point over all samples of `batches`, `draws` probes for each batch.
 
     Each batch gets probes of its own: for the same work the mean over batches is then less noisy than with one z for
-    the whole set. `mode` "reverse" differentiates gᵀz backwards, through a graph that is built once for all draws.
-    "forward" carries z forwards through the computation of g: no second graph is kept, but every product goes through
-    the model anew, which was slower on every network measured (`python benchmarks/hutchinson_probes.py`); it needs
-    forward derivatives of the operations, of the model's own `torch.autograd.Function`s too.
+    the whole set. A product differentiates gᵀz backwards, through a graph that is built once for all draws of a batch.
 
     `draws` is 16 by default. With `relative_error` a layer is probed until its `standard_error` is below that share of
     its trace, at most `draws` times a batch (default 1,000). `checkpoint`, `stop` and `precision` are those of
@@ -96,7 +86,6 @@ def hutchinson(
     for name, value, known in (
         ("probes", probes, Probes),
         ("distribution", distribution, Distribution),
-        ("mode", mode, Mode),
     ):
         if value not in get_args(known):
             raise ModelError(f"unknown {name} {value!r}; choose {' or '.join(get_args(known))}")
@@ -107,7 +96,7 @@ def hutchinson(
     except TypeError:
         count = 1
     target = None if relative_error is None else relative_error * math.sqrt(count)
-    estimator = _Hutchinson(model, task, points, draws, seed, probes, distribution, mode, weights, activations, target)
+    estimator = _Hutchinson(model, task, points, draws, seed, probes, distribution, weights, activations, target)
     with double_backward():
         result = collect(estimator, model, batches, task, checkpoint, stop, precision, progress)
     if relative_error is not None:
@@ -133,13 +122,12 @@ class _Hutchinson:
         seed: int,
         probes: Probes,
         distribution: Distribution,
-        mode: Mode,
         weights: bool,
         activations: bool,
         target: float | None,
     ) -> None:
         self._model, self._task, self._points, self._seed = model, task, points, seed
-        self._probes, self._distribution, self._mode = probes, distribution, mode
+        self._probes, self._distribution = probes, distribution
         self._weights, self._activations = weights, activations
         # The relative error that suffices within a batch: that of the mean over n independent batches is 1/√n of it.
         self._target = target
@@ -166,8 +154,7 @@ class _Hutchinson:
         """Values of zᵀHz, `[draws, 1]`, of the piece's part of the batch's mean loss."""
         device, self._batch = model_device(self._model), piece.batch
         loss, families, elements = self._graph(piece)
-        forward_mode = self._mode == "forward"
-        product = self._forward(piece, loss, families) if forward_mode else self._reverse(loss, families)
+        product = self._product(loss, families)
         del loss
         values: dict[str, Tensor] = {}
         for number, (family, targets) in enumerate(families.items()):
@@ -196,7 +183,7 @@ class _Hutchinson:
                 self._counts[family] = {name: len(row) for name, row in rows.items()}
             for name, row in rows.items():
                 values[f"{family}:{name}"] = torch.tensor(row, dtype=torch.float64).unsqueeze(1)
-        return Part(piece.samples, values, elements, ("forward-over-reverse",) if self._mode == "forward" else ())
+        return Part(piece.samples, values, elements)
 
     def add(self, parts: Sequence[Part]) -> Part:
         """Pieces share their draws and add up to the batch's loss."""
@@ -253,8 +240,8 @@ class _Hutchinson:
         variance = math.fsum((value - mean) ** 2 for value in row) / (len(row) - 1) / len(row)
         return math.sqrt(variance) <= self._target * abs(mean)
 
-    def _reverse(self, loss: Tensor, families: _Families) -> _Product:
-        """Products by differentiating gᵀz, from one graph for all draws."""
+    def _product(self, loss: Tensor, families: _Families) -> _Product:
+        """What gives products by differentiating gᵀz, from one graph for all draws."""
         try:
             gradients = first_derivatives(loss, families)
         except SecondDerivativeError as error:
@@ -279,32 +266,6 @@ class _Hutchinson:
 
         return product
 
-    def _forward(self, piece: Piece, loss: Tensor, families: _Families) -> _Product:
-        """Products by carrying z through the forward and backward pass as a tangent."""
-        _gradients(loss, families, create_graph=False)  # raises where the loss does not depend on a layer
-
-        def product(family: str, probes: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
-            if not any(probes.values()):
-                return {name: [] for name in probes}
-            with forward_ad.dual_level(), ExitStack() as stack:
-                if family == "weights":
-                    targets = stack.enter_context(_dual_weights(self._model, self._points, probes))
-                else:
-                    targets = stack.enter_context(reading_variables(self._model, self._points, probes))
-                _, loss = piece.forward(self._model, self._task)
-                flat = [tensor for name in probes for tensor in targets[name]]
-                found = torch.autograd.grad(loss, flat, allow_unused=True)
-                tangents = iter([None if gradient is None else _tangent(gradient) for gradient in found])
-                result: dict[str, list[Tensor]] = {}
-                for name in probes:
-                    own = [next(tangents) for _ in targets[name]]
-                    result[name] = [
-                        torch.zeros_like(z) if t is None else t.detach() for t, z in zip(own, probes[name], strict=True)
-                    ]
-                return result
-
-        return product
-
     def _graph(self, piece: Piece) -> tuple[Tensor, _Families, dict[str, int]]:
         """The loss, what to differentiate it by, and the number of elements of each activation."""
         with reading_variables(self._model, self._points) as variables:
@@ -320,31 +281,6 @@ class _Hutchinson:
 
     def _named(self, error: SecondDerivativeError) -> SecondDerivativeError:
         return SecondDerivativeError(f"{error}; it is in {culprit(self._model, self._task, self._batch)}")
-
-
-@contextmanager
-def _dual_weights(
-    model: nn.Module, points: QuantizationPoints, tangents: dict[str, list[Tensor]]
-) -> Iterator[dict[str, list[Tensor]]]:
-    """Put weights with tangents into the model; yields the weights to differentiate by."""
-    targets: dict[str, list[Tensor]] = {}
-    with ExitStack() as stack:
-        for name, (z,) in tangents.items():
-            layer = points.by_name[name]
-            primal = weight_parameter(model, layer).detach().requires_grad_()
-            dual = _dual(primal, z)
-            for module_name, parameter in layer.sites:
-                # Not by setattr, which accepts nothing but an nn.Parameter.
-                parameters: dict[str, Any] = model.get_submodule(module_name)._parameters
-                stack.callback(parameters.__setitem__, parameter, parameters[parameter])
-                parameters[parameter] = dual
-            targets[name] = [primal]
-        yield targets
-
-
-def _tangent(tensor: Tensor) -> Tensor | None:
-    result: Tensor | None = forward_ad.unpack_dual(tensor).tangent  # type: ignore[no-untyped-call]
-    return result
 
 
 def _row_means(rows: list[list[float]]) -> tuple[float, ...]:
