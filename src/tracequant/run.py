@@ -393,11 +393,14 @@ class Run:
             perturbation = self._perturbation(points)  # measured by all processes together
         if distributed.rank() != 0:
             return
-        if settings.eigenvalues or settings.metric.startswith("eigenvalue"):
+        needed = settings.metric.startswith("eigenvalue")
+        if settings.eigenvalues or needed:
             try:
-                curvature = with_eigenvalues(model, curvature, batches, task, settings.options.seed, self._progress)
+                curvature = with_eigenvalues(
+                    model, curvature, batches, task, settings.options.seed, self._progress, required=needed
+                )
             except SecondDerivativeError as error:
-                if settings.metric.startswith("eigenvalue"):
+                if needed:
                     raise
                 self._say(f"analyze: no eigenvalues, HAWQ's point will be missing from the report ({error})")
         sensitivity = measure_sensitivity(
