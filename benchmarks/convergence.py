@@ -68,7 +68,7 @@ def main() -> None:
     curves: dict[str, dict[str, Curve]] = {}
     name, setup = load("resnet20", arguments.pool)
     print(f"{name}; torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}")
-    pool = tq.estimate_curvature(setup.model, setup.calibration, setup.task, "gauss_newton", "exact")
+    pool = tq.estimate_curvature(setup.model, setup.calibration, setup.task, method="gauss_newton", draws="exact")
     counts = [n for n in (16, 32, 64, 128, 256, 512, 1024) if n < pool.samples]
     curves["images"] = {
         "weights": by_images(pool.weight_values, counts),
@@ -76,11 +76,11 @@ def main() -> None:
     }
     name, setup = load("resnet20", arguments.images)
     data = (setup.model, setup.calibration, setup.task)
-    truth = tq.estimate_curvature(*data, "gauss_newton", "exact")
+    truth = tq.estimate_curvature(*data, method="gauss_newton", draws="exact")
     methods = {
-        "gauss_newton": tq.estimate_curvature(*data, "gauss_newton", arguments.draws),
-        "hutchinson, per layer": tq.estimate_curvature(*data, "hutchinson", arguments.draws),
-        "hutchinson, shared": tq.estimate_curvature(*data, "hutchinson", arguments.draws, probes="shared"),
+        "gauss_newton": tq.estimate_curvature(*data, method="gauss_newton", draws=arguments.draws),
+        "hutchinson, per layer": tq.estimate_curvature(*data, method="hutchinson", draws=arguments.draws),
+        "hutchinson, shared": tq.estimate_curvature(*data, method="hutchinson", draws=arguments.draws, probes="shared"),
     }
     for family in ("weights", "activations"):
         curves[f"draws, {family}"] = {

@@ -36,7 +36,7 @@ def quantized(model: nn.Module, batch: Any) -> nn.Module:
     """The network with our quantizers."""
     task = tq.ClassificationTask()
     points = tq.discover(model, [batch], task)
-    curvature = tq.estimate_curvature(model, [batch], task, "gauss_newton", 1, points=points)
+    curvature = tq.estimate_curvature(model, [batch], task, method="gauss_newton", draws=1, points=points)
     sensitivity = tq.measure_sensitivity(model, curvature, [batch], task, (WEIGHT_BITS,), (ACTIVATION_BITS,))
     return tq.quantize(model, tq.uniform_plan(sensitivity, WEIGHT_BITS), [batch], task)
 

@@ -106,7 +106,7 @@ def measure(name: str, setup: tq.TaskSetup, draws: int) -> None:
     for probes in ("shared", "per_layer"):
         start = time.perf_counter()
         curvature = tq.estimate_curvature(
-            setup.model, setup.calibration, setup.task, "hutchinson", draws, points=points, probes=probes
+            setup.model, setup.calibration, setup.task, method="hutchinson", draws=draws, points=points, probes=probes
         )
         seconds = (time.perf_counter() - start) / draws
         error = statistics.median(e.relative_error for e in curvature.weights.values()) * draws**0.5

@@ -75,7 +75,7 @@ def correlations(setup: tq.TaskSetup, images: int, plans: int, cache: Path | Non
         cache,
         f"curvature-{images}",
         tq.Curvature,
-        lambda: tq.estimate_curvature(*data, "gauss_newton", "exact", points=points, activations=False),
+        lambda: tq.estimate_curvature(*data, method="gauss_newton", draws="exact", points=points, activations=False),
     )
     check = tq.check_metrics(
         setup.model, curvature, setup.calibration, setup.task, WIDTHS, perturbation=perturbation, plans=plans,
@@ -152,7 +152,7 @@ def ablation(setup: tq.TaskSetup, test_images: int, cache: Path | None) -> dict[
         curvature = kept(
             cache, f"curvature-seed{seed}", tq.Curvature,
             lambda data=data, points=points: with_eigenvalues(
-                setup.model, tq.estimate_curvature(*data, "gauss_newton", "exact", points=points),
+                setup.model, tq.estimate_curvature(*data, method="gauss_newton", draws="exact", points=points),
                 [(data[1][0][0][:64], data[1][0][1][:64])], setup.task,
             ),
         )  # fmt: skip

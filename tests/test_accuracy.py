@@ -12,7 +12,7 @@ from tracequant.accuracy import NEIGHBOURS, _smallest
 @pytest.fixture(scope="module")
 def case() -> tuple[tq.TaskSetup, tq.Sensitivity]:
     setup = tiny_task.build()
-    curvature = tq.estimate_curvature(setup.model, setup.calibration, setup.task, "gauss_newton")
+    curvature = tq.estimate_curvature(setup.model, setup.calibration, setup.task, method="gauss_newton")
     table = tq.measure_sensitivity(
         setup.model, curvature, setup.calibration, setup.task, (1, 2, 3, 8), activation_bits=(4,)
     )

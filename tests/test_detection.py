@@ -152,9 +152,13 @@ def test_traces_of_weights_are_those_of_the_exact_hessian() -> None:
     layers = ["backbone.down", "head.classification_head.conv.0.0", "head.regression_head.bbox_reg"]
     points = tq.discover(model, [batch], TASK, include=layers)
     before = snapshot(model)
-    found = tq.estimate_curvature(model, [batch], TASK, "gauss_newton", "exact", points=points, activations=False)
+    found = tq.estimate_curvature(
+        model, [batch], TASK, method="gauss_newton", draws="exact", points=points, activations=False
+    )
     assert snapshot(model) == before
-    probed = tq.estimate_curvature(model, [batch], TASK, "hutchinson", 60, points=points, activations=False)
+    probed = tq.estimate_curvature(
+        model, [batch], TASK, method="hutchinson", draws=60, points=points, activations=False
+    )
     for name in layers:
         exact = exact_weight_trace(model, batch, name)
         assert found.weights[name].trace == pytest.approx(exact, rel=1e-9)
@@ -165,7 +169,7 @@ def test_traces_of_images_of_different_sizes_are_each_images_own() -> None:
     model, batch = tiny_retinanet(), scenes(*SIZES)
     names = ["head.classification_head.conv.0.0", "head.regression_head.conv.0.0", "head.regression_head.conv.2.0"]
     points = tq.discover(model, [batch], TASK, include=names)
-    found = tq.estimate_curvature(model, [batch], TASK, "gauss_newton", "exact", points=points)
+    found = tq.estimate_curvature(model, [batch], TASK, method="gauss_newton", draws="exact", points=points)
     in_order = (0, 2, 1)  # the images of one size, then the other
     for point in points.activations:
         exact = [
@@ -178,7 +182,7 @@ def test_traces_of_images_of_different_sizes_are_each_images_own() -> None:
         # Three channels at strides 4 and 8.
         assert estimate.numel == 3 * (2 * (16 + 4) + (24 + 6)) / 3
     reversed_batch = (batch[0][::-1], batch[1][::-1])
-    again = tq.estimate_curvature(model, [reversed_batch], TASK, "gauss_newton", "exact", points=points)
+    again = tq.estimate_curvature(model, [reversed_batch], TASK, method="gauss_newton", draws="exact", points=points)
     for name, estimate in found.activations.items():
         assert again.activations[name].trace == pytest.approx(estimate.trace, rel=1e-9)
     for name, estimate in found.weights.items():
@@ -199,7 +203,7 @@ def test_an_absolute_box_error_gives_the_box_branch_no_trace() -> None:
     names = ["head.classification_head.conv.0.0", "head.regression_head.conv.0.0"]
     task = tq.RetinaNetTask("l1")
     points = tq.discover(model, [batch], task, include=names)
-    found = tq.estimate_curvature(model, [batch], task, "gauss_newton", points=points, activations=False)
+    found = tq.estimate_curvature(model, [batch], task, method="gauss_newton", points=points, activations=False)
     assert found.weights[names[0]].trace != 0
     assert found.weights[names[1]].trace == 0
 
@@ -323,7 +327,7 @@ def test_from_analysis_to_a_packed_file_with_ties_and_mixed_activations(tmp_path
     batches = [scenes(*SIZES, dtype=torch.float32), scenes((16, 16), dtype=torch.float32)]
     ties = ["head.classification_head.*", "head.regression_head.*"]
     points = tq.discover(model, batches, TASK, ties=ties)
-    curvature = tq.estimate_curvature(model, batches, TASK, "gauss_newton", points=points)
+    curvature = tq.estimate_curvature(model, batches, TASK, method="gauss_newton", points=points)
     sensitivity = tq.measure_sensitivity(model, curvature, batches, TASK, (2, 4, 8), (2, 3, 6))
     plan = tq.solve(sensitivity, compression=8.0, activation_compression=5.6)
     for head in ("classification_head", "regression_head"):
@@ -352,7 +356,7 @@ def test_onnx_has_the_heads_for_images_of_any_size(tmp_path: Path) -> None:
     model = tiny_retinanet(dtype=torch.float32)
     batches = [scenes(*SIZES, dtype=torch.float32), scenes((32, 16), (24, 24), dtype=torch.float32)]
     points = tq.discover(model, batches, TASK)
-    curvature = tq.estimate_curvature(model, batches, TASK, "gauss_newton", points=points)
+    curvature = tq.estimate_curvature(model, batches, TASK, method="gauss_newton", points=points)
     plan = tq.solve(tq.measure_sensitivity(model, curvature, batches, TASK, (4, 8), (8,)), average_bits=5)
     quantized = tq.quantize(model, plan, batches, TASK).eval()
     part = TASK.exported(quantized)

@@ -53,7 +53,7 @@ def batches(size: int, samples: int = 48) -> list[tuple[Tensor, Tensor]]:
 def quantized(norm: bool = False, dropout: float = 0.0) -> nn.Module:
     torch.manual_seed(0)
     model = Net(norm, dropout).eval()
-    curvature = tq.estimate_curvature(model, batches(24), TASK, "gauss_newton", "exact")
+    curvature = tq.estimate_curvature(model, batches(24), TASK, method="gauss_newton", draws="exact")
     sensitivity = tq.measure_sensitivity(model, curvature, batches(24), TASK, (3, 4), (4,))
     plan: BitPlan = tq.solve(sensitivity, average_bits=4)
     return tq.quantize(model, plan, batches(24), TASK)

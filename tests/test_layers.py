@@ -536,4 +536,4 @@ def test_layers_without_weights_are_left_out() -> None:
     batches = [(torch.randn(5, 4), torch.arange(5) % 3)]
     points = discover(Empty(), batches, TASK)
     assert [layer.name for layer in points.layers] == ["some"]
-    assert set(estimate_curvature(Empty(), batches, TASK, "gauss_newton").weights) == {"some"}
+    assert set(estimate_curvature(Empty(), batches, TASK, method="gauss_newton").weights) == {"some"}

@@ -209,7 +209,7 @@ def test_activations_against_derivatives_along_their_rounding(name: str, draws: 
 @pytest.mark.filterwarnings("ignore:.*fewer bits lower the loss:UserWarning")
 def test_the_expansion_of_activations_is_their_omega(tmp_path: Path) -> None:
     model, batches = conv_net(), images((4, 3))
-    curvature = estimate_curvature(model, batches, TASK, "gauss_newton")
+    curvature = estimate_curvature(model, batches, TASK, method="gauss_newton")
     tables = {
         metric: measure_sensitivity(model, curvature, batches, TASK, BITS, (2, 4), metric)
         for metric in ("trace", "quadratic", "first+quadratic")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tracequant.errors import ModelError
+from tracequant.errors import DataError, ModelError
 from tracequant.flow import Flow
 from tracequant.model_state import fingerprint, frozen_evaluation
 from tracequant.packed_layout import DTYPE_BYTES
@@ -52,6 +52,11 @@ def discover(
 
     Raises `ModelError` if no layer is left, and `DataError` for batches that cannot be used.
     """
+    if isinstance(batches, Iterator):
+        raise DataError(
+            "batches is an iterator, which can be read only once, and discover would take its first batch away from the"
+            " next step; pass a list or a DataLoader"
+        )
     candidates = _candidate_weights(model)
     names = list(candidates)
     others = _unsupported(model, candidates)

@@ -277,7 +277,8 @@ class TaskSetup:
 
     `calibration` (a few hundred inputs) serves curvature and activation ranges; `train` is iterated again and again by
     fine-tuning; `evaluation` measures every accuracy that is reported. `blocks` are patterns of the names of layers
-    that `--tie blocks` ties together, one for each block of the model.
+    that `--tie blocks` ties together, one for each block of the model. Batches that can be read only once are held in a
+    list, because several stages read them.
     """
 
     model: nn.Module
@@ -287,6 +288,9 @@ class TaskSetup:
     evaluation: Batches
     device: torch.device | str | None = None
     blocks: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        self.calibration, self.train, self.evaluation = map(reusable, (self.calibration, self.train, self.evaluation))
 
     def to(self, device: torch.device | str) -> TaskSetup:
         """This setup with its model moved, and the data that can be moved whole (those that have a method `to`)."""

@@ -37,7 +37,7 @@ from tracequant.curvature.parts import Part, exceeded, together, warn_of_error
 from tracequant.curvature.pieces import Piece, Precision
 from tracequant.curvature.products import generator, reading_variables, require_grad
 from tracequant.curvature.result import Curvature, TraceEstimate
-from tracequant.errors import ModelError
+from tracequant.errors import GaussNewtonError
 from tracequant.layers import idle_layers, replace_inputs
 from tracequant.points import Layer, QuantizationPoints
 from tracequant.task import Batches, Task, model_device
@@ -357,7 +357,7 @@ class Sweep:
                     handles.append(tensor.register_hook(on_variable(name)))  # type: ignore[no-untyped-call]
         try:
             if not inputs:
-                raise ModelError("no layer reads an input of the model; nothing can be differentiated")
+                raise GaussNewtonError("no layer reads an input of the model; nothing can be differentiated")
             outputs = self.outputs
             found = torch.autograd.grad(outputs, inputs, vectors, retain_graph=keep or bool(slow), allow_unused=True)
             for function, gradient in zip(receive, found, strict=True):
@@ -412,7 +412,7 @@ class Sweep:
 
     def _check_samples(self, vectors: list[Tensor]) -> None:
         if any(vector.ndim == 0 or len(vector) != self._size for vector in vectors):
-            raise ModelError(
+            raise GaussNewtonError(
                 f"outputs of shape {[list(v.shape) for v in vectors]} do not have the batch's {self._size} samples"
                 " along their first axis, so that samples cannot be told apart; use batches of one sample"
             )
@@ -422,7 +422,7 @@ class Sweep:
         for key, values in self.run((first, 1.0), keep=True, each_sample=False).items():
             if float(values[1:].sum()) > CHECK_TOLERANCE**2 * float(values.sum()):
                 name = key.split(":", 1)[1]
-                raise ModelError(
+                raise GaussNewtonError(
                     f"at layer {name} samples of a batch interact, or do not lie along the first axis; use batches of"
                     " one sample, or method='hutchinson'"
                 )
@@ -449,7 +449,7 @@ class Sweep:
     def by_sample(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor of an activation point, or its gradient, as `[samples, elements]`."""
         if len(tensor) % self.samples:
-            raise ModelError(
+            raise GaussNewtonError(
                 f"the input of layer {name} has {len(tensor)} rows for {self.samples} samples; use batches of one"
                 " sample"
             )

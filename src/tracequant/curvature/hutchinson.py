@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ from tracequant.curvature.products import (
     require_grad,
 )
 from tracequant.curvature.result import Curvature, TraceEstimate, summarize
-from tracequant.errors import ModelError, SecondDerivativeError
+from tracequant.errors import SecondDerivativeError
 from tracequant.model_state import double_backward
 from tracequant.points import QuantizationPoints
 from tracequant.task import Batches, Task, model_device
@@ -83,12 +83,6 @@ def hutchinson(
 
     Raises `ModelError` naming layers that the loss does not depend on, or the layer that has no second derivative.
     """
-    for name, value, known in (
-        ("probes", probes, Probes),
-        ("distribution", distribution, Distribution),
-    ):
-        if value not in get_args(known):
-            raise ModelError(f"unknown {name} {value!r}; choose {' or '.join(get_args(known))}")
     if draws is None:
         draws = DEFAULT_DRAWS if relative_error is None else MOST_DRAWS
     try:

@@ -35,7 +35,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from tracequant.errors import ModelError
+from tracequant.curvature.pieces import out_of_memory
+from tracequant.errors import GaussNewtonError, ModelError
 from tracequant.task import Batch, Task, total_loss
 
 DENSE_LIMIT = 128
@@ -196,7 +197,7 @@ def factor(task: Task, outputs: Any, batch: Batch, generator: torch.Generator) -
     probe = [torch.randn(v.shape, generator=generator, dtype=v.dtype, device=v.device) for v in tensors]
     image = product(probe)
     if not any(v.any() for v in image):
-        raise ModelError(
+        raise GaussNewtonError(
             "the loss has no curvature in the model's outputs (an absolute error, say): its traces are zero"
         )
     if len(tensors) == 1:
@@ -213,7 +214,7 @@ def factor(task: Task, outputs: Any, batch: Batch, generator: torch.Generator) -
 
         # What the other tensors' vectors add to this one's image is a mixed derivative.
         if not _close([alone(probe[number])], [image[number]]):
-            raise ModelError(
+            raise GaussNewtonError(
                 "the loss has mixed derivatives between the model's outputs, which cannot be factored one by one; give"
                 " the task one output tensor, or use method='hutchinson'"
             )
@@ -246,7 +247,7 @@ def _factor_one(tensor: Tensor, probe: Tensor, image: Tensor, product: Callable[
                 return OutputHessian(
                     "blocks", [tensor], [values.movedim(-1, 1)], vectors.movedim((-2, -1), (1, 2)), axis
                 )
-    raise ModelError(
+    raise GaussNewtonError(
         "the loss's Hessian with respect to the outputs is neither that of a softmax nor diagonal, it couples more than"
         f" {DENSE_LIMIT} outputs of a sample, and those of different positions (or it is too large to try); give the"
         " task an output_hessian, or use method='hutchinson'"
@@ -267,16 +268,22 @@ def loss_hessian(task: Task, outputs: Any, batch: Batch) -> tuple[list[Tensor], 
     try:
         gradients = torch.autograd.grad(total_loss(task, free, batch), z, create_graph=True, allow_unused=True)
     except RuntimeError as error:
-        raise ModelError(f"the loss cannot be differentiated with respect to the outputs alone: {error}") from error
+        if out_of_memory(error):
+            raise
+        raise GaussNewtonError(
+            f"the loss cannot be differentiated with respect to the outputs alone: {error}"
+        ) from error
     used = [i for i, gradient in enumerate(gradients) if gradient is not None and gradient.requires_grad]
     if not used:
-        raise ModelError("the loss is linear in the model's outputs: its Gauss-Newton trace is zero")
+        raise GaussNewtonError("the loss is linear in the model's outputs: its Gauss-Newton trace is zero")
     slopes, points = [gradients[i] for i in used], [z[i] for i in used]
 
     def product(vectors: list[Tensor]) -> list[Tensor]:
         try:
             images = torch.autograd.grad(slopes, points, vectors, retain_graph=True, allow_unused=True)
         except RuntimeError as error:
+            if out_of_memory(error):
+                raise
             raise ModelError(f"the loss has no second derivative with respect to the outputs: {error}") from error
         return [torch.zeros_like(v) if image is None else image for image, v in zip(images, vectors, strict=True)]
 
@@ -288,7 +295,7 @@ def differentiable(outputs: Any) -> list[Tensor]:
     leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
     unique = list({id(leaf): leaf for leaf in leaves}.values())
     if not unique:
-        raise ModelError(
+        raise GaussNewtonError(
             "the task's outputs hold no tensor that depends on a weight (custom classes are not looked into)"
         )
     return unique
@@ -318,7 +325,7 @@ def _blocks(z: Tensor, axis: int, product: Callable[[Tensor], Tensor]) -> Tensor
 
 def _dense(tensors: list[Tensor], blocks: Tensor, image: Tensor, probe: Tensor) -> OutputHessian:
     if not _close([torch.einsum("nij,nj->ni", blocks, probe.flatten(1))], [image.flatten(1)]):
-        raise ModelError(
+        raise GaussNewtonError(
             "the samples of a batch interact in the loss, so that samples have no Hessian of their own; use"
             " method='hutchinson', or batches of one sample"
         )
