@@ -78,11 +78,11 @@ def main() -> None:
     }
     name, setup = load("resnet20", arguments.images)
     data = (setup.model, setup.calibration, setup.task)
-    truth = tq.estimate_curvature(*data, "gauss_newton", "exact")
+    truth = tq.estimate_curvature(*data, estimator="gauss_newton", num_probes="exact")
     methods = {
-        "gauss_newton": tq.estimate_curvature(*data, "gauss_newton", arguments.draws),
-        "hutchinson, per layer": tq.estimate_curvature(*data, "hutchinson", arguments.draws),
-        "hutchinson, shared": tq.estimate_curvature(*data, "hutchinson", arguments.draws, probe_scope="shared"),
+        "gauss_newton": tq.estimate_curvature(*data, estimator="gauss_newton", num_probes=arguments.draws),
+        "hutchinson, per layer": tq.estimate_curvature(*data, estimator="hutchinson", num_probes=arguments.draws),
+        "hutchinson, shared": tq.estimate_curvature(*data, estimator="hutchinson", num_probes=arguments.draws, probe_scope="shared"),
     }
     for family in ("weights", "activations"):
         curves[f"draws, {family}"] = {

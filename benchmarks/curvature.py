@@ -216,11 +216,13 @@ def main() -> None:
     data = (setup.model, setup.calibration, setup.task)
 
     def gauss_newton(draws: int | str, seed: int) -> Traces:
-        found = tq.estimate_curvature(*data, "gauss_newton", draws, seed, points)
+        found = tq.estimate_curvature(*data, estimator="gauss_newton", num_probes=draws, seed=seed, points=points)
         return {name: [trace.trace] for name, trace in found.weights.items()}
 
     def hutchinson(draws: int, probes: str) -> Traces:
-        found = tq.estimate_curvature(*data, "hutchinson", draws, 1, points, probe_scope=probes).weight_probes
+        found = tq.estimate_curvature(
+            *data, estimator="hutchinson", num_probes=draws, seed=1, points=points, probe_scope=probes
+        ).weight_probes
         assert found is not None
         return {name: list(values) for name, values in found.items()}
 

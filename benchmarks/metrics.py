@@ -76,7 +76,7 @@ def correlations(setup: tq.TaskSetup, images: int, plans: int, cache: Path | Non
         cache,
         f"curvature-{images}",
         tq.Curvature,
-        lambda: tq.estimate_curvature(*data, "gauss_newton", "exact", points=points, activations=False),
+        lambda: tq.estimate_curvature(*data, method="gauss_newton", draws="exact", points=points, activations=False),
     )
     check = tq.check_criteria(setup.model, setup.calibration, setup.task, curvature, weight_bits=WIDTHS, perturbation=perturbation, plans=plans, offered=GROUPS, cache=None if cache is None else cache / "check", extra_scores=cross_terms.scores(perturbation))  # fmt: skip
     return check, perturbation
@@ -149,7 +149,10 @@ def ablation(setup: tq.TaskSetup, test_images: int, cache: Path | None) -> dict[
         points = tq.discover(*data)
         curvature = kept(
             cache, f"curvature-seed{seed}", tq.Curvature,
-            lambda data=data, points=points: with_eigenvalues(setup.model, [(data[1][0][0][:64], data[1][0][1][:64])], setup.task, tq.estimate_curvature(*data, "gauss_newton", "exact", points=points)),
+            lambda data=data, points=points: with_eigenvalues(
+                setup.model, [(data[1][0][0][:64], data[1][0][1][:64])], setup.task,
+                tq.estimate_curvature(*data, estimator="gauss_newton", num_probes="exact", points=points),
+            ),
         )  # fmt: skip
         perturbation = kept(
             cache, f"perturbation-seed{seed}", tq.Perturbation,

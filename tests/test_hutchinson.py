@@ -798,81 +798,7 @@ def test_a_batchs_graph_is_gone_before_the_next_is_built():
     assert model.seen == [0] * 5
 
 
-# Forward mode, and who is to blame
-
-
-@pytest.mark.parametrize("probes", ["per_layer", "shared"])
-@pytest.mark.parametrize(
-    ("make", "batches"),
-    [
-        (conv_net, images((3, 2))),
-        (residual_net, images((2,))),
-        (shared_head_net, images((2,))),
-        (tied_net, [token_batch()]),
-        (attention_net, labelled(5, 3)),
-        (gelu_mlp, labelled(6)),
-    ],
-    ids=lambda value: getattr(value, "__name__", ""),
-)
-@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
-def test_forward_mode_gives_the_same_products(make, batches, probes):
-    """For the same probes; weights, tied and shared ones among them, and activations, read twice and in place."""
-    model = make()
-    points = discover(model, batches, TASK)
-    before = snapshot(model)
-    reverse, ahead = (
-        hutchinson(model, batches, TASK, points, num_probes=3, probe_scope=probes, mode=mode)
-        for mode in ("reverse", "forward")
-    )
-    assert snapshot(model) == before
-    assert "forward-over-reverse" in ahead.reason
-    assert "forward-over-reverse" not in reverse.reason
-    for family in ("weights", "activations"):
-        for name, estimate in getattr(reverse, family).items():
-            other = getattr(ahead, family)[name]
-            assert estimate.trace != 0
-            assert other.trace == pytest.approx(estimate.trace, rel=1e-10)
-            assert other.standard_error == pytest.approx(estimate.standard_error, rel=1e-8)
-
-
-class CubeAhead(torch.autograd.Function):
-    """x³ with a backward pass that can be differentiated forwards only."""
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x**3
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return 3 * ctx.saved_tensors[0] ** 2 * gradient
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        return 3 * ctx.saved_tensors[0] ** 2 * tangent
-
-
-class CubeOfIntermediate(CubeAhead):
-    """Keeps the slope for its backward pass, of which forward mode does not know how it depends on x."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        ctx.save_for_backward(3 * inputs[0] ** 2)
-        ctx.save_for_forward(3 * inputs[0] ** 2)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return ctx.saved_tensors[0] * gradient
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        return ctx.saved_tensors[0] * tangent
+# Which module is to blame
 
 
 class Called(nn.Module):
@@ -884,30 +810,6 @@ class Called(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.second(self.function(self.first(inputs)))
-
-
-def test_forward_mode_where_there_is_no_way_back():
-    batches = labelled(6, sizes=(3, 2))
-    found = estimate_curvature(build(lambda: Called(CubeAhead.apply)), batches, TASK, num_probes=3, mode="forward")
-    expected = estimate_curvature(build(lambda: Called(lambda x: x**3)), batches, TASK, num_probes=3)
-    assert "forward-over-reverse" in found.reason
-    for family in ("weights", "activations"):
-        for name, estimate in getattr(expected, family).items():
-            assert getattr(found, family)[name].trace == pytest.approx(estimate.trace, rel=1e-10)
-
-
-@pytest.mark.parametrize("function", [CubeAhead, CubeOfIntermediate])
-@pytest.mark.parametrize("options", [{}, {"mode": "reverse"}], ids=["by default", "reverse"])
-def test_forward_mode_is_not_taken_unasked(function, options):
-    """For some functions it would leave out a term and say nothing."""
-    with pytest.raises(ModelError, match=r"no second derivative.*or try mode='forward'"):
-        estimate_curvature(build(lambda: Called(function.apply)), labelled(6), TASK, num_probes=3, **options)
-
-
-@pytest.mark.parametrize("mode", ["sideways", "auto"])
-def test_an_unknown_mode_is_refused(mode):
-    with pytest.raises(ModelError, match=f"unknown mode '{mode}'; choose reverse or forward"):
-        estimate_curvature(gelu_mlp(), labelled(6), TASK, mode=mode)
 
 
 def nested() -> nn.Module:

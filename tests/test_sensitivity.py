@@ -29,6 +29,7 @@ from tracequant import (
     DataError,
     ModelError,
     QuantizationPoints,
+    ResourceError,
     Sensitivity,
     TraceEstimate,
     WeightGrid,
@@ -36,6 +37,9 @@ from tracequant import (
     estimate_curvature,
     measure_sensitivity,
 )
+from tracequant import sensitivity as sensitivity_module
+from tracequant.quantization.calibrate import calibrate
+from tracequant.curvature import pieces
 from tracequant.curvature.spectrum import top_eigenvalues
 from tracequant.measure import sensitivity as sensitivity_module
 from tracequant.quantization.calibrate import calibrate
@@ -379,16 +383,37 @@ def test_eigenvalues_on_as_many_samples_as_fit(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(DataError, match="yielded no batches"):
         sensitivity_module.with_eigenvalues(model, curvature, [], TASK)
     monkeypatch.setattr(sensitivity_module, "top_eigenvalues", limited)
-    with pytest.warns(UserWarning, match="do not fit into memory, and are taken of") as told:
+    with pytest.warns(UserWarning, match="those of the first 2 samples, because the graph of more does not") as told:
         found = sensitivity_module.with_eigenvalues(model, curvature, batches, TASK)
     assert tried == [9, 4, 2]
-    assert len(told) == 2
+    assert len(told) == 1
     few = [tuple(part[:2] for part in batches[0])]
     expected = top_eigenvalues(model, few, TASK, curvature.points, seed=0)
     assert found.top_eigenvalues == {name: values[0] for name, values in expected.items()}
     monkeypatch.setattr(sensitivity_module, "top_eigenvalues", lambda *a, **o: limited(model, [(torch.ones(9),)]))
-    with pytest.warns(UserWarning, match="do not fit"), pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(ResourceError, match="memory does not suffice for the graph of one sample"):
         sensitivity_module.with_eigenvalues(model, curvature, batches, TASK)
+
+
+def test_vectors_that_do_not_fit_are_not_blamed_on_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer samples would not help, and are not tried."""
+    model, batches = gelu_mlp(), labelled(6, sizes=(9,))
+    curvature = estimate_curvature(model, batches, TASK, method="hutchinson", draws=1)
+    tried = []
+
+    def counted(model: nn.Module, batches: list[tuple[Tensor, Tensor]], *rest: object, **options: object) -> object:
+        tried.append(len(batches[0][0]))
+        return top_eigenvalues(model, batches, *rest, **options)
+
+    monkeypatch.setattr(sensitivity_module, "top_eigenvalues", counted)
+    monkeypatch.setattr(pieces, "available_bytes", lambda: 1000)
+    with pytest.warns(UserWarning, match="this analysis has no eigenvalues: the eigenvalues of layer 0 need") as told:
+        found = sensitivity_module.with_eigenvalues(model, curvature, batches, TASK, required=False)
+    assert len(told) == 1
+    assert found == curvature
+    with pytest.raises(ResourceError, match="the eigenvalues of layer 0 need"):
+        measure_sensitivity(model, curvature, batches, TASK, activation_bits=(), metric="eigenvalue")
+    assert tried == [9, 9]
 
 
 def test_a_gradient_that_praises_coarse_rounding_is_told() -> None:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny_task
 import tracequant as tq
 from tracequant import cli
+from tracequant.curvature import pieces, spectrum
 from tracequant.curvature.products import exact_block
-from tracequant.curvature.spectrum import _outermost
+from tracequant.curvature.spectrum import BASIS, WORK_VECTORS, _Search
 
 TASK = tq.ClassificationTask()
 
@@ -47,29 +52,108 @@ def test_the_largest_eigenvalues_of_every_layer(sizes: tuple[int, ...]) -> None:
 
 
 def test_eigenvalues_that_are_not_known_well_enough_are_reported() -> None:
+    """They are still given, all of them, and the best that so few products tell."""
     model, batches = network(), data(12)
     points = tq.discover(model, batches, TASK)
-    with pytest.warns(UserWarning, match=r"eigenvalues of 2 layers \(0, 2\).*after 3 products"):
-        tq.top_eigenvalues(model, batches, TASK, points, k=3, tolerance=1e-9, steps=3)
+    with pytest.warns(UserWarning, match=r"eigenvalues of 2 layers \(0, 2\).*after about 5 products"):
+        found = tq.top_eigenvalues(model, batches, TASK, points, k=3, tolerance=1e-9, steps=5)
+    for name in ("0", "2"):
+        largest = float(exact(model, batches, points, name).abs().max())
+        assert len(found[name]) == 3
+        assert 0.5 * largest < abs(found[name][0]) <= largest * (1 + 1e-9)
 
 
-def test_residuals_bound_the_error() -> None:
-    """Every value lies within its residual of a true eigenvalue, however early Lanczos stops."""
-    generator = torch.Generator().manual_seed(3)
-    square = torch.randn(40, 40, generator=generator, dtype=torch.float64)
-    matrix = square + square.T
-    true = torch.linalg.eigvalsh(matrix)
-    start = torch.randn(40, generator=generator, dtype=torch.float64)
-    for steps in (4, 8, 16):
-        values, residuals, _ = _outermost(lambda v: matrix @ v, start, 3, 0.0, steps)
-        for value, residual in zip(values, residuals, strict=True):
-            assert float((true - value).abs().min()) <= residual + 1e-10
+def symmetric(numel: int, *spread: float) -> Tensor:
+    """A symmetric matrix that has the eigenvalues `spread`, and others between -1 and 1."""
+    random = torch.Generator().manual_seed(3)
+    basis, _ = torch.linalg.qr(torch.randn(numel, numel, generator=random, dtype=torch.float64))
+    values = torch.rand(numel, generator=random, dtype=torch.float64) * 2 - 1
+    values[: len(spread)] = torch.tensor(spread, dtype=torch.float64)
+    return basis * values @ basis.T
 
 
-def test_a_repeated_eigenvalue_ends_the_recurrence() -> None:
-    values, residuals, _ = _outermost(lambda v: 3 * v, torch.ones(6), 2, 1e-3, 6)
-    assert values == [pytest.approx(3)]
-    assert residuals == [0]
+@pytest.mark.parametrize("numel", [12, 300])
+def test_pairs_of_a_known_matrix(numel: int) -> None:
+    matrix = symmetric(numel, 9.0, -7.0, 5.0)
+    search = _Search(k=3, tolerance=1e-10, steps=200)
+    start = torch.randn(numel, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    values, vectors = search.run("layer", lambda v: matrix @ v, start)
+    assert values == pytest.approx([9, -7, 5])
+    columns = torch.from_numpy(vectors)
+    assert torch.allclose(matrix @ columns, columns * torch.tensor(values, dtype=torch.float64), atol=1e-8)
+    assert torch.allclose(columns.T @ columns, torch.eye(3, dtype=torch.float64), atol=1e-10)
+
+
+def test_pairs_that_converged_are_kept_with_the_best_guesses() -> None:
+    """One eigenvalue stands out and two do not, which so few products cannot separate from the others."""
+    matrix = symmetric(2000, 50.0)
+    search = _Search(k=3, tolerance=1e-8, steps=30)
+    start = torch.randn(2000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    values, vectors = search.run("layer", lambda v: matrix @ v, start)
+    with pytest.warns(UserWarning, match="eigenvalues of 1 layers"):
+        search.warn()
+    assert values[0] == pytest.approx(50, rel=1e-8)
+    assert all(0.8 < abs(value) < 1 for value in values[1:])
+    columns = torch.from_numpy(vectors)
+    assert torch.allclose(columns.T @ columns, torch.eye(3, dtype=torch.float64), atol=1e-10)
+
+
+@pytest.mark.parametrize("numel", [6, 60])
+@pytest.mark.parametrize("factor", [3.0, 0.0])
+def test_a_multiple_of_the_identity_has_its_eigenvalue_many_times(numel: int, factor: float) -> None:
+    start = torch.randn(numel, generator=torch.Generator().manual_seed(1))
+    values, vectors = _Search(k=2, tolerance=1e-3, steps=100).run("layer", lambda v: factor * v, start)
+    assert values == pytest.approx([factor, factor])
+    assert torch.allclose(torch.from_numpy(vectors.T @ vectors).double(), torch.eye(2).double(), atol=1e-5)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most elements that one tensor had."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for leaf in pytree.tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.numel = max(self.numel, leaf.numel())
+        return result
+
+
+def test_a_large_layer_keeps_few_vectors_of_its_size() -> None:
+    """Not one for each product: a layer of 100 million weights would take 40 GB."""
+    torch.manual_seed(0)
+    model, numel = nn.Sequential(nn.Linear(1000, 1000)), 1_000_000
+    batches = [(torch.randn(2, 1000), torch.tensor([1, 2]))]
+    points = tq.discover(model, batches, TASK)
+    tracemalloc.start()
+    with LargestTensor() as seen:
+        found = tq.top_eigenvalues(model, batches, TASK, points, tolerance=1e-4)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert seen.numel <= 2 * numel
+    assert peak < (2 * BASIS + 2 + WORK_VECTORS) * numel * 4  # scipy reserves a basis for the result, and uses little
+    # Both samples' blocks are xxᵀ ⊗ (diag(p) − ppᵀ) / 2, and their inputs nearly orthogonal.
+    x = batches[0][0]
+    p = model(x).detach().softmax(1)
+    largest = torch.linalg.eigvalsh(torch.diag_embed(p) - p[:, :, None] * p[:, None])[:, -1]
+    assert found["0"][0] == pytest.approx(float((largest * x.square().sum(1) / 2).max()), rel=0.05)
+
+
+def test_vectors_that_do_not_fit_are_an_error_that_names_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = network(), data(12)
+    points = tq.discover(model, batches, TASK)
+    with monkeypatch.context() as patch:
+        patch.setattr(pieces, "available_bytes", lambda: 4000)
+        with pytest.raises(tq.ResourceError, match="eigenvalues of layer 0 need 29 vectors of its size"):
+            tq.top_eigenvalues(model, batches, TASK, points)
+
+    def full(*arguments: Any, **options: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(spectrum, "eigsh", full)
+    with pytest.raises(tq.ResourceError, match="eigenvalues of layer 0 need 29 vectors of its size"):
+        tq.top_eigenvalues(model, batches, TASK, points)
 
 
 def test_a_density_from_all_steps_is_that_of_the_matrix() -> None:
@@ -138,12 +222,12 @@ def test_the_command_writes_eigenvalues_and_figure_which_the_report_takes_in(
     first = next(iter(tq.Curvature.load(run / "curvature.json").weights))
     assert invoke("spectrum", run, "--layer", first, "--top", 3, "--density", "*", "--density", first) == 0
     assert first in capsys.readouterr().out
-    spectrum = tq.Spectrum.load(run / "spectrum.json")
-    assert {name: len(values) for name, values in spectrum.eigenvalues.items()} == {first: 3}
-    assert [density.layer for density in spectrum.densities] == [None, first]
+    found = tq.Spectrum.load(run / "spectrum.json")
+    assert {name: len(values) for name, values in found.eigenvalues.items()} == {first: 3}
+    assert [density.layer for density in found.densities] == [None, first]
     known = tq.Curvature.load(run / "curvature.json").top_eigenvalues
     assert known is not None
-    assert spectrum.eigenvalues[first][0] == pytest.approx(known[first], rel=0.02)
+    assert found.eigenvalues[first][0] == pytest.approx(known[first], rel=0.02)
     assert (run / "figures" / "spectrum.png").stat().st_size > 1000
     assert invoke("report", run, "-q") == 0
     assert "<h2>Eigenvalues</h2>" in (run / "report.html").read_text()

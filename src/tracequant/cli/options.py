@@ -46,6 +46,16 @@ class FieldOption:
     default: Any
     option: Option
 
+    @classmethod
+    def of(cls, field: dataclasses.Field[Any], annotation: Any) -> FieldOption:
+        """The option of a field that `tracequant.core.options.option` declared."""
+        return cls(field.name, annotation, field.default, field.metadata["option"])
+
+    @property
+    def required(self) -> bool:
+        """Whether there is no default."""
+        return self.default is dataclasses.MISSING
+
     @property
     def flag(self) -> str:
         """The option's spelling: `--average-bits`, or `--symmetric/--asymmetric` for a switch."""
@@ -64,7 +74,7 @@ def field_options(kind: type) -> Iterator[FieldOption]:
         if dataclasses.is_dataclass(hints[field.name]):
             yield from field_options(hints[field.name])
         else:
-            yield FieldOption(field.name, hints[field.name], field.default, field.metadata["option"])
+            yield FieldOption.of(field, hints[field.name])
 
 
 def build(kind: Any, values: Mapping[str, Any]) -> Any:
@@ -75,7 +85,7 @@ def build(kind: Any, values: Mapping[str, Any]) -> Any:
         if dataclasses.is_dataclass(hints[field.name]):
             fields[field.name] = build(hints[field.name], values)
             continue
-        entry = FieldOption(field.name, hints[field.name], field.default, field.metadata["option"])
+        entry = FieldOption.of(field, hints[field.name])
         if entry.parameter in values:
             fields[field.name] = parse(entry.annotation, values[entry.parameter], entry.flag)
     return kind(**fields)
@@ -131,18 +141,15 @@ def _parameter(entry: FieldOption) -> inspect.Parameter:
     """A command's parameter for one field."""
     option = entry.option
     kind = _shell_type(entry.annotation)
-    ranged = kind in (int, float, int | None, float | None)
     info = typer.Option(
         entry.flag,
-        help=option.help,
+        help=f"{option.help}  [{option.range}]" if option.range else option.help,
         metavar=option.metavar,
-        min=option.minimum if ranged else None,
-        max=option.maximum if ranged else None,
         rich_help_panel=option.panel,
         hidden=option.expert,
-        show_default=entry.default is not ... and entry.default not in (None, ()),
+        show_default=not entry.required and entry.default not in (None, ()),
     )
-    default = inspect.Parameter.empty if entry.default is ... else shown_default(entry.annotation, entry.default)
+    default = inspect.Parameter.empty if entry.required else shown_default(entry.annotation, entry.default)
     return inspect.Parameter(
         entry.parameter, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]
     )

@@ -34,9 +34,9 @@ def options_page() -> str:
     lines = [
         "# Options",
         "",
-        "Every option of Python and of the command line, with its default and its range. This page is printed from the",
-        "declarations in the code: `make docs` writes it. An option of a Python function is a keyword argument; the settings",
-        "class that a section names may be given in its place (`tq.solve(sensitivity, tq.PlanSettings(average_bits=3))`).",
+        "Every option of Python and of the command line, with its default and its range. `make docs` prints this page from",
+        "the declarations in the code. An option of a Python function is a keyword argument. The settings class that names",
+        "a section may be given instead: `tq.solve(sensitivity, tq.PlanSettings(average_bits=3))`.",
     ]
     for kind, function, commands in _PAGES:
         lines += ["", f"## {kind.__name__}", "", f"Python: {function}. Commands: {commands}.", ""]
@@ -52,27 +52,19 @@ def options_page() -> str:
 
 
 def _row(entry: FieldOption) -> str:
-    value = shown_default(entry.annotation, entry.default) if entry.default is not ... else None
-    default = "" if value in (None, []) else f"`{value}`" if not isinstance(value, list) else f"`{' '.join(value)}`"
-    flag = (
-        entry.flag
-        if entry.annotation is bool or entry.option.metavar is None
-        else f"{entry.flag} {entry.option.metavar}"
-    )
-    help_text = entry.option.help.replace("|", "\\|")
-    return f"| `{entry.name}` | `{flag}` | {default} | {_range(entry)} | {help_text} |"
+    value = None if entry.required else shown_default(entry.annotation, entry.default)
+    default = "" if value is None or value == [] else f"`{' '.join(value) if isinstance(value, list) else value}`"
+    has_value = entry.annotation is not bool and entry.option.metavar is not None
+    flag = f"{entry.flag} {entry.option.metavar}" if has_value else entry.flag
+    allowed = " or ".join(filter(None, (entry.option.range, _choices(entry))))
+    meaning = entry.option.help.replace("|", "\\|")
+    return f"| `{entry.name}` | `{flag}` | {default} | {allowed} | {meaning} |"
 
 
-def _range(entry: FieldOption) -> str:
-    low, high = entry.option.minimum, entry.option.maximum
-    if low is not None and high is not None:
-        return f"{low:g} to {high:g}"
-    if low is not None:
-        return f"≥ {low:g}"
-    kinds = [
-        kind for kind in (entry.annotation, *typing.get_args(entry.annotation)) if typing.get_origin(kind) is Literal
-    ]
-    return ", ".join(f"`{choice}`" for kind in kinds for choice in typing.get_args(kind))
+def _choices(entry: FieldOption) -> str:
+    kinds = (entry.annotation, *typing.get_args(entry.annotation))
+    words = [choice for kind in kinds if typing.get_origin(kind) is Literal for choice in typing.get_args(kind)]
+    return ", ".join(f"`{word}`" for word in words)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tracequant.core.files import Saveable
 from tracequant.core.points import QuantizationPoints
 from tracequant.core.settings import WeightGrid
+
+# What `print(curvature)` may take of a screen.
+SCREEN_COLUMNS, SCREEN_LAYERS, SCREEN_NAME = 100, 20, 38
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class TraceEstimate:
     standard_error: float
     sampling_error: float
     numel: float
-    draws: int
+    num_probes: int
     samples: int
 
     @property
@@ -62,12 +66,30 @@ class Curvature(Saveable):
     top_eigenvalues: dict[str, float] | None = None
 
     def __str__(self) -> str:
-        lines = [f"Curvature by {self.estimator} on {self.samples} samples ({self.reason})"]
-        for kind, estimates in (("weights of", self.weights), ("input of", self.activations)):
-            for name, e in estimates.items():
-                errors = f"± {e.standard_error / e.numel:.1g} (draws) ± {e.sampling_error / e.numel:.1g} (samples)"
-                lines.append(f"  {kind} {name}: average trace {e.average_trace:.4g} {errors}")
+        """A table that fits a screen: the layers of the largest and the smallest average traces."""
+        kind, main = ("weights", self.weights) if self.weights else ("activations", self.activations)
+        exact = all(estimate.standard_error == 0 for estimate in main.values())
+        num_probes = max((estimate.num_probes for estimate in main.values()), default=0)
+        probes = "exact on these samples" if exact else f"{num_probes} probe{'s' if num_probes != 1 else ''}"
+        reason = textwrap.wrap(
+            self.reason, SCREEN_COLUMNS, initial_indent="  ", subsequent_indent="  ", max_lines=4, placeholder=" ..."
+        )
+        lines = [
+            f"Curvature by {self.estimator}: {self.samples} samples, {probes}, seed {self.seed}",
+            *reason,
+            *_table(kind, main),
+        ]
+        if self.weights and self.activations:
+            ranked = sorted(self.activations, key=lambda name: self.activations[name].average_trace)
+            ends = [f"{self.activations[n].average_trace:.3g} ({_shortened(n, 22)})" for n in (ranked[0], ranked[-1])]
+            lines.append(f"Activations: {len(ranked)} average traces from {ends[0]} to {ends[1]}")
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return (
+            f"<Curvature by {self.estimator} on {self.samples} samples: {len(self.weights)} layers,"
+            f" {len(self.activations)} activations>"
+        )
 
 
 @dataclass(frozen=True)
@@ -115,7 +137,7 @@ class Perturbation(Saveable):
 class Density(Saveable):
     """The density of the eigenvalues of a layer's Hessian block, or of all `numel` weights together (`layer` None).
 
-    `nodes[draw]` and `weights[draw]` are a quadrature rule: the density is the mean over draws of Σ weight ·
+    `nodes[draw]` and `weights[draw]` are a quadrature rule: the density is the mean over probes of Σ weight ·
     δ(λ − node).
     """
 
@@ -189,8 +211,8 @@ class Landscapes(Saveable):
 def summarize(values: Sequence[Sequence[float]], batch_sizes: Sequence[int], numel: float) -> TraceEstimate:
     """The estimate from `values[batch][draw]`, each a value of zᵀHz for the mean loss of its batch (Eq. 7).
 
-    Batches are weighted by their samples, and may have different numbers of draws. Probes are independent between
-    draws and batches, so the variances add.
+    Batches are weighted by their samples, and may have different numbers of probes. Probes are independent between
+    probes and batches, so the variances add.
     """
     samples = sum(batch_sizes)
     weights = [size / samples for size in batch_sizes]
@@ -208,3 +230,34 @@ def summarize(values: Sequence[Sequence[float]], batch_sizes: Sequence[int], num
         residual = math.fsum(weight**2 * (mean - trace) ** 2 for weight, mean in zip(weights, means, strict=True))
         spread = math.sqrt(residual * len(means) / (len(means) - 1))
     return TraceEstimate(trace, trace / numel, math.sqrt(variance), spread, numel, max(map(len, values)), samples)
+
+
+def _table(kind: str, estimates: dict[str, TraceEstimate]) -> list[str]:
+    """Lines of a table of at most `SCREEN_LAYERS` estimates, the largest average traces first."""
+    ranked = sorted(estimates, key=lambda name: -estimates[name].average_trace)
+    half = SCREEN_LAYERS // 2
+    shown = ranked if len(ranked) <= SCREEN_LAYERS else ranked[:half] + ranked[-half:]
+    width = max([len(kind), *(min(len(name), SCREEN_NAME) for name in shown)])
+    lines = [f"  {kind:{width}}  {'elements':>12}  {'average trace':>13}  {'probe error':>11}  {'sampling error':>14}"]
+    for position, name in enumerate(shown):
+        if position == half and len(ranked) > SCREEN_LAYERS:
+            lines.append(f"  ... {len(ranked) - SCREEN_LAYERS} more ...")
+        e = estimates[name]
+        errors = [_share(error, e.trace) for error in (e.standard_error, e.sampling_error)]
+        lines.append(
+            f"  {_shortened(name, SCREEN_NAME):{width}}  {e.numel:12,.0f}  {e.average_trace:13.4g}  {errors[0]:>11}"
+            f"  {errors[1]:>14}"
+        )
+    return lines
+
+
+def _share(error: float, trace: float) -> str:
+    """An error relative to its trace, as a percentage."""
+    if error == 0:
+        return "0"
+    return f"{error / abs(trace):.1%}" if trace and math.isfinite(error) else "unknown"
+
+
+def _shortened(name: str, width: int) -> str:
+    """The name, or its end where it is too long: names of layers differ at the end."""
+    return name if len(name) <= width else "…" + name[1 - width :]

@@ -32,6 +32,10 @@ class SecondDerivativeError(ModelError):
     """An operation of the model cannot be differentiated twice, which Hutchinson's method needs."""
 
 
+class GaussNewtonError(ModelError):
+    """Gauss-Newton's method cannot take this model or loss, Hutchinson's may: samples that interact, for instance."""
+
+
 class TaskError(TracequantError):
     """A task is unknown, cannot be loaded, or returns something that is not a loss."""
 

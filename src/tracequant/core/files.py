@@ -14,7 +14,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
-from tracequant.core.errors import ArtifactError
 from tracequant.core.errors import ArtifactError, SettingsError
 
 FORMAT_VERSION = 2

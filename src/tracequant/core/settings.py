@@ -242,36 +242,34 @@ class PlanSettings:
     """
 
     max_size_mib: float | None = option(
-        None, "size of the packed file, in MiB (2^20 bytes)", minimum=0, metavar="MIB", panel=BUDGET
+        None, "size of the packed file, in MiB (2^20 bytes)", above=0, metavar="MIB", panel=BUDGET
     )
     compression: float | None = option(
         None,
         "float32 size over quantized size of the weights, the paper's W-Comp",
-        minimum=0,
+        above=0,
         metavar="X",
         panel=BUDGET,
     )
-    average_bits: float | None = option(
-        None, "bits for each weight, on average", minimum=0, metavar="BITS", panel=BUDGET
-    )
+    average_bits: float | None = option(None, "bits for each weight, on average", above=0, metavar="BITS", panel=BUDGET)
     average_activation_bits: float | None = option(
-        None, "bits for each activation, on average [the most on offer]", minimum=0, metavar="BITS", panel=BUDGET
+        None, "bits for each activation, on average [the most on offer]", above=0, metavar="BITS", panel=BUDGET
     )
     activation_compression: float | None = option(
-        None, "float32 size over quantized size of the activations, A-Comp", minimum=0, metavar="X", panel=BUDGET
+        None, "float32 size over quantized size of the activations, A-Comp", above=0, metavar="X", panel=BUDGET
     )
     max_activation_mib: float | None = option(
-        None, "largest input of a layer for one sample, in MiB", minimum=0, metavar="MIB", panel=BUDGET, expert=True
+        None, "largest input of a layer for one sample, in MiB", above=0, metavar="MIB", panel=BUDGET, expert=True
     )
     max_bops_g: float | None = option(
         None,
         "10^9 bit operations for one sample: multiply-accumulates times weight bits times input bits",
-        minimum=0,
+        above=0,
         metavar="G",
         panel=BUDGET,
     )
     max_latency_ms: float | None = option(
-        None, "milliseconds of all layers by the table of --latency", minimum=0, metavar="MS", panel=BUDGET
+        None, "milliseconds of all layers by the table of --latency", above=0, metavar="MS", panel=BUDGET
     )
     latency: Latency | None = option(
         None,
@@ -286,7 +284,11 @@ class PlanSettings:
         panel=BUDGET,
     )
     max_loss_increase: float | None = option(
-        None, "find the smallest plan whose loss rises by at most this, by evaluation", metavar="LOSS", panel=BUDGET
+        None,
+        "find the smallest plan whose loss rises by at most this, by evaluation",
+        minimum=0,
+        metavar="LOSS",
+        panel=BUDGET,
     )
     fixed_bits: dict[str, int] | None = option(
         None, "layers that match the pattern get these bits; may be repeated", metavar="PATTERN=BITS", panel=RULES

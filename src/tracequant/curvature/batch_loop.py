@@ -43,7 +43,7 @@ class Estimator(Protocol[ResultOut]):
 
     label: str
     """What the progress bar says."""
-    draws: int
+    num_probes: int
     """Number of random vectors for each batch; 1 where they are not independent of one another."""
     memory: float
     """Peak memory as a multiple of what a forward pass keeps for its backward pass."""
@@ -54,11 +54,11 @@ class Estimator(Protocol[ResultOut]):
     def prepare(self) -> None:
         """Set `requires_grad` of the parameters; called once, in evaluation mode."""
 
-    def measure(self, piece: Microbatch, draws: Sequence[int]) -> Part:
-        """Values of the piece's samples for the given draws."""
+    def measure(self, microbatch: Microbatch, probes: Sequence[int]) -> Part:
+        """Values of the microbatch's samples for the given probes."""
 
     def add(self, parts: Sequence[Part]) -> Part:
-        """The parts of a batch's pieces as one."""
+        """The parts of a batch's microbatchs as one."""
 
     def summarize(self, parts: Sequence[Part]) -> ResultOut:
         """The result, from the parts in the order of batches."""
@@ -69,6 +69,7 @@ def collect(
     model: nn.Module,
     batches: Batches,
     task: Task,
+    *,
     checkpoint: str | Path | None = None,
     stop: Callable[[Result], bool] | None = None,
     precision: Precision = "float32",
@@ -77,9 +78,9 @@ def collect(
     """The estimator's result over all batches, or over those up to the one after which `stop` is content.
 
     `checkpoint` is a folder in which every finished batch is saved, and from which a later call goes on. With several
-    processes each measures a share of the batches, of the draws where there are fewer batches than processes, and all
+    processes each measures a share of the batches, of the probes where there are fewer batches than processes, and all
     get the whole result; `stop` is then asked after every round of them. A batch that does not fit into memory is
-    measured in pieces. The model is left as it was.
+    measured in microbatchs. The model is left as it was.
     """
     reduced = {p.dtype for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)}
     if reduced:
@@ -142,7 +143,7 @@ def collect(
 
 
 class _Collector:
-    """Measures batches, in as many pieces as memory asks for."""
+    """Measures batches, in as many microbatchs as memory asks for."""
 
     def __init__(self, estimator: Estimator[Any], model: nn.Module, task: Task, precision: Precision) -> None:
         self._estimator, self._model, self._task, self._precision = estimator, model, task, precision
@@ -151,13 +152,13 @@ class _Collector:
     def measure(self, batch: Batch, index: int, share: int, shares: int) -> Part:
         size = self._task.batch_size(batch)
         whole = Microbatch(batch, index, 0, size, size, self._precision)
-        draws = range(share, self._estimator.draws, shares)
+        probes = range(share, self._estimator.num_probes, shares)
         if self._count is None:
             self._count = self._expected_count(whole)
         while True:
             count = min(self._count, size)
             try:
-                return self._attempt(whole, count, draws)
+                return self._attempt(whole, count, probes)
             except Exception as error:
                 if not memory.out_of_memory(error):
                     raise
@@ -172,12 +173,12 @@ class _Collector:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    def _attempt(self, whole: Microbatch, count: int, draws: Sequence[int]) -> Part:
+    def _attempt(self, whole: Microbatch, count: int, probes: Sequence[int]) -> Part:
         if count == 1:
-            return self._estimator.measure(whole, draws)
+            return self._estimator.measure(whole, probes)
         try:
             divided = microbatch.divide(self._model, self._task, whole, count)
-            parts = [self._estimator.measure(piece, draws) for piece in divided]
+            parts = [self._estimator.measure(microbatch, probes) for microbatch in divided]
         except TaskError as error:
             raise ResourceError(f"a batch of {whole.size} samples does not fit into memory, and {error}") from error
         part = self._estimator.add(parts)
@@ -203,16 +204,16 @@ class _Collector:
 
 
 def _shares(estimator: Estimator[Any], batches: Batches, processes: int) -> int:
-    """Into how many parts the draws of a batch are divided: 1 where there are batches for all processes."""
+    """Into how many parts the probes of a batch are divided: 1 where there are batches for all processes."""
     try:
         count = len(batches)  # type: ignore[arg-type]
     except TypeError:
         return 1
-    return max(1, min(estimator.draws, processes // max(1, count)))
+    return max(1, min(estimator.num_probes, processes // max(1, count)))
 
 
 def _merged(done: dict[tuple[int, int], Part]) -> list[Part]:
-    """A part for each batch, in order, with all its draws."""
+    """A part for each batch, in order, with all its probes."""
     by_batch: dict[int, list[Part]] = {}
     for index, share in sorted(done):
         by_batch.setdefault(index, []).append(done[index, share])

@@ -10,6 +10,7 @@ rounding, or the identity does not hold.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Literal
@@ -17,7 +18,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tracequant.core.errors import DataError, ModelError, ResourceError, SecondDerivativeError, TaskError
+from tracequant.core.errors import (
+    DataError,
+    GaussNewtonError,
+    ModelError,
+    ResourceError,
+    SecondDerivativeError,
+    TaskError,
+)
 from tracequant.core.points import QuantizationPoints
 from tracequant.curvature.output_hessian import factor, loss_hessian
 from tracequant.curvature.products import draw_probe, first_derivatives, hessian_vector_product, require_grad
@@ -41,7 +49,7 @@ _BENT = (
 def choose_estimator(
     model: nn.Module, batches: Batches, task: Task, points: QuantizationPoints, seed: int
 ) -> tuple[Literal["gauss_newton", "hutchinson"], str]:
-    """The estimator that suits the model, and why."""
+    """The estimator that suits the model, and why; a warning too where Gauss-Newton cannot take the model."""
     generator = torch.Generator(model_device(model)).manual_seed(seed)
     try:
         batch = next(iter(checked(batches, task, model)))
@@ -52,13 +60,17 @@ def choose_estimator(
             "an operation has no second derivative, so that the Hessian cannot be had; these are Gauss-Newton traces,"
             " which may differ from it"
         )
-    except (ModelError, RuntimeError) as error:
-        if out_of_memory(error):
-            raise ResourceError(
-                f"memory does not suffice to compare estimators on {CHECKED_SAMPLES} samples ({error}); name one"
-                " (estimator='gauss_newton'), or use smaller inputs or another device"
-            ) from None
-        return "hutchinson", f"Gauss-Newton cannot be compared with the Hessian ({error})"
+    except GaussNewtonError as error:
+        why = f"gauss_newton cannot take this model ({error})"
+        warnings.warn(f"{why}; hutchinson, which takes longer, is used instead", stacklevel=3)
+        return "hutchinson", why
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise ResourceError(
+            f"memory does not suffice to compare estimators on {CHECKED_SAMPLES} samples ({error}); name one"
+            " (estimator='gauss_newton'), or use smaller inputs or another device"
+        ) from None
     name = max(defects, key=lambda layer: defects[layer])
     if defects[name] <= TOLERANCE:
         return "gauss_newton", f"Hessian and Gauss-Newton products agree to {max(defects[name], 1e-7):.0e}"
@@ -99,14 +111,22 @@ def block_differences(
             weight = parameters[name]
             vector = draw_probe(weight, "rademacher", generator)
             (hessian,) = hessian_vector_product(gradients[name], [weight], [vector])
-            gauss_newton = gauss_newton_product(tensors, product, weight, vector)
+            try:
+                gauss_newton = gauss_newton_product(tensors, product, weight, vector)
+            except RuntimeError as error:
+                if out_of_memory(error):
+                    raise
+                raise GaussNewtonError(f"layer {name} has no Gauss-Newton product: {error}") from error
             size = float(gauss_newton.norm())
             difference = float((hessian - gauss_newton).norm())
             # Where nothing reaches the layer (a last layer of zeros, say) there is nothing to compare.
             if size > 0 or difference > 0:
                 result[name] = difference / size if size > 0 else math.inf
     if not result:
-        raise ModelError("no signal reaches the layers: is the last layer all zeros, the model untrained?")
+        raise ModelError(
+            "no signal reaches the layers, so that estimators cannot be compared: is the last layer all zeros, the"
+            " model untrained? Name a estimator (estimator='gauss_newton') to measure it all the same"
+        )
     return result
 
 

@@ -1,101 +1,151 @@
-"""The door to all estimators. Adding one means one file and one entry in `ESTIMATORS`."""
+"""The door to all estimators."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
+import warnings
 from dataclasses import replace
-from typing import Any, Literal
+from pathlib import Path
+from typing import Literal
 
+import torch
 from torch import nn
 
 from tracequant.core.curvature import Curvature
-from tracequant.core.errors import ModelError
+from tracequant.core.errors import GaussNewtonError, ModelError, SettingsError
+from tracequant.core.options import resolve, takes
 from tracequant.core.points import QuantizationPoints
+from tracequant.core.settings import CurvatureSettings
+from tracequant.curvature.batch_loop import Stop
 from tracequant.curvature.choose_estimator import choose_estimator
 from tracequant.curvature.gauss_newton import gauss_newton
 from tracequant.curvature.hutchinson import hutchinson
 from tracequant.model import distributed
 from tracequant.model.batches import Batches, reusable
+from tracequant.model.device import model_device
 from tracequant.model.discover import discover
 from tracequant.model.task import Task
 
-ESTIMATORS: dict[str, Callable[..., Curvature]] = {"gauss_newton": gauss_newton, "hutchinson": hutchinson}
+# Options that one estimator alone reads.
+_OWN: dict[str, tuple[str, ...]] = {
+    "gauss_newton": ("target_sampling_error",),
+    "hutchinson": ("probe_scope", "distribution", "target_standard_error"),
+}
 
 
+@takes(CurvatureSettings)
 def estimate_curvature(
     model: nn.Module,
     batches: Batches,
     task: Task,
-    estimator: str = "auto",
-    draws: int | Literal["exact"] | None = None,
-    seed: int = 0,
+    settings: CurvatureSettings | None = None,
+    *,
     points: QuantizationPoints | None = None,
-    **options: Any,
+    seed: int = 0,
+    weights: bool = True,
+    activations: bool = True,
+    stop: Stop | None = None,
+    checkpoint: str | Path | None = None,
+    progress: bool = False,
+    **fields: object,
 ) -> Curvature:
     """Average Hessian traces of all layers and activation points of `model` under `task`'s loss.
 
-    `batches` are a few hundred samples, labelled. `estimator`: "gauss_newton" (one forward and a few backward passes;
-    equal to the Hessian's traces for piecewise linear networks such as those with ReLU), "hutchinson" (any
-    twice-differentiable network, thousands of products), or "auto", which compares the two on one batch and takes the
-    fast one where they agree; the result's `reason` says which and why. `draws` random vectors are used for each batch
-    (hutchinson, default 16) or sample (gauss_newton, default 2; "exact" for none). `points` come from `discover`
-    (called here if None). The model is left exactly as it was.
+    `batches` are a few hundred samples, labelled. `estimator` is one of
 
-    Further `options` go to the estimator: `weights`, `activations`, `progress`; `relative_error` and `stop` to end when
-    enough is known; `checkpoint`, a folder to go on from; `precision` "float32", "tf32" or "bfloat16"; for hutchinson
-    `probes`, `distribution` and `mode`. See `gauss_newton`, `hutchinson` and `collect`. Under `torchrun` the work is
-    shared out to all processes.
+    - "gauss_newton": one forward and a few backward passes; its traces equal the Hessian's for piecewise linear
+      networks such as those with ReLU;
+    - "hutchinson": thousands of products with the Hessian, for any network that can be differentiated twice;
+    - "auto": compares the two on one batch and takes the fast one where they agree. The result's `reason` says which
+      one and why. A warning says where Gauss-Newton cannot take the model at all.
+
+    `points` come from `discover`, which is called if None is given. `weights` and `activations` say what is measured.
+    The measurement ends early when every trace is known to the target that `settings` give, or when `stop(curvature)`
+    is true. `checkpoint` is a folder where finished batches are saved, and from which a later call resumes. Under "auto"
+    the options of hutchinson alone (`probe_scope`, `distribution`, `target_standard_error`) hold if it is chosen.
+
+    The model and torch's random state are left exactly as they were. Under `torchrun` all processes share the work.
+
+    Raises `SettingsError` for options that do not exist, have a wrong value, or belong to another estimator, and what
+    the chosen estimator raises.
     """
-    if draws is not None and draws != "exact" and (not isinstance(draws, int) or draws < 1):
-        raise ModelError(f"draws must be a whole number from 1, or 'exact', got {draws!r}")
-    if estimator != "auto" and estimator not in ESTIMATORS:
-        raise ModelError(f"unknown estimator {estimator!r}; choose auto or {', '.join(sorted(ESTIMATORS))}")
-    batches = reusable(batches)
-    if points is None:
-        points = discover(model, batches, task)
-    if draws == "exact" and estimator == "hutchinson":
-        raise ModelError("draws='exact' is for gauss_newton; give hutchinson a number of draws")
-    why = ""
-    if estimator == "auto":
-        known = set().union(*(_own_options(name, options) for name in ESTIMATORS))
-        if unknown := options.keys() - known:
-            raise ModelError(f"there is no option {', '.join(sorted(unknown))}")
-        # Of several processes all must take the same, whatever their own batch and memory would choose.
-        estimator, why = distributed.gather(choose_estimator(model, batches, task, points, seed))[0]
+    request = resolve(CurvatureSettings, settings, fields)
+    _refuse_others_options(request)
+    if not (weights or activations):
+        raise ModelError("weights=False and activations=False leave nothing to measure; set one of them to True")
+    device = model_device(model)
+    # Data loaders draw from torch's global generator, each time that they are iterated.
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        batches = reusable(batches)
+        if points is None:
+            points = discover(model, batches, task)
+        estimator, why = request.estimator, ""
+        if estimator == "auto":
+            # Of several processes all must take the same, whatever their own batch and memory would choose.
+            estimator, why = distributed.gather(choose_estimator(model, batches, task, points, seed))[0]
         if estimator == "gauss_newton":
             try:
-                return _call(
-                    estimator, why, model, batches, task, points, draws, seed, _own_options(estimator, options)
+                result = gauss_newton(
+                    model,
+                    batches,
+                    task,
+                    points,
+                    num_probes=request.num_probes,
+                    seed=seed,
+                    weights=weights,
+                    activations=activations,
+                    target_sampling_error=request.target_sampling_error,
+                    checkpoint=checkpoint,
+                    stop=stop,
+                    precision=request.precision,
+                    progress=progress,
                 )
-            except ModelError as error:
-                estimator, why = "hutchinson", f"gauss_newton cannot take this model ({error})"
-        if draws == "exact":
-            raise ModelError(f"draws='exact' is for gauss_newton, which does not suit this model: {why}")
-        options = _own_options(estimator, options)
-    return _call(estimator, why, model, batches, task, points, draws, seed, options)
+                return _with_reason(why, result)
+            except GaussNewtonError as error:
+                if not why:  # the user's own choice
+                    raise
+                why = f"gauss_newton cannot take this model ({error})"
+            warnings.warn(f"{why}; hutchinson, which takes longer, is used instead", stacklevel=2)
+        result = hutchinson(
+            model,
+            batches,
+            task,
+            points,
+            num_probes=_counted(request.num_probes, why),
+            seed=seed,
+            probe_scope=request.probe_scope,
+            distribution=request.distribution,
+            weights=weights,
+            activations=activations,
+            target_standard_error=request.target_standard_error,
+            checkpoint=checkpoint,
+            stop=stop,
+            precision=request.precision,
+            progress=progress,
+        )
+        return _with_reason(why, result)
 
 
-def _call(
-    estimator: str,
-    why: str,
-    model: nn.Module,
-    batches: Batches,
-    task: Task,
-    points: QuantizationPoints,
-    draws: int | Literal["exact"] | None,
-    seed: int,
-    options: dict[str, Any],
-) -> Curvature:
-    if unknown := options.keys() - _own_options(estimator, options).keys():
-        raise ModelError(f"estimator {estimator!r} has no option {', '.join(sorted(unknown))}")
-    if draws is not None:
-        options = options | {"draws": draws}
-    result = ESTIMATORS[estimator](model, batches, task, points, seed=seed, **options)
+def _refuse_others_options(request: CurvatureSettings) -> None:
+    """Raise `SettingsError` for an option that the chosen estimator does not read."""
+    if request.estimator == "auto":
+        return
+    if request.estimator == "hutchinson" and request.num_probes == "exact":
+        raise SettingsError("num_probes='exact' is for gauss_newton; give hutchinson a number of probes", "num_probes")
+    default = CurvatureSettings()
+    for owner, names in _OWN.items():
+        for name in names:
+            if owner != request.estimator and getattr(request, name) != getattr(default, name):
+                raise SettingsError(
+                    f"{name} is an option of estimator={owner!r}, and estimator={request.estimator!r} was given", name
+                )
+
+
+def _counted(num_probes: int | Literal["exact"] | None, why: str) -> int | None:
+    """The number of probes for hutchinson, which has no exact sum."""
+    if num_probes == "exact":
+        raise ModelError(f"num_probes='exact' is for gauss_newton, which does not suit this model: {why}")
+    return num_probes
+
+
+def _with_reason(why: str, result: Curvature) -> Curvature:
     return replace(result, reason=f"{why}; {result.reason}") if why else result
-
-
-def _own_options(estimator: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Those of `options` that the estimator knows; with "auto" the others were meant for the one not chosen."""
-    known = inspect.signature(ESTIMATORS[estimator]).parameters
-    return {name: value for name, value in options.items() if name in known}

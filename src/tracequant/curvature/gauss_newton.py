@@ -41,8 +41,8 @@ from tracequant.model.device import Precision
 from tracequant.model.hooks import idle_layers
 from tracequant.model.task import Task
 
-DEFAULT_DRAWS = 2
-# Of fewer samples the spread is not known well enough for `relative_error` to stop by it.
+DEFAULT_PROBES = 2
+# Of fewer samples the spread is not known well enough for `target_sampling_error` to stop by it.
 LEAST_SAMPLES = 32
 
 
@@ -51,41 +51,59 @@ def gauss_newton(
     batches: Batches,
     task: Task,
     points: QuantizationPoints,
-    draws: int | Literal["exact"] | None = None,
+    *,
+    num_probes: int | Literal["exact"] | None = None,
     seed: int = 0,
     weights: bool = True,
     activations: bool = True,
-    relative_error: float | None = None,
+    target_sampling_error: float | None = None,
     checkpoint: str | Path | None = None,
     stop: Stop | None = None,
     precision: Precision = "float32",
     progress: bool = False,
 ) -> Curvature:
-    """Gauss-Newton traces over all samples of `batches`, with `draws` random vectors v for each (2 if None).
+    """Gauss-Newton traces over all samples of `batches`, with `num_probes` random vectors v for each (2 if None).
 
     "exact" sums over all columns of H_L's factor instead, one backward pass for each output element: no error but
     that of the samples. Layers of other kinds than Conv, ConvTranspose, Linear and Embedding, or whose weight is also
     used outside their module's call, get a backward pass for each sample; the result's `reason` names them.
 
-    With `relative_error` no more batches are taken once the `sampling_error` of every trace is below that share of it.
+    With `target_sampling_error` no more batches are taken once the `sampling_error` of every trace is below that share of it.
     `checkpoint`, `stop` and `precision` are those of `collect`.
 
     Raises `ModelError` naming layers that the loss does not depend on, and where samples cannot be separated.
     """
-    estimator = _GaussNewton(model, task, points, DEFAULT_DRAWS if draws is None else draws, seed, weights, activations)
+    estimator = _GaussNewton(
+        model,
+        task,
+        points,
+        num_probes=DEFAULT_PROBES if num_probes is None else num_probes,
+        seed=seed,
+        weights=weights,
+        activations=activations,
+    )
 
     def content(curvature: Curvature) -> bool:
         certain = (
-            relative_error is not None
+            target_sampling_error is not None
             and curvature.samples >= LEAST_SAMPLES
-            and not exceeded(curvature, "sampling_error", relative_error)
+            and not exceeded(curvature, "sampling_error", target_sampling_error)
         )
         return certain or (stop is not None and stop(curvature))
 
-    own_stop = None if relative_error is None and stop is None else content
-    result = collect(estimator, model, batches, task, checkpoint, own_stop, precision, progress)
-    if relative_error is not None:
-        warn_of_error(result, "sampling_error", relative_error, "give more samples")
+    own_stop = None if target_sampling_error is None and stop is None else content
+    result = collect(
+        estimator,
+        model,
+        batches,
+        task,
+        checkpoint=checkpoint,
+        stop=own_stop,
+        precision=precision,
+        progress=progress,
+    )
+    if target_sampling_error is not None:
+        warn_of_error(result, "sampling_error", target_sampling_error, "give more samples")
     return result
 
 
@@ -98,28 +116,29 @@ class _GaussNewton(Passes):
         model: nn.Module,
         task: Task,
         points: QuantizationPoints,
-        draws: int | Literal["exact"],
+        *,
+        num_probes: int | Literal["exact"],
         seed: int,
         weights: bool,
         activations: bool,
     ) -> None:
-        super().__init__(model, task, points, draws, seed, activations)
+        super().__init__(model, task, points, num_probes=num_probes, seed=seed, activations=activations)
         self._weights = weights
 
     def settings(self) -> dict[str, Any]:
         return {
             "estimator": "gauss_newton",
-            "draws": "exact" if self._exact else self.draws,
+            "num_probes": "exact" if self._exact else self.num_probes,
             "seed": self._seed,
             "families": [self._weights, self._activations],
             "model": self._points.fingerprint,
             "layers": [layer.name for layer in self._points.layers],
         }
 
-    def measure(self, microbatch: Microbatch, draws: Sequence[int]) -> Part:
-        """Squared gradient norms `[draws, samples]`, each sample's own value of ‖J_nᵀ L v‖²."""
+    def measure(self, microbatch: Microbatch, probes: Sequence[int]) -> Part:
+        """Squared gradient norms `[probes, samples]`, each sample's own value of ‖J_nᵀ L v‖²."""
         sweep, hessian, _, variables = self.open(microbatch, self._weights)
-        rows = self._passes(sweep, hessian, microbatch.index, draws)
+        rows = self._passes(sweep, hessian, microbatch.index, probes)
         if missing := [name for name in self._parameters if self._weights and f"weights:{name}" not in rows]:
             raise idle_layers(missing)
         nothing = torch.zeros_like(next(iter(rows.values())))
@@ -139,17 +158,21 @@ class _GaussNewton(Passes):
 
     def summarize(self, parts: Sequence[Part]) -> Curvature:
         whole = self.add(parts)
-        draws: int | Literal["exact"] = "exact" if self._exact else self.draws
+        num_probes: int | Literal["exact"] = "exact" if self._exact else self.num_probes
 
         def estimates(family: str, sizes: dict[str, float]) -> dict[str, TraceEstimate]:
             return {
-                name: _estimate(whole.values[f"{family}:{name}"], size, draws)
+                name: _estimate(whole.values[f"{family}:{name}"], size, num_probes)
                 for name, size in sizes.items()
                 if f"{family}:{name}" in whole.values and size
             }
 
         numel = {layer.name: float(layer.numel) for layer in self._points.layers}
-        text = "exact sum over outputs" if self._exact else f"{draws} draw{'s' if draws != 1 else ''} for each sample"
+        text = (
+            "exact sum over outputs"
+            if self._exact
+            else f"{num_probes} probe{'s' if num_probes != 1 else ''} for each sample"
+        )
         return Curvature(
             points=self._points,
             weights=estimates("weights", numel),
@@ -165,38 +188,40 @@ class _GaussNewton(Passes):
         )
 
     def _series(self, whole: Part, family: str, axis: int) -> dict[str, tuple[float, ...]]:
-        """The mean over draws for each sample (`axis` 0), or over samples for each draw (1)."""
+        """The mean over probes for each sample (`axis` 0), or over samples for each draw (1)."""
         return {
             key.split(":", 1)[1]: tuple(values.mean(axis).tolist())
             for key, values in whole.values.items()
             if key.startswith(family)
         }
 
-    def _passes(self, sweep: Sweep, hessian: Factored, index: int, draws: Sequence[int]) -> Squares:
-        """Name → values `[draws, samples]` (one row, the sum over all columns, for the exact sum)."""
+    def _passes(self, sweep: Sweep, hessian: Factored, index: int, probes: Sequence[int]) -> Squares:
+        """Name → values `[probes, samples]` (one row, the sum over all columns, for the exact sum)."""
         rows: dict[str, list[Tensor]] = {}
-        upcoming = self.cotangents(hessian, index, draws)
+        upcoming = self.cotangents(hessian, index, probes)
         current = next(upcoming, None)
         while current is not None:
             following = next(upcoming, None)
             row, cotangents = current
             for name, values in sweep.run(cotangents, keep=following is not None).items():
-                own = rows.setdefault(name, [torch.zeros_like(values) for _ in draws])
+                own = rows.setdefault(name, [torch.zeros_like(values) for _ in probes])
                 own[row] = own[row] + values
             current = following
         return {name: torch.stack(values).cpu() for name, values in rows.items()}
 
 
-def _estimate(values: Tensor, numel: float, draws: int | Literal["exact"]) -> TraceEstimate:
-    """The estimate from each sample's values `[draws, samples]`."""
+def _estimate(values: Tensor, numel: float, num_probes: int | Literal["exact"]) -> TraceEstimate:
+    """The estimate from each sample's values `[probes, samples]`."""
     count, samples = values.shape
     means = values.mean(0)
     trace = float(means.mean())
     probe_error, spread = math.inf, math.inf
-    if draws == "exact":
+    if num_probes == "exact":
         probe_error = 0.0
     elif count > 1:
         probe_error = float(values.var(0).sum().div(count).sqrt()) / samples
     if samples > 1:
         spread = float(means.std()) / math.sqrt(samples)
-    return TraceEstimate(trace, trace / numel, probe_error, spread, numel, 0 if draws == "exact" else count, samples)
+    return TraceEstimate(
+        trace, trace / numel, probe_error, spread, numel, 0 if num_probes == "exact" else count, samples
+    )

@@ -1,6 +1,6 @@
 """Hutchinson's estimator of Hessian traces, for weights and activations (HAWQ-V2, Sections 2.1 and 2.2).
 
-For a random z with E[z zᵀ] = I the trace of a symmetric H is E[zᵀHz] (Eq. 6), estimated by the mean over draws (Eq.
+For a random z with E[z zᵀ] = I the trace of a symmetric H is E[zᵀHz] (Eq. 6), estimated by the mean over probes (Eq.
 7). Hz is had without forming H, by differentiating gᵀz once more. Any twice-differentiable model and loss will do, and
 the Hessian is the exact one.
 
@@ -16,25 +16,21 @@ own zᵢᵀHᵢzᵢ, at the price of one product; inputs of different sizes need
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from tracequant.core.curvature import Curvature, TraceEstimate, summarize
-from tracequant.core.errors import ModelError, SecondDerivativeError
+from tracequant.core.errors import SecondDerivativeError
 from tracequant.core.points import QuantizationPoints
 from tracequant.curvature.batch_loop import Stop, collect
 from tracequant.curvature.microbatch import Microbatch
 from tracequant.curvature.parts import Part, all_notes, together, warn_of_error
 from tracequant.curvature.products import (
     Distribution,
-    _dual,
-    _gradients,
     culprit,
     draw_probe,
     first_derivatives,
@@ -45,12 +41,10 @@ from tracequant.curvature.products import (
 )
 from tracequant.model.batches import Batches
 from tracequant.model.device import Precision, model_device
-from tracequant.model.hooks import weight_parameter
 from tracequant.model.state import double_backward
 from tracequant.model.task import Task
 
-Probes = Literal["shared", "per_layer"]
-Mode = Literal["reverse", "forward"]
+ProbeScope = Literal["shared", "per_layer"]
 
 # Maps probes by name to the products with the Hessian, for one family ("weights" or "activations").
 _Product = Callable[[str, dict[str, list[Tensor]]], dict[str, list[Tensor]]]
@@ -58,9 +52,9 @@ _Product = Callable[[str, dict[str, list[Tensor]]], dict[str, list[Tensor]]]
 # Family ("weights" or "activations") → layer or point → the tensors to differentiate by.
 _Families = dict[str, dict[str, list[Tensor]]]
 
-DEFAULT_DRAWS = 16
-# With `relative_error`: the most draws for each batch unless told otherwise, and the fewest that tell their own spread.
-MOST_DRAWS, LEAST_DRAWS = 1000, 8
+DEFAULT_PROBES = 16
+# With `target_standard_error`: the default of the most probes for each batch, and the fewest whose spread is known.
+MOST_PROBES, LEAST_PROBES = 1000, 8
 
 
 def hutchinson(
@@ -68,56 +62,66 @@ def hutchinson(
     batches: Batches,
     task: Task,
     points: QuantizationPoints,
-    draws: int | None = None,
+    *,
+    num_probes: int | None = None,
     seed: int = 0,
-    probes: Probes = "per_layer",
+    probe_scope: ProbeScope = "per_layer",
     distribution: Distribution = "rademacher",
-    mode: Mode = "reverse",
     weights: bool = True,
     activations: bool = True,
-    relative_error: float | None = None,
+    target_standard_error: float | None = None,
     checkpoint: str | Path | None = None,
     stop: Stop | None = None,
     precision: Precision = "float32",
     progress: bool = False,
 ) -> Curvature:
-    """Traces of every layer and activation point over all samples of `batches`, `draws` probes for each batch.
+    """Traces of every layer and activation point over all samples of `batches`, `num_probes` probes for each batch.
 
     Each batch gets probes of its own: for the same work the mean over batches is then less noisy than with one z for
-    the whole set. `mode` "reverse" differentiates gᵀz backwards, through a graph that is built once for all draws.
-    "forward" carries z forwards through the computation of g: no second graph is kept, but every product goes through
-    the model anew, which was slower on every network measured (`python benchmarks/hutchinson_probes.py`); it needs
-    forward derivatives of the operations, of the model's own `torch.autograd.Function`s too.
+    the whole set. A product differentiates gᵀz backwards, through a graph that is built once for all probes of a batch.
 
-    `draws` is 16 by default. With `relative_error` a layer is probed until its `standard_error` is below that share of
-    its trace, at most `draws` times a batch (default 1,000). `checkpoint`, `stop` and `precision` are those of
+    `num_probes` is 16 by default. With `target_standard_error` a layer is probed until its `standard_error` is below that share of
+    its trace, at most `num_probes` times a batch (default 1,000). `checkpoint`, `stop` and `precision` are those of
     `collect`. The model is given back as it came.
 
     Raises `ModelError` naming layers that the loss does not depend on, or the layer that has no second derivative.
     """
-    for name, value, known in (
-        ("probes", probes, Probes),
-        ("distribution", distribution, Distribution),
-        ("mode", mode, Mode),
-    ):
-        if value not in get_args(known):
-            raise ModelError(f"unknown {name} {value!r}; choose {' or '.join(get_args(known))}")
-    if draws is None:
-        draws = DEFAULT_DRAWS if relative_error is None else MOST_DRAWS
+    if num_probes is None:
+        num_probes = DEFAULT_PROBES if target_standard_error is None else MOST_PROBES
     try:
         count = len(batches)  # type: ignore[arg-type]
     except TypeError:
         count = 1
-    target = None if relative_error is None else relative_error * math.sqrt(count)
-    estimator = _Hutchinson(model, task, points, draws, seed, probes, distribution, mode, weights, activations, target)
+    target = None if target_standard_error is None else target_standard_error * math.sqrt(count)
+    estimator = _Hutchinson(
+        model,
+        task,
+        points,
+        num_probes=num_probes,
+        seed=seed,
+        probe_scope=probe_scope,
+        distribution=distribution,
+        weights=weights,
+        activations=activations,
+        target=target,
+    )
     with double_backward():
-        result = collect(estimator, model, batches, task, checkpoint, stop, precision, progress)
-    if relative_error is not None:
+        result = collect(
+            estimator,
+            model,
+            batches,
+            task,
+            checkpoint=checkpoint,
+            stop=stop,
+            precision=precision,
+            progress=progress,
+        )
+    if target_standard_error is not None:
         warn_of_error(
             result,
             "standard_error",
-            relative_error,
-            "allow more draws, or ask for a smaller error where batches differ much",
+            target_standard_error,
+            "allow more probes, or ask for a smaller error where batches differ much",
         )
     return result
 
@@ -131,31 +135,31 @@ class _Hutchinson:
         model: nn.Module,
         task: Task,
         points: QuantizationPoints,
-        draws: int,
+        *,
+        num_probes: int,
         seed: int,
-        probes: Probes,
+        probe_scope: ProbeScope,
         distribution: Distribution,
-        mode: Mode,
         weights: bool,
         activations: bool,
         target: float | None,
     ) -> None:
         self._model, self._task, self._points, self._seed = model, task, points, seed
-        self._probes, self._distribution, self._mode = probes, distribution, mode
+        self._probe_scope, self._distribution = probe_scope, distribution
         self._weights, self._activations = weights, activations
         # The relative error that suffices within a batch: that of the mean over n independent batches is 1/√n of it.
         self._target = target
-        self.draws = draws
+        self.num_probes = num_probes
         self._batch: Any = None
-        # Family → layer → draws that sufficed for the first piece of the batch.
+        # Family → layer → probes that sufficed for the first microbatch of the batch.
         self._counts: dict[str, dict[str, int]] = {}
 
     def settings(self) -> dict[str, Any]:
         return {
             "estimator": "hutchinson",
-            "draws": self.draws,
+            "num_probes": self.num_probes,
             "seed": self._seed,
-            "probes": [self._probes, self._distribution, self._target],
+            "scope": [self._probe_scope, self._distribution, self._target],
             "families": [self._weights, self._activations],
             "model": self._points.fingerprint,
             "layers": [layer.name for layer in self._points.layers],
@@ -164,44 +168,45 @@ class _Hutchinson:
     def prepare(self) -> None:
         self._parameters = require_grad(self._model, self._points)
 
-    def measure(self, piece: Microbatch, draws: Sequence[int]) -> Part:
-        """Values of zᵀHz, `[draws, 1]`, of the piece's part of the batch's mean loss."""
-        device, self._batch = model_device(self._model), piece.batch
-        loss, families, elements = self._graph(piece)
-        forward_mode = self._mode == "forward"
-        product = self._forward(piece, loss, families) if forward_mode else self._reverse(loss, families)
+    def measure(self, microbatch: Microbatch, probes: Sequence[int]) -> Part:
+        """Values of zᵀHz, `[probes, 1]`, of the microbatch's part of the batch's mean loss."""
+        device, self._batch = model_device(self._model), microbatch.batch
+        loss, families, elements = self._graph(microbatch)
+        product = self._product(loss, families)
         del loss
         values: dict[str, Tensor] = {}
         for number, (family, targets) in enumerate(families.items()):
-            shapes = {name: [_whole_shape(t, piece, family) for t in tensors] for name, tensors in targets.items()}
+            shapes = {name: [_whole_shape(t, microbatch, family) for t in tensors] for name, tensors in targets.items()}
             rows: dict[str, list[float]] = {name: [] for name in targets}
-            groups = [[name] for name in targets] if self._probes == "per_layer" else [list(targets)]
-            for draw in draws:
-                if not (wanted := {name for name in targets if not self._certain(family, name, rows[name], piece)}):
+            groups = [[name] for name in targets] if self._probe_scope == "per_layer" else [list(targets)]
+            for probe in probes:
+                if not (
+                    wanted := {name for name in targets if not self._certain(family, name, rows[name], microbatch)}
+                ):
                     break
                 for position, group in enumerate(groups):
                     own = [name for name in group if name in wanted]
                     if not own:
                         continue
-                    random = generator(self._seed, piece.index, draw, number, position, device=device)
-                    probes = {
+                    random = generator(self._seed, microbatch.index, probe, number, position, device=device)
+                    vectors = {
                         name: [
-                            draw_probe(tensor, self._distribution, random, shape)[_rows(tensor, shape, piece)]
+                            draw_probe(tensor, self._distribution, random, shape)[_rows(tensor, shape, microbatch)]
                             for tensor, shape in zip(targets[name], shapes[name], strict=True)
                         ]
                         for name in group
                     }
-                    for name, products in product(family, {name: probes[name] for name in own}).items():
-                        pairs = zip(probes[name], products, strict=True)
+                    for name, products in product(family, {name: vectors[name] for name in own}).items():
+                        pairs = zip(vectors[name], products, strict=True)
                         rows[name].append(sum((v.double() * p.double()).sum().item() for v, p in pairs))
-            if piece.start == 0:
+            if microbatch.start == 0:
                 self._counts[family] = {name: len(row) for name, row in rows.items()}
             for name, row in rows.items():
                 values[f"{family}:{name}"] = torch.tensor(row, dtype=torch.float64).unsqueeze(1)
-        return Part(piece.samples, values, elements, ("forward-over-reverse",) if self._mode == "forward" else ())
+        return Part(microbatch.samples, values, elements)
 
     def add(self, parts: Sequence[Part]) -> Part:
-        """Pieces share their draws and add up to the batch's loss."""
+        """Microbatches share their probes and add up to the batch's loss."""
         values = {name: torch.stack([part.values[name] for part in parts]).sum(0) for name in parts[0].values}
         return together(parts, values)
 
@@ -230,8 +235,8 @@ class _Hutchinson:
             estimator="hutchinson",
             reason=", ".join(
                 (
-                    f"{limit}{self.draws} {self._distribution} draws for each of {len(sizes)} batches",
-                    f"probes {self._probes.replace('_', ' ')}",
+                    f"{limit}{self.num_probes} {self._distribution} probes for each of {len(sizes)} batches",
+                    f"probes {self._probe_scope.replace('_', ' ')}",
                     *all_notes(parts),
                 )
             ),
@@ -239,24 +244,24 @@ class _Hutchinson:
             samples=samples,
             weight_values={name: _row_means(rows("weights", name)) for name in weights},
             activation_values={name: _row_means(rows("activations", name)) for name in activations},
-            weight_probes={name: _draw_means(rows("weights", name), sizes) for name in weights},
-            activation_probes={name: _draw_means(rows("activations", name), sizes) for name in activations},
+            weight_probes={name: _probe_means(rows("weights", name), sizes) for name in weights},
+            activation_probes={name: _probe_means(rows("activations", name), sizes) for name in activations},
         )
 
-    def _certain(self, family: str, name: str, row: list[float], piece: Microbatch) -> bool:
-        """Whether a layer's draws on this batch suffice; all pieces of a batch have the draws of the first."""
+    def _certain(self, family: str, name: str, row: list[float], microbatch: Microbatch) -> bool:
+        """Whether a layer's probes on this batch suffice; all microbatches of a batch have the probes of the first."""
         if self._target is None:
             return False
-        if piece.start > 0:
+        if microbatch.start > 0:
             return len(row) >= self._counts[family][name]
-        if len(row) < LEAST_DRAWS:
+        if len(row) < LEAST_PROBES:
             return False
         mean = math.fsum(row) / len(row)
         variance = math.fsum((value - mean) ** 2 for value in row) / (len(row) - 1) / len(row)
         return math.sqrt(variance) <= self._target * abs(mean)
 
-    def _reverse(self, loss: Tensor, families: _Families) -> _Product:
-        """Products by differentiating gᵀz, from one graph for all draws."""
+    def _product(self, loss: Tensor, families: _Families) -> _Product:
+        """What gives products by differentiating gᵀz, from one graph for all probes."""
         try:
             gradients = first_derivatives(loss, families)
         except SecondDerivativeError as error:
@@ -281,36 +286,10 @@ class _Hutchinson:
 
         return product
 
-    def _forward(self, piece: Microbatch, loss: Tensor, families: _Families) -> _Product:
-        """Products by carrying z through the forward and backward pass as a tangent."""
-        _gradients(loss, families, create_graph=False)  # raises where the loss does not depend on a layer
-
-        def product(family: str, probes: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
-            if not any(probes.values()):
-                return {name: [] for name in probes}
-            with forward_ad.dual_level(), ExitStack() as stack:
-                if family == "weights":
-                    targets = stack.enter_context(_dual_weights(self._model, self._points, probes))
-                else:
-                    targets = stack.enter_context(reading_variables(self._model, self._points, probes))
-                _, loss = piece.forward(self._model, self._task)
-                flat = [tensor for name in probes for tensor in targets[name]]
-                found = torch.autograd.grad(loss, flat, allow_unused=True)
-                tangents = iter([None if gradient is None else _tangent(gradient) for gradient in found])
-                result: dict[str, list[Tensor]] = {}
-                for name in probes:
-                    own = [next(tangents) for _ in targets[name]]
-                    result[name] = [
-                        torch.zeros_like(z) if t is None else t.detach() for t, z in zip(own, probes[name], strict=True)
-                    ]
-                return result
-
-        return product
-
-    def _graph(self, piece: Microbatch) -> tuple[Tensor, _Families, dict[str, int]]:
+    def _graph(self, microbatch: Microbatch) -> tuple[Tensor, _Families, dict[str, int]]:
         """The loss, what to differentiate it by, and the number of elements of each activation."""
         with reading_variables(self._model, self._points) as variables:
-            _, loss = piece.forward(self._model, self._task)
+            _, loss = microbatch.forward(self._model, self._task)
         families: _Families = {}
         if self._weights:
             families["weights"] = {name: [parameter] for name, parameter in self._parameters.items()}
@@ -324,37 +303,12 @@ class _Hutchinson:
         return SecondDerivativeError(f"{error}; it is in {culprit(self._model, self._task, self._batch)}")
 
 
-@contextmanager
-def _dual_weights(
-    model: nn.Module, points: QuantizationPoints, tangents: dict[str, list[Tensor]]
-) -> Iterator[dict[str, list[Tensor]]]:
-    """Put weights with tangents into the model; yields the weights to differentiate by."""
-    targets: dict[str, list[Tensor]] = {}
-    with ExitStack() as stack:
-        for name, (z,) in tangents.items():
-            layer = points.by_name[name]
-            primal = weight_parameter(model, layer).detach().requires_grad_()
-            dual = _dual(primal, z)
-            for module_name, parameter in layer.sites:
-                # Not by setattr, which accepts nothing but an nn.Parameter.
-                parameters: dict[str, Any] = model.get_submodule(module_name)._parameters
-                stack.callback(parameters.__setitem__, parameter, parameters[parameter])
-                parameters[parameter] = dual
-            targets[name] = [primal]
-        yield targets
-
-
-def _tangent(tensor: Tensor) -> Tensor | None:
-    result: Tensor | None = forward_ad.unpack_dual(tensor).tangent  # type: ignore[no-untyped-call]
-    return result
-
-
 def _row_means(rows: list[list[float]]) -> tuple[float, ...]:
-    """The mean over draws for each batch."""
+    """The mean over probes for each batch."""
     return tuple(math.fsum(row) / len(row) for row in rows)
 
 
-def _draw_means(rows: list[list[float]], sizes: list[int]) -> tuple[float, ...]:
+def _probe_means(rows: list[list[float]], sizes: list[int]) -> tuple[float, ...]:
     """The mean over batches, weighted by their samples, for each draw that all of them have."""
     total = sum(sizes)
     return tuple(
@@ -363,16 +317,16 @@ def _draw_means(rows: list[list[float]], sizes: list[int]) -> tuple[float, ...]:
     )
 
 
-def _whole_shape(tensor: Tensor, piece: Microbatch, family: str) -> tuple[int, ...]:
-    """The shape that the tensor has for the whole batch, of which a piece takes its rows of the probe."""
-    if family == "weights" or piece.whole or not tensor.ndim or len(tensor) % piece.samples:
+def _whole_shape(tensor: Tensor, microbatch: Microbatch, family: str) -> tuple[int, ...]:
+    """The shape that the tensor has for the whole batch, of which a microbatch takes its rows of the probe."""
+    if family == "weights" or microbatch.whole or not tensor.ndim or len(tensor) % microbatch.samples:
         return tuple(tensor.shape)
-    return (len(tensor) // piece.samples * piece.size, *tensor.shape[1:])
+    return (len(tensor) // microbatch.samples * microbatch.size, *tensor.shape[1:])
 
 
-def _rows(tensor: Tensor, whole: tuple[int, ...], piece: Microbatch) -> Any:
-    """The index of the piece's rows in a probe of shape `whole`."""
+def _rows(tensor: Tensor, whole: tuple[int, ...], microbatch: Microbatch) -> Any:
+    """The index of the microbatch's rows in a probe of shape `whole`."""
     if tuple(tensor.shape) == whole:
         return ...
-    each = len(tensor) // piece.samples
-    return slice(piece.start * each, piece.stop * each)
+    each = len(tensor) // microbatch.samples
+    return slice(microbatch.start * each, microbatch.stop * each)

@@ -20,8 +20,8 @@ have a shape of its own.
 The choice of L and of the signs decides how noisy a draw is, since ‖Jᵀ L v‖² = Σ_k ‖Jᵀ L_k‖² + Σ_{k≠l} v_k v_l ⟨Jᵀ L_k,
 Jᵀ L_l⟩. The inputs that decide a trace waver between two or three classes. In the Cholesky factor the first column has
 all the curvature between the first two classes, while the more obvious columns √p_c (e_c − p) are opposite to one
-another there, and one draw gives anything between nothing and twice the value. And the signs of successive draws are
-not independent but random signs times the rows of a Hadamard matrix: in a group of 2^m draws all products of columns
+another there, and one draw gives anything between nothing and twice the value. And the signs of successive probes are
+not independent but random signs times the rows of a Hadamard matrix: in a group of 2^m probes all products of columns
 whose numbers differ modulo 2^m cancel.
 """
 
@@ -35,8 +35,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from tracequant.core.errors import ModelError
+from tracequant.core.errors import GaussNewtonError, ModelError
 from tracequant.model.batches import Batch
+from tracequant.model.memory import out_of_memory
 from tracequant.model.task import Task, total_loss
 
 DENSE_LIMIT = 128
@@ -88,8 +89,8 @@ class OutputHessian:
             p = self._probabilities
             if p.ndim > 2:
                 raise ModelError(
-                    f"draws='exact' needs outputs [samples, classes], got {list(p.shape)}: every position would take"
-                    " passes of its own; give a number of draws"
+                    f"num_probes='exact' needs outputs [samples, classes], got {list(p.shape)}: every position would take"
+                    " passes of its own; give a number of probes"
                 )
             # The last column is zero: probabilities add up to one.
             for c in range(p.shape[1] - 1):
@@ -197,7 +198,7 @@ def factor(task: Task, outputs: Any, batch: Batch, generator: torch.Generator) -
     probe = [torch.randn(v.shape, generator=generator, dtype=v.dtype, device=v.device) for v in tensors]
     image = product(probe)
     if not any(v.any() for v in image):
-        raise ModelError(
+        raise GaussNewtonError(
             "the loss has no curvature in the model's outputs (an absolute error, say): its traces are zero"
         )
     if len(tensors) == 1:
@@ -214,7 +215,7 @@ def factor(task: Task, outputs: Any, batch: Batch, generator: torch.Generator) -
 
         # What the other tensors' vectors add to this one's image is a mixed derivative.
         if not _close([alone(probe[number])], [image[number]]):
-            raise ModelError(
+            raise GaussNewtonError(
                 "the loss has mixed derivatives between the model's outputs, which cannot be factored one by one; give"
                 " the task one output tensor, or use estimator='hutchinson'"
             )
@@ -247,7 +248,7 @@ def _factor_one(tensor: Tensor, probe: Tensor, image: Tensor, product: Callable[
                 return OutputHessian(
                     "blocks", [tensor], [values.movedim(-1, 1)], vectors.movedim((-2, -1), (1, 2)), axis
                 )
-    raise ModelError(
+    raise GaussNewtonError(
         "the loss's Hessian with respect to the outputs is neither that of a softmax nor diagonal, it couples more than"
         f" {DENSE_LIMIT} outputs of a sample, and those of different positions (or it is too large to try); give the"
         " task an output_hessian, or use estimator='hutchinson'"
@@ -268,16 +269,22 @@ def loss_hessian(task: Task, outputs: Any, batch: Batch) -> tuple[list[Tensor], 
     try:
         gradients = torch.autograd.grad(total_loss(task, free, batch), z, create_graph=True, allow_unused=True)
     except RuntimeError as error:
-        raise ModelError(f"the loss cannot be differentiated with respect to the outputs alone: {error}") from error
+        if out_of_memory(error):
+            raise
+        raise GaussNewtonError(
+            f"the loss cannot be differentiated with respect to the outputs alone: {error}"
+        ) from error
     used = [i for i, gradient in enumerate(gradients) if gradient is not None and gradient.requires_grad]
     if not used:
-        raise ModelError("the loss is linear in the model's outputs: its Gauss-Newton trace is zero")
+        raise GaussNewtonError("the loss is linear in the model's outputs: its Gauss-Newton trace is zero")
     slopes, points = [gradients[i] for i in used], [z[i] for i in used]
 
     def product(vectors: list[Tensor]) -> list[Tensor]:
         try:
             images = torch.autograd.grad(slopes, points, vectors, retain_graph=True, allow_unused=True)
         except RuntimeError as error:
+            if out_of_memory(error):
+                raise
             raise ModelError(f"the loss has no second derivative with respect to the outputs: {error}") from error
         return [torch.zeros_like(v) if image is None else image for image, v in zip(images, vectors, strict=True)]
 
@@ -289,7 +296,7 @@ def differentiable(outputs: Any) -> list[Tensor]:
     leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
     unique = list({id(leaf): leaf for leaf in leaves}.values())
     if not unique:
-        raise ModelError(
+        raise GaussNewtonError(
             "the task's outputs hold no tensor that depends on a weight (custom classes are not looked into)"
         )
     return unique
@@ -319,7 +326,7 @@ def _blocks(z: Tensor, axis: int, product: Callable[[Tensor], Tensor]) -> Tensor
 
 def _dense(tensors: list[Tensor], blocks: Tensor, image: Tensor, probe: Tensor) -> OutputHessian:
     if not _close([torch.einsum("nij,nj->ni", blocks, probe.flatten(1))], [image.flatten(1)]):
-        raise ModelError(
+        raise GaussNewtonError(
             "the samples of a batch interact in the loss, so that samples have no Hessian of their own; use"
             " estimator='hutchinson', or batches of one sample"
         )

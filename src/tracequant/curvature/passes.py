@@ -29,14 +29,15 @@ class Passes:
         model: nn.Module,
         task: Task,
         points: QuantizationPoints,
-        draws: int | Literal["exact"],
+        *,
+        num_probes: int | Literal["exact"],
         seed: int,
         activations: bool,
     ) -> None:
         self._model, self._task, self._seed = model, task, seed
         self._points, self._activations = points, activations
-        self._exact = draws == "exact"
-        self.draws = 1 if draws == "exact" else draws
+        self._exact = num_probes == "exact"
+        self.num_probes = 1 if num_probes == "exact" else num_probes
         # What `_check` finds on the first batch.
         self._slow: list[str] | None = None
         self._samples_checked = False
@@ -64,14 +65,14 @@ class Passes:
         sweep.set_slow(self._slow)
         return sweep, hessian, loss, variables
 
-    def cotangents(self, hessian: Factored, index: int, draws: Sequence[int]) -> Iterator[tuple[int, Cotangents]]:
-        """Position in `draws` and cotangents of every backward pass; position 0 for all columns of the exact sum."""
+    def cotangents(self, hessian: Factored, index: int, probes: Sequence[int]) -> Iterator[tuple[int, Cotangents]]:
+        """Position in `probes` and cotangents of every backward pass; position 0 for all columns of the exact sum."""
         if self._exact:
             yield from ((0, column) for column in hessian.columns())
             return
-        for row, draw in enumerate(draws):
-            random = generator(self._seed, index, 1 + draw // GROUP, device=model_device(self._model))
-            yield from ((row, vector) for vector in hessian.draw(random, draw))
+        for row, probe in enumerate(probes):
+            random = generator(self._seed, index, 1 + probe // GROUP, device=model_device(self._model))
+            yield from ((row, vector) for vector in hessian.draw(random, probe))
 
     def notes(self, sweep: Sweep, hessian: Factored) -> tuple[str, ...]:
         """What the result should say of a batch: the shape of H_L, and layers that took a pass for each sample."""

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from tracequant.core.errors import ModelError, SecondDerivativeError
@@ -23,7 +22,7 @@ Distribution = Literal["rademacher", "gaussian"]
 
 _NO_SECOND_DERIVATIVE = (
     "an operation of this model has no second derivative, which the Hessian needs; replace it by one that torch can"
-    " differentiate twice, use estimator='gauss_newton', or try mode='forward'"
+    " differentiate twice, or use estimator='gauss_newton'"
 )
 
 
@@ -38,14 +37,11 @@ def require_grad(model: nn.Module, points: QuantizationPoints) -> dict[str, Tens
 
 
 @contextmanager
-def reading_variables(
-    model: nn.Module, points: QuantizationPoints, tangents: dict[str, list[Tensor]] | None = None
-) -> Iterator[dict[str, list[Tensor]]]:
+def reading_variables(model: nn.Module, points: QuantizationPoints) -> Iterator[dict[str, list[Tensor]]]:
     """Yield a dictionary that fills, during a forward pass, with the tensors each point's consumers read.
 
     Every tensor becomes a node of its own, the same for all its consumers, so that a derivative with respect to it
-    takes in all of them and nothing that reads the original beside them (the identity path of a residual block). Those
-    of the points in `tangents` get these tangents, in the order in which they are read.
+    takes in all of them and nothing else that reads the original (the identity path of a residual block).
     """
     variables: dict[str, list[Tensor]] = {point.name: [] for point in points.activations}
     nodes: dict[int, tuple[Tensor, Tensor]] = {}
@@ -55,9 +51,6 @@ def reading_variables(
             node = tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
             # The original is kept as well: its id must not be given to another tensor meanwhile.
             variables[name].append(node)
-            if tangents is not None and name in tangents:
-                z = tangents[name][len(variables[name]) - 1]
-                node = node + _dual(torch.zeros_like(node), z)
             nodes[id(tensor)] = (tensor, node)
         return nodes[id(tensor)][1]
 
@@ -66,26 +59,13 @@ def reading_variables(
     nodes.clear()
 
 
-def _dual(primal: Tensor, tangent: Tensor) -> Tensor:
-    result: Tensor = forward_ad.make_dual(primal, tangent)  # type: ignore[no-untyped-call]
-    return result
-
-
 def first_derivatives(loss: Tensor, families: dict[str, dict[str, list[Tensor]]]) -> dict[str, dict[str, list[Tensor]]]:
     """Gradients of the loss with respect to all targets, differentiable once more, in the shape of `families`."""
-    result = _gradients(loss, families, create_graph=True)
-    _check_differentiable([g for targets in result.values() for gradients in targets.values() for g in gradients])
-    return result
-
-
-def _gradients(
-    loss: Tensor, families: dict[str, dict[str, list[Tensor]]], create_graph: bool
-) -> dict[str, dict[str, list[Tensor]]]:
     flat = [tensor for targets in families.values() for tensors in targets.values() for tensor in tensors]
     if not flat:
         raise ModelError("there is nothing to measure: neither weights nor activations that can be differentiated")
     try:
-        found = torch.autograd.grad(loss, flat, create_graph=create_graph, allow_unused=True)
+        found = torch.autograd.grad(loss, flat, create_graph=True, allow_unused=True)
     except RuntimeError as error:
         if "does not require grad" in str(error):
             raise ModelError(
@@ -108,6 +88,7 @@ def _gradients(
             ]
     if idle:
         raise idle_layers(idle)
+    _check_differentiable([g for targets in result.values() for gradients in targets.values() for g in gradients])
     return result
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from tracequant.core.errors import ModelError
+from tracequant.core.errors import GaussNewtonError
 from tracequant.core.points import Layer, QuantizationPoints
 from tracequant.curvature import gradient_norms
 from tracequant.curvature.output_hessian import Cotangents
@@ -126,7 +126,7 @@ class Sweep:
                     handles.append(tensor.register_hook(on_variable(name)))  # type: ignore[no-untyped-call]
         try:
             if not inputs:
-                raise ModelError("no layer reads an input of the model; nothing can be differentiated")
+                raise GaussNewtonError("no layer reads an input of the model; nothing can be differentiated")
             outputs = self.outputs
             found = torch.autograd.grad(outputs, inputs, vectors, retain_graph=keep or bool(slow), allow_unused=True)
             for function, gradient in zip(receive, found, strict=True):
@@ -182,7 +182,7 @@ class Sweep:
 
     def _check_samples(self, vectors: list[Tensor]) -> None:
         if any(vector.ndim == 0 or len(vector) != self._size for vector in vectors):
-            raise ModelError(
+            raise GaussNewtonError(
                 f"outputs of shape {[list(v.shape) for v in vectors]} do not have the batch's {self._size} samples"
                 " along their first axis, so that samples cannot be told apart; use batches of one sample"
             )
@@ -192,7 +192,7 @@ class Sweep:
         for key, values in self.run((first, 1.0), keep=True, each_sample=False).items():
             if float(values[1:].sum()) > CHECK_TOLERANCE**2 * float(values.sum()):
                 name = key.split(":", 1)[1]
-                raise ModelError(
+                raise GaussNewtonError(
                     f"at layer {name} samples of a batch interact, or do not lie along the first axis; use batches of"
                     " one sample, or estimator='hutchinson'"
                 )
@@ -219,7 +219,7 @@ class Sweep:
     def by_sample(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor of an activation point, or its gradient, as `[samples, elements]`."""
         if len(tensor) % self.samples:
-            raise ModelError(
+            raise GaussNewtonError(
                 f"the input of layer {name} has {len(tensor)} rows for {self.samples} samples; use batches of one"
                 " sample"
             )

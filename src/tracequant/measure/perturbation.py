@@ -48,7 +48,7 @@ from tracequant.quantization.calibrate import activation_options, calibrate
 from tracequant.quantization.grid import Grid, check_bits, choose_weight_grid
 
 # The most backward passes that a batch gets by default: as many random vectors, or all columns.
-DEFAULT_DRAWS = 16
+DEFAULT_PROBES = 16
 
 
 def measure_perturbation(
@@ -60,7 +60,7 @@ def measure_perturbation(
     weight_bits: Sequence[int] = (2, 3, 4, 8),
     weight_grid: WeightGrid | None = None,
     activation_bits: Sequence[int] = (),
-    draws: int | Literal["exact"] | None = None,
+    num_probes: int | Literal["exact"] | None = None,
     seed: int = 0,
     checkpoint: str | Path | None = None,
     precision: Precision = "float32",
@@ -70,8 +70,8 @@ def measure_perturbation(
 
     And of every activation at `activation_bits` (the model's input at 8 bits only), with ranges chosen on `batches`.
 
-    `batches` are labelled samples. `draws` random vectors stand for the columns of L, "exact" takes all of them, and
-    None all where the outputs have at most 16 elements for each sample, else 16 draws. The second-order term is the
+    `batches` are labelled samples. `num_probes` random vectors stand for the columns of L, "exact" takes all of them, and
+    None all where the outputs have at most 16 elements for each sample, else 16 probes. The second-order term is the
     Gauss-Newton one: equal to the Hessian's for each layer alone where `estimate_curvature` finds that its traces are;
     between two layers, and in networks that bend, it leaves out the outputs' own second derivatives. `checkpoint` and
     `precision` are those of `collect`; memory grows with the number of bit widths. The model is left as it was.
@@ -79,8 +79,8 @@ def measure_perturbation(
     Raises `ModelError` naming layers that the loss does not depend on, for bits outside 1 to 8, and where samples
     cannot be separated.
     """
-    if draws is not None and draws != "exact" and (not isinstance(draws, int) or draws < 1):
-        raise ModelError(f"draws must be a whole number from 1, 'exact' or None, got {draws!r}")
+    if num_probes is not None and num_probes != "exact" and (not isinstance(num_probes, int) or num_probes < 1):
+        raise ModelError(f"num_probes must be a whole number from 1, 'exact' or None, got {num_probes!r}")
     widths = tuple(sorted(set(weight_bits)))
     if not widths:
         raise ModelError("weight_bits is empty; name at least one bit width from 1 to 8")
@@ -91,8 +91,17 @@ def measure_perturbation(
         batches = reusable(batches)
         options = activation_options(points, activation_bits)
         grids = calibrate(model, batches, task, points, bits=options, progress=progress)
-    estimator = _Perturbations(model, task, points, widths, weight_grid or WeightGrid(), grids, draws, seed)
-    return collect(estimator, model, batches, task, checkpoint, None, precision, progress)
+    estimator = _Perturbations(
+        model,
+        task,
+        points,
+        weight_bits=widths,
+        weight_grid=weight_grid or WeightGrid(),
+        activation_grids=grids,
+        num_probes=num_probes,
+        seed=seed,
+    )
+    return collect(estimator, model, batches, task, checkpoint=checkpoint, precision=precision, progress=progress)
 
 
 class _Perturbations(Passes):
@@ -103,22 +112,30 @@ class _Perturbations(Passes):
         model: nn.Module,
         task: Task,
         points: QuantizationPoints,
+        *,
         weight_bits: tuple[int, ...],
         weight_grid: WeightGrid,
         activation_grids: dict[str, dict[int, Grid]],
-        draws: int | Literal["exact"] | None,
+        num_probes: int | Literal["exact"] | None,
         seed: int,
     ) -> None:
-        super().__init__(model, task, points, draws or DEFAULT_DRAWS, seed, bool(activation_grids))
+        super().__init__(
+            model,
+            task,
+            points,
+            num_probes=num_probes or DEFAULT_PROBES,
+            seed=seed,
+            activations=bool(activation_grids),
+        )
         self._widths, self._grid, self._activation_grids = weight_bits, weight_grid, activation_grids
-        self._choose = draws is None
+        self._choose = num_probes is None
         # The pass itself keeps 2. Every layer's response and every activation's rounding come on top, for each width.
         self.memory = 2.0 + len(weight_bits) + max((len(own) for own in activation_grids.values()), default=0)
 
     def settings(self) -> dict[str, Any]:
         return {
             "estimator": "perturbation",
-            "draws": "chosen" if self._choose else "exact" if self._exact else self.draws,
+            "num_probes": "chosen" if self._choose else "exact" if self._exact else self.num_probes,
             "seed": self._seed,
             "model": self._points.fingerprint,
             "layers": [layer.name for layer in self._points.layers],
@@ -135,7 +152,7 @@ class _Perturbations(Passes):
             grids = (choose_weight_grid(weight, b, layer.channel_axis, self._grid) for b in self._widths)
             self._moves[layer.name] = [grid.round(weight) - weight for grid in grids]
 
-    def measure(self, microbatch: Microbatch, draws: Sequence[int]) -> Part:
+    def measure(self, microbatch: Microbatch, probes: Sequence[int]) -> Part:
         """Sums over the microbatch's samples, in units of the batch's mean loss times its size."""
         sweep, hessian, loss, variables = self.open(microbatch)
         names = list(self._parameters)
@@ -153,12 +170,12 @@ class _Perturbations(Passes):
             for move in self._moves[name]
         ]
         exact = self._exact or (self._choose and _few_columns(hessian))
-        # A process that is given some of the draws, and takes all columns instead, has the others' share as well.
-        share = len(draws) / self.draws if exact else 1 / self.draws
+        # A process that is given some of the probes, and takes all columns instead, has the others' share as well.
+        share = len(probes) / self.num_probes if exact else 1 / self.num_probes
         passes = (
             ((0, column) for column in hessian.columns())
             if exact
-            else self.cotangents(hessian, microbatch.index, draws)
+            else self.cotangents(hessian, microbatch.index, probes)
         )
         products: Tensor | None = None
         second = {name: torch.zeros(len(own), dtype=torch.float64) for name, own in self._activation_grids.items()}
@@ -174,7 +191,7 @@ class _Perturbations(Passes):
         slope = {name: torch.zeros_like(values) for name, values in second.items()}
         for name, own in _activation_products(sweep, moved, activation_slopes).items():
             slope[name] += own.sum(0).cpu()
-        text = "exact sum over outputs" if exact else f"{self.draws} draws for each sample"
+        text = "exact sum over outputs" if exact else f"{self.num_probes} probes for each sample"
         return Part(
             microbatch.samples,
             {
@@ -196,7 +213,7 @@ class _Perturbations(Passes):
         size = len(self._parameters) * len(self._widths)
 
         def of_all_processes(name: str, values: Tensor) -> Tensor:
-            # Where several processes shared a batch's draws, each has its rows: the first term of them all is the same.
+            # Where several processes shared a batch's probes, each has its rows: the first term of them all is the same.
             if name == "products":
                 return values.view(-1, size, size).sum(0)
             return values.sum(0) if name.startswith("second:") else values[0]
@@ -281,7 +298,7 @@ def _activation_products(sweep: Sweep, moved: Sequence[_Move], gradients: Sequen
 
 
 def _few_columns(hessian: Factored) -> bool:
-    """Whether all columns of the factor are no more passes than the draws would be."""
+    """Whether all columns of the factor are no more passes than the probes would be."""
     return all(tensor.ndim <= 2 for tensor in hessian.tensors) and (
-        sum(tensor[0].numel() for tensor in hessian.tensors) <= DEFAULT_DRAWS
+        sum(tensor[0].numel() for tensor in hessian.tensors) <= DEFAULT_PROBES
     )

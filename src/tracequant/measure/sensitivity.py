@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tracequant.core.curvature import Curvature, Perturbation
-from tracequant.core.errors import ModelError
+from tracequant.core.errors import ModelError, ResourceError
 from tracequant.core.options import resolve, takes
 from tracequant.core.points import QuantizationPoints
 from tracequant.core.progress import track
@@ -98,29 +98,59 @@ def measure_sensitivity(
 
 
 def with_eigenvalues(
-    model: nn.Module, batches: Batches, task: Task, curvature: Curvature, *, seed: int = 0, progress: bool = False
+    model: nn.Module,
+    batches: Batches,
+    task: Task,
+    curvature: Curvature,
+    *,
+    seed: int = 0,
+    progress: bool = False,
+    required: bool = True,
 ) -> Curvature:
     """The curvature with the largest eigenvalue of every layer's block, on the first of `batches`.
 
-    Or, with a warning, on as many of its samples as fit into memory, halved until they do.
+    Where the graph of all its samples does not fit into memory, half of them are taken until it does, and a warning
+    says how many there were. Where memory does not suffice at all, `ResourceError` says why; if the eigenvalues are not
+    `required`, a warning says it and the curvature comes back without them.
     """
-    first = list(itertools.islice(batches, 1))
+    try:
+        found, samples = _eigenvalues(model, curvature, list(itertools.islice(batches, 1)), task, seed, progress)
+    except ResourceError as error:
+        if required:
+            raise
+        warnings.warn(f"this analysis has no eigenvalues: {error}", stacklevel=2)
+        return curvature
+    if samples is not None:
+        warnings.warn(
+            f"the eigenvalues are those of the first {samples} samples, because the graph of more does not fit into"
+            " memory",
+            stacklevel=2,
+        )
+    return replace(curvature, top_eigenvalues={name: values[0] for name, values in found.items()})
+
+
+def _eigenvalues(
+    model: nn.Module, curvature: Curvature, first: list[Batch], task: Task, seed: int, progress: bool
+) -> tuple[dict[str, tuple[float, ...]], int | None]:
+    """Eigenvalues on as many samples of one batch as fit into memory, and their number; None for all of them."""
+    fewer: int | None = None
     while True:
         try:
-            found = top_eigenvalues(model, first, task, curvature.points, seed=seed, progress=progress)
-            break
+            return top_eigenvalues(model, first, task, curvature.points, seed=seed, progress=progress), fewer
         except (RuntimeError, MemoryError) as error:
-            size = task.batch_size(first[0])
-            if not out_of_memory(error) or size == 1:
+            if not out_of_memory(error):
                 raise
+            size = task.batch_size(first[0])
+            if size == 1:
+                raise ResourceError(
+                    f"memory does not suffice for the graph of one sample, which eigenvalues need ({error}); use"
+                    " smaller inputs, another device or a machine with more memory"
+                ) from None
         # Here the failed attempt's tensors are gone, which the exception had kept.
-        warnings.warn(
-            f"eigenvalues of {size} samples do not fit into memory, and are taken of {size // 2}", stacklevel=2
-        )
-        first = [task.select(first[0], 0, size // 2)]
+        fewer = size // 2
+        first = [task.select(first[0], 0, fewer)]
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    return replace(curvature, top_eigenvalues={name: values[0] for name, values in found.items()})
 
 
 def measure_weight_errors(
@@ -188,7 +218,7 @@ def _warn_of_flat_layers(curvature: Curvature, criterion: str) -> None:
         warnings.warn(
             f"{len(flat)} of {len(curvature.weights)} layers have a trace of zero or less"
             f" ({', '.join(flat[:3])}{', ...' if len(flat) > 3 else ''})"
-            " and count as insensitive; use more samples or draws, check that the model is trained, or use criterion='l2'",
+            " and count as insensitive; use more samples or probes, check that the model is trained, or use criterion='l2'",
             stacklevel=3,
         )
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tracequant.core.errors import ModelError
+from tracequant.core.errors import DataError, ModelError
 from tracequant.core.match import match_names, some_names
 from tracequant.core.options import resolve, takes
 from tracequant.core.points import Layer, QuantizationPoints, StoredTensor
@@ -37,6 +37,11 @@ def discover(
     batches that cannot be used.
     """
     request = resolve(DiscoverSettings, settings, fields)
+    if isinstance(batches, Iterator):
+        raise DataError(
+            "batches is an iterator, which can be read only once, and discover would take its first batch away from the"
+            " next step; pass a list or a DataLoader"
+        )
     candidates = _candidate_weights(model)
     names = list(candidates)
     others = _unsupported(model, candidates)

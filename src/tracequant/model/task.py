@@ -14,7 +14,16 @@ from torch.utils import _pytree as pytree
 from tracequant.core.errors import DataError, TaskError
 from tracequant.core.files import Saveable
 from tracequant.core.progress import track
-from tracequant.model.batches import Batch, Batches, SizedBatches, check_finite, describe, ordinary, slice_samples
+from tracequant.model.batches import (
+    Batch,
+    Batches,
+    SizedBatches,
+    check_finite,
+    describe,
+    ordinary,
+    reusable,
+    slice_samples,
+)
 from tracequant.model.device import measuring, model_device
 from tracequant.model.memory import Microbatches
 from tracequant.model.state import frozen_evaluation
@@ -184,7 +193,8 @@ class TaskSetup:
 
     `calibration` (a few hundred inputs) serves curvature and activation ranges; `train` is iterated again and again by
     fine-tuning; `evaluation` measures every accuracy that is reported. `blocks` are patterns of the names of layers
-    that `--tie blocks` ties together, one for each block of the model.
+    that `--tie blocks` ties together, one for each block of the model. Batches that can be read only once are held in a
+    list, because several stages read them.
     """
 
     model: nn.Module
@@ -194,6 +204,9 @@ class TaskSetup:
     evaluation: Batches
     device: torch.device | str | None = None
     blocks: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        self.calibration, self.train, self.evaluation = map(reusable, (self.calibration, self.train, self.evaluation))
 
     def to(self, device: torch.device | str) -> TaskSetup:
         """This setup with its model moved, and the data that can be moved whole (those that have a method `to`)."""
@@ -261,3 +274,11 @@ def checked(batches: Batches, task: Task, model: nn.Module) -> Iterable[Batch]:
             raise DataError("the loader yielded no batches; pass at least one batch (is the data set empty?)")
 
     return SizedBatches(generate, batches)
+
+
+def evaluate(model: nn.Module, batches: Batches, task: Task, *, progress: bool = False) -> Evaluation:
+    """Metric and mean loss of a model, float or quantized, over `batches`; the model is left as it was.
+
+    Raises `DataError` for batches that cannot be used.
+    """
+    return task.evaluate(model, batches, progress)

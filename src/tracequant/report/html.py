@@ -26,11 +26,12 @@ from tracequant.run.stages import stability
 FIGURES = ("layers", "frontier", "check", "convergence", "spectrum", "activations", "accuracy", "loss")
 
 
-def write_report(run: RunDirectory) -> Path:
+def write_report(run: RunDirectory | str | Path) -> Path:
     """The path of `report.html`, written with `figures/*.png|svg` into the run directory from what is finished.
 
-    Raises `RunError` where the run has no plan yet. Other files in RUN/figures stay as they are.
+    `run` is a run directory or its path. Raises `RunError` where the run has no plan yet. Other files in RUN/figures stay as they are.
     """
+    run = run if isinstance(run, RunDirectory) else RunDirectory(run)
     run.need("plan")
     start = run.begin("report")
     settings, curvature, sensitivity, plan = run.settings(), run.curvature(), run.sensitivity(), run.plan()

@@ -15,8 +15,7 @@ from tracequant.allocation.frontier import Frontier
 from tracequant.core.curvature import Curvature
 from tracequant.core.errors import ModelError, RunError
 from tracequant.core.files import replace_file, write_json
-from tracequant.core.match import match_names
-from tracequant.core.match import matching
+from tracequant.core.match import match_names, matching
 from tracequant.core.plan import MIB, BitPlan
 from tracequant.core.points import QuantizationPoints
 from tracequant.report import figures, paper_figures

@@ -272,7 +272,7 @@ def pack(run: RunDirectory) -> None:
 
 
 def evaluate_file(run: RunDirectory, file: str | Path | None = None) -> ModelRow:
-    """Metric and loss of a packed file (the run's product by default) on the evaluation data."""
+    """Criterion and loss of a packed file (the run's product by default) on the evaluation data."""
     from tracequant.deploy.pack import load
 
     run.settings()

@@ -1,0 +1,235 @@
+"""The door to all estimators: what it holds, refuses, warns of, leaves as it was, and how its result prints."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+import tracequant as tq
+from models import CLASSES, build, gelu_mlp, labelled
+from tracequant.curvature import choose_estimator, estimate
+from tracequant.core.errors import GaussNewtonError
+
+TASK = tq.ClassificationTask()
+
+
+def relu_mlp() -> nn.Module:
+    return build(lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, CLASSES)))
+
+
+# Batches that can be read only once
+
+
+def once(batches: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    yield from batches
+
+
+@pytest.mark.parametrize("method", ["auto", "gauss_newton", "hutchinson"])
+def test_a_generator_keeps_its_first_batch(method: str) -> None:
+    model, batches = relu_mlp(), labelled(6, sizes=(3, 2, 4))
+    found = tq.estimate_curvature(model, once(batches), TASK, method=method, draws=2)
+    assert found.samples == 9
+    assert found == tq.estimate_curvature(model, batches, TASK, method=method, draws=2)
+
+
+def test_a_setup_holds_the_batches_of_generators() -> None:
+    """Discovery, the curvature and the ranges of an analysis all read the calibration batches."""
+    batches = labelled(6, sizes=(3, 2))
+    setup = tq.TaskSetup(relu_mlp(), TASK, once(batches), once(batches), once(batches))
+    for held in (setup.calibration, setup.train, setup.evaluation):
+        assert list(held) == list(held) == batches
+    loader = DataLoader(batches, batch_size=None)
+    assert tq.TaskSetup(relu_mlp(), TASK, loader, loader, loader).calibration is loader
+
+
+def test_discover_refuses_an_iterator() -> None:
+    with pytest.raises(tq.DataError, match=r"batches is an iterator.*pass a list or a DataLoader"):
+        tq.discover(relu_mlp(), once(labelled(6)), TASK)
+
+
+# Options
+
+
+@pytest.mark.parametrize("method", ["auto", "gauss_newton", "hutchinson"])
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"probes": "pre_layer"}, tq.ModelError, "unknown probes 'pre_layer'; choose shared, per_layer"),
+        ({"distribution": "foo"}, tq.ModelError, "unknown distribution 'foo'; choose rademacher, gaussian"),
+        ({"precision": "float8"}, tq.ResourceError, "unknown precision 'float8'"),
+        ({"relative_error": 0}, tq.ModelError, "relative_error must be a number above 0, got 0"),
+        ({"relative_error": float("nan")}, tq.ModelError, "relative_error must be a number above 0, got nan"),
+        ({"draws": True}, tq.ModelError, "draws must be a whole number from 1"),
+        ({"weights": False, "activations": False}, tq.ModelError, "leave nothing to measure"),
+    ],
+)
+def test_values_are_checked_whichever_estimator_would_read_them(
+    method: str, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        tq.estimate_curvature(relu_mlp(), [], TASK, method=method, **options)
+
+
+def test_options_of_hutchinson_are_used_by_auto_and_refused_by_gauss_newton() -> None:
+    batches = labelled(6)
+    for model, method in ((relu_mlp(), "gauss_newton"), (gelu_mlp(), "hutchinson")):
+        found = tq.estimate_curvature(model, batches, TASK, draws=2, probes="shared", distribution="gaussian")
+        assert found.method == method
+        assert ("2 gaussian draws" in found.reason) == ("probes shared" in found.reason) == (method == "hutchinson")
+    for options in ({"probes": "shared"}, {"distribution": "gaussian"}):
+        with pytest.raises(tq.ModelError, match=f"{next(iter(options))} is an option of method='hutchinson'"):
+            tq.estimate_curvature(relu_mlp(), batches, TASK, method="gauss_newton", **options)
+
+
+# When "auto" leaves Gauss-Newton
+
+
+def between_samples(logits: Tensor, targets: Tensor) -> Tensor:
+    """A loss in which every sample depends on all others."""
+    return F.cross_entropy(logits - logits.mean(0), targets) + logits.mean(0).square().sum() * logits.square().mean()
+
+
+def test_a_loss_that_gauss_newton_cannot_take_warns_and_goes_to_hutchinson() -> None:
+    task = tq.ClassificationTask(between_samples)
+    with pytest.warns(UserWarning, match="gauss_newton cannot take this model.*hutchinson, which takes longer") as told:
+        found = tq.estimate_curvature(relu_mlp(), labelled(6), task, draws=1)
+    assert len(told) == 1
+    assert found.method == "hutchinson"
+    assert "gauss_newton cannot take this model" in found.reason
+    with pytest.raises(GaussNewtonError):
+        tq.estimate_curvature(relu_mlp(), labelled(6), task, draws=1, method="gauss_newton")
+
+
+class MixesSamples(nn.Module):
+    """The logits of a sample depend on the others in the batch, linearly, which a few samples' products do not show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        return self.second(x + 0.5 * x.flip(0))
+
+
+def test_samples_that_interact_in_the_model_warn_too() -> None:
+    model, batches = build(MixesSamples), labelled(6)
+    with pytest.warns(UserWarning, match="gauss_newton cannot take this model.*samples of a batch interact"):
+        found = tq.estimate_curvature(model, batches, TASK, draws=1)
+    assert found.method == "hutchinson"
+    with pytest.raises(tq.ModelError, match="draws='exact' is for gauss_newton, which does not suit this model"):
+        tq.estimate_curvature(model, batches, TASK, draws="exact")
+
+
+class Idle(nn.Module):
+    """Has a layer that the loss does not depend on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.idle, self.second = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        return self.second(x) + 0 * self.idle(x).detach().sum()
+
+
+@pytest.mark.parametrize("stage", ["comparison", "measurement"])
+@pytest.mark.parametrize(
+    "error", [tq.ModelError("an idle layer"), tq.DataError("bad data"), tq.ResourceError("full"), RuntimeError("own")]
+)
+def test_other_errors_are_raised(stage: str, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise error
+
+    if stage == "comparison":
+        monkeypatch.setattr(choose_estimator, "block_differences", fail)
+    else:
+        monkeypatch.setattr(estimate, "gauss_newton", fail)
+    with pytest.raises(type(error), match=str(error)):
+        tq.estimate_curvature(relu_mlp(), labelled(6), TASK)
+
+
+def test_an_idle_layer_is_named_under_auto() -> None:
+    with pytest.raises(tq.ModelError, match="does not depend on layer idle"):
+        tq.estimate_curvature(build(Idle), labelled(6), TASK)
+
+
+# What is left as it was
+
+
+class Augmented(Dataset[tuple[Tensor, int]]):
+    """Samples with noise from torch's global generator."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.randn(6, dtype=torch.float64), index % CLASSES
+
+
+@pytest.mark.parametrize("make", [relu_mlp, gelu_mlp])
+@pytest.mark.parametrize("method", ["auto", "gauss_newton", "hutchinson"])
+def test_the_global_random_state_is_left_alone(make: Any, method: str) -> None:
+    model, loader = make(), DataLoader(Augmented(), batch_size=4, shuffle=True)
+    before = torch.get_rng_state()
+    tq.estimate_curvature(model, loader, TASK, method=method, draws=1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# What is printed
+
+
+def many(layers: int, activations: int) -> tq.Curvature:
+    """A curvature of so many layers with average traces 1, 2, 3, ..."""
+    found = tq.estimate_curvature(relu_mlp(), labelled(6, sizes=(3, 3)), TASK, draws=2)
+    (estimate, *_) = found.weights.values()
+
+    def family(count: int) -> dict[str, tq.TraceEstimate]:
+        return {
+            f"a.very.long.name.of.a.block.in.an.encoder.layer{i:03d}": dataclasses.replace(
+                estimate, trace=10.0 * (i + 1), average_trace=i + 1.0, standard_error=1.0, numel=10.0
+            )
+            for i in range(count)
+        }
+
+    return dataclasses.replace(found, weights=family(layers), activations=family(activations), reason="why " * 300)
+
+
+def test_a_curvature_of_many_layers_prints_on_one_screen() -> None:
+    lines = str(many(200, 150)).splitlines()
+    assert len(lines) <= 30
+    assert max(map(len, lines)) <= 100
+    assert lines[0] == "Curvature by gauss_newton: 6 samples, 2 draws, seed 0"
+    rows = [line.split() for line in lines if "layer" in line and "Activations" not in line]
+    assert [float(row[2]) for row in rows] == [*range(200, 190, -1), *range(10, 0, -1)]
+    assert rows[0][0].endswith("encoder.layer199")
+    assert rows[0][3] == "0.1%"
+    assert "  ... 180 more ..." in lines
+    assert lines[-1].startswith("Activations: 150 average traces from 1 (")
+    assert len(repr(many(200, 150))) < 100
+
+
+def test_a_curvature_of_few_layers_prints_all_of_them() -> None:
+    text = str(many(20, 0))
+    assert "more" not in text
+    assert "Activations" not in text
+    assert text.count("layer0") == 20
+    assert "layer003" in str(many(0, 4))
+
+
+def test_what_is_exact_and_what_is_unknown_is_printed() -> None:
+    model = relu_mlp()
+    exact = tq.estimate_curvature(model, labelled(6), TASK, draws="exact")
+    assert str(exact).startswith(f"Curvature by gauss_newton: {exact.samples} samples, exact on these samples, seed 0")
+    row = next(line.split() for line in str(exact).splitlines() if line.startswith("  0 "))
+    assert row[1:2] + row[3:4] == ["48", "0"]
+    single = str(tq.estimate_curvature(gelu_mlp(), labelled(6), TASK, draws=1, method="hutchinson", activations=False))
+    assert "1 draw, seed 0" in single
+    assert "unknown" in single
