@@ -83,7 +83,9 @@ def measured(name: str, data: Path, images: int, seed: int, cache: Path) -> dict
             metric, PlanSettings(average_bits=AVERAGE_BITS), curvature=traces, measured=table, perturbation=expansion,
             seed=seed,
         )  # fmt: skip
-    evaluator = Evaluator(setup.model, setup.task, setup.calibration, setup.evaluation, cache / "evaluations.json")
+    evaluator = Evaluator(
+        setup.model, setup.task, setup.calibration, setup.evaluation, cache=cache / "evaluations.json"
+    )
     rows = {}
     for label, plan in plans.items():
         found = evaluator.of(plan)

@@ -169,7 +169,11 @@ def ablation(setup: tq.TaskSetup, test_images: int, cache: Path | None) -> dict[
             ),
         )  # fmt: skip
         evaluator = Evaluator(
-            setup.model, setup.task, batches, evaluation, None if cache is None else cache / f"evaluations-{seed}.json"
+            setup.model,
+            setup.task,
+            batches,
+            evaluation,
+            cache=None if cache is None else cache / f"evaluations-{seed}.json",
         )
 
         def measured(plan: tq.BitPlan, evaluator: Evaluator = evaluator) -> dict[str, Any]:

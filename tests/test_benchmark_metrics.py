@@ -57,7 +57,9 @@ def crossed(seed: int, ties: tuple[tuple[str, ...], ...] = ()) -> tuple[tq.Sensi
     slope = rng.standard_normal(options) * np.tile([0.3, 0.1, 0.02], len(names))
     perturbation = tq.Perturbation(points, WIDTHS, tq.WeightGrid(), tuple(map(float, slope)), rows, 2, "made up")
     errors = {name: dict.fromkeys(WIDTHS, 1.0) for name in names}
-    return combine(made_up(points), errors, {}, tq.WeightGrid(), "first+quadratic", perturbation), perturbation
+    return combine(
+        made_up(points), errors, {}, tq.WeightGrid(), metric="first+quadratic", perturbation=perturbation
+    ), perturbation
 
 
 def omega(table: tq.Sensitivity, perturbation: tq.Perturbation, bits: dict[str, int]) -> float:
@@ -113,7 +115,7 @@ def test_inverted_and_random_deal_the_traces_out() -> None:
     curvature = made_up(points)
     errors = measure_weight_errors(model, points, (4,), tq.WeightGrid())
     activations = {point.name: {4: 0.25} for point in points.activations}
-    measured = combine(curvature, errors, activations, tq.WeightGrid(), "trace")
+    measured = combine(curvature, errors, activations, tq.WeightGrid(), metric="trace")
 
     def dealt(metric: str, seed: int = 0) -> list[float]:
         table = ablation_metrics.sensitivity_by(metric, curvature=curvature, measured=measured, seed=seed)
@@ -137,7 +139,7 @@ def test_every_metric_of_the_ablations_makes_a_plan() -> None:
     eigenvalues = {layer.name: float(10 + i) for i, layer in enumerate(points.layers)}
     curvature = dataclasses.replace(made_up(points), top_eigenvalues=eigenvalues)
     measured = combine(
-        curvature, measure_weight_errors(model, points, WIDTHS, tq.WeightGrid()), {}, tq.WeightGrid(), "l2"
+        curvature, measure_weight_errors(model, points, WIDTHS, tq.WeightGrid()), {}, tq.WeightGrid(), metric="l2"
     )
     perturbation = tq.measure_perturbation(model, batches, TASK, points, WIDTHS)
     for metric in ablation_metrics.ABLATION_METRICS:

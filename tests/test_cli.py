@@ -500,7 +500,9 @@ def test_a_stable_plan_ends_the_analysis_early(tmp_path: Path) -> None:
 def test_run_stops_when_the_plan_that_is_asked_for_is_stable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not the one half way, which is what an analysis without a budget goes by."""
     asked = []
-    monkeypatch.setattr("tracequant.run.is_stable", lambda *given: (asked.append(given[3:]), True)[1])
+    monkeypatch.setattr(
+        "tracequant.run.is_stable", lambda *given, **rule: (asked.append(tuple(rule.values())), True)[1]
+    )
     arguments = ("--average-bits", "2.5", "--stable", "0.75", "--finetune-steps", "0", "-q", "--out", tmp_path / "run")
     assert invoke("run", *ANALYZE, *arguments) == 0
     assert [(settings.average_bits, share) for settings, share in asked] == [(2.5, 0.75)]

@@ -146,7 +146,7 @@ def test_compare_solves_and_evaluates_by_each_metric(copy: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--max-accuracy-drop", "1", "--max-size-mb", "1"), "max_size_mb besides"),
+        (("--max-accuracy-drop", "1", "--max-size-mb", "1"), "leave out max_size_mb"),
         (("--max-accuracy-drop", "-1"), "must be a number from 0"),
     ],
 )

@@ -219,8 +219,8 @@ def test_the_expansion_of_activations_is_their_omega(tmp_path: Path) -> None:
         tables["trace"].weight_errors,
         tables["trace"].activation_errors,
         WeightGrid(),
-        "quadratic",
-        weights_only,
+        metric="quadratic",
+        perturbation=weights_only,
     )
     for name, own in table.activation_omega.items():
         assert own == pytest.approx({b: x / 2 for b, x in tables["trace"].activation_omega[name].items()})
@@ -361,7 +361,7 @@ def test_every_metric_is_the_formula_that_is_documented() -> None:
     }
     assert {*want} == set(METRICS)
     for metric, formula in want.items():
-        table = combine(curvature, errors, activations, WeightGrid(), metric, expansion)
+        table = combine(curvature, errors, activations, WeightGrid(), metric=metric, perturbation=expansion)
         assert table.metric == metric
         assert table.weight_omega == {n: {b: pytest.approx(formula(n, b)) for b in BITS} for n in numel}
         for i, point in enumerate(points.activations):
@@ -376,14 +376,14 @@ def test_metrics_refuse_what_they_have_no_ingredients_for() -> None:
     errors = measure_weight_errors(model, points, BITS, WeightGrid())
     curvature = made_up(points)
     with pytest.raises(ModelError, match="unknown metric 'hessian'; choose trace, l2"):
-        combine(curvature, errors, {}, WeightGrid(), "hessian")
+        combine(curvature, errors, {}, WeightGrid(), metric="hessian")
     with pytest.raises(ModelError, match="no eigenvalues"):
-        combine(curvature, errors, {}, WeightGrid(), "eigenvalue")
+        combine(curvature, errors, {}, WeightGrid(), metric="eigenvalue")
     with pytest.raises(ModelError, match="needs the roundings"):
-        combine(curvature, errors, {}, WeightGrid(), "quadratic")
+        combine(curvature, errors, {}, WeightGrid(), metric="quadratic")
     other = measure_perturbation(model, images(), TASK, points, (2, 3))
     with pytest.raises(ModelError, match=r"measured at \[2, 3\] bits"):
-        combine(curvature, errors, {}, WeightGrid(), "quadratic", other)
+        combine(curvature, errors, {}, WeightGrid(), metric="quadratic", perturbation=other)
 
 
 def test_measure_sensitivity_measures_what_the_metric_needs() -> None:

@@ -29,7 +29,7 @@ def shares(values: dict[str, tuple[float, ...]]) -> dict[str, float]:
     """Stability of the plan for layers that differ in their traces alone."""
     curvature = made_of(values)
     errors = {name: {2: 1.0, 4: 0.1} for name in values}
-    sensitivity = combine(curvature, errors, {}, WeightGrid(), "trace")
+    sensitivity = combine(curvature, errors, {}, WeightGrid(), metric="trace")
     plan = solve(sensitivity, average_bits=3)
     found = plan_stability(sensitivity, plan, curvature, SETTINGS)
     assert found is not None
@@ -54,7 +54,7 @@ def test_common_fluctuations_of_all_layers_do_not_matter() -> None:
 
 def test_without_several_values_there_is_no_answer() -> None:
     curvature = made_of({"a": (1.0,)})
-    sensitivity = combine(curvature, {"a": {2: 1.0}}, {}, WeightGrid(), "trace")
+    sensitivity = combine(curvature, {"a": {2: 1.0}}, {}, WeightGrid(), metric="trace")
     plan = solve(sensitivity, average_bits=2)
     assert plan_stability(sensitivity, plan, curvature, SETTINGS) is None
 
@@ -63,7 +63,7 @@ ERRORS = {2: 1.0, 4: 0.1}
 
 
 def stable(values: dict[str, tuple[float, ...]], share: float, settings: PlanSettings | None = SETTINGS) -> bool:
-    return is_stable(made_of(values), dict.fromkeys(values, ERRORS), WeightGrid(), settings, share)
+    return is_stable(made_of(values), dict.fromkeys(values, ERRORS), WeightGrid(), settings=settings, share=share)
 
 
 def test_the_rule_compares_the_least_stable_layer_with_the_share() -> None:

@@ -41,6 +41,7 @@ class Evaluator:
         task: Task,
         calibration: Batches,
         evaluation: Batches,
+        *,
         cache: str | Path | None = None,
         progress: bool = False,
     ) -> None:
@@ -69,7 +70,13 @@ class Evaluator:
                 return known
         quantized = quantize(self._model, plan, self._calibration, self._task, self._progress)
         result = self._task.evaluate(quantized, self._evaluation, self._progress)
-        found = EvaluatedPlan(plan.weight_bits, plan.activation_bits, plan.size_bytes, result.metric, result.loss)
+        found = EvaluatedPlan(
+            weight_bits=plan.weight_bits,
+            activation_bits=plan.activation_bits,
+            size_bytes=plan.size_bytes,
+            metric=result.metric,
+            loss=result.loss,
+        )
         self.results = replace(self.results, plans=(*self.results.plans, found))
         self._save()
         return found
@@ -81,7 +88,14 @@ class Evaluator:
                 if saved.context == context:
                     return saved
         plain = self._task.evaluate(self._model, self._evaluation, self._progress)
-        self.results = Evaluations(context, plain.metric_name, plain.samples, plain.metric, plain.loss, ())
+        self.results = Evaluations(
+            context=context,
+            metric_name=plain.metric_name,
+            samples=plain.samples,
+            float_metric=plain.metric,
+            float_loss=plain.loss,
+            plans=(),
+        )
         self._save()
         return self.results
 
@@ -123,7 +137,7 @@ def solve_by_accuracy(
         raise BudgetError(f"solve_by_accuracy has no rule {', '.join(sorted(unknown))}")
     request = PlanSettings(**rules)
     if not request.by_accuracy:
-        raise BudgetError("give max_drop (--max-accuracy-drop) or max_loss_increase (--max-loss-increase)")
+        raise BudgetError("give max_drop or max_loss_increase, the most that the plan may lose")
     check(request)
     front = frontier(
         sensitivity,
@@ -133,7 +147,7 @@ def solve_by_accuracy(
         min_bits=request.min_bits,
         allowed_bits=request.allowed_bits,
     )
-    evaluator = Evaluator(model, task, calibration, evaluation, cache, progress)
+    evaluator = Evaluator(model, task, calibration, evaluation, cache=cache, progress=progress)
     base = evaluator.results
     steps: dict[int, EvaluatedPlan] = {}
 
@@ -151,8 +165,8 @@ def solve_by_accuracy(
         raise BudgetError(
             f"even the largest plan, {front[last].size_mb:.4g} MB, changes {base.metric_name} from"
             f" {base.float_metric:.4g} to {found.metric:.4g} and the loss from {base.float_loss:.4g} to"
-            f" {found.loss:.4g}; asked for was {describe(request)}; allow more, or offer more bits (--bits,"
-            " --activation-bits)"
+            f" {found.loss:.4g}; asked for was {describe(request)}; allow more, or measure more bits"
+            " (weight_bits, activation_bits)"
         )
     best = _smallest(front.size_bytes, passes)
     plan = replace(
@@ -161,7 +175,13 @@ def solve_by_accuracy(
         budget=f"{describe(request)} ({base.samples:,} samples)",
     )
     return AccuracySearch(
-        plan, steps[best], tuple(steps.values()), base.metric_name, base.float_metric, base.float_loss, base.samples
+        plan=plan,
+        found=steps[best],
+        steps=tuple(steps.values()),
+        metric_name=base.metric_name,
+        float_metric=base.float_metric,
+        float_loss=base.float_loss,
+        samples=base.samples,
     )
 
 

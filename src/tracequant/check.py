@@ -221,7 +221,9 @@ def _tables(
         metrics += ["eigenvalue", "eigenvalue_alone"]
     if perturbation is not None:
         metrics += EXPANSIONS
-    return {metric: combine(curvature, errors, {}, grid, metric, perturbation) for metric in metrics}
+    return {
+        metric: combine(curvature, errors, {}, grid, metric=metric, perturbation=perturbation) for metric in metrics
+    }
 
 
 def _random_plans(

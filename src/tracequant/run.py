@@ -279,8 +279,8 @@ class Run:
             measured.weight_errors,
             measured.activation_errors,
             measured.weight_grid,
-            metric,
-            perturbation,
+            metric=metric,
+            perturbation=perturbation,
         )
 
     def metrics(self) -> list[Metric]:
@@ -371,7 +371,8 @@ class Run:
 
         def stable(curvature: Curvature) -> bool:
             assert settings.stable is not None
-            return is_stable(curvature, weight_errors, settings.weight_grid, self.settings().plan, settings.stable)
+            asked, share = self.settings().plan, settings.stable
+            return is_stable(curvature, weight_errors, settings.weight_grid, settings=asked, share=share)
 
         curvature = estimate_curvature(
             model,
@@ -662,8 +663,8 @@ class Run:
             setup.task,
             setup.calibration,
             setup.evaluation,
-            self.path / "evaluations.json",
-            self._progress,
+            cache=self.path / "evaluations.json",
+            progress=self._progress,
         )
         return {metric: (plan, evaluator.of(plan)) for metric, plan in plans.items()}
 

@@ -81,7 +81,7 @@ def measure_sensitivity(
         perturbation = measure_perturbation(
             model, batches, task, points, weight_bits, weight_grid, activation_bits, seed=seed, progress=progress
         )
-    found = combine(curvature, weight_errors, activation_errors, weight_grid, metric, perturbation)
+    found = combine(curvature, weight_errors, activation_errors, weight_grid, metric=metric, perturbation=perturbation)
     _warn_of_falling_losses(found)
     return found
 

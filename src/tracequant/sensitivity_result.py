@@ -51,6 +51,7 @@ def combine(
     weight_errors: dict[str, dict[int, float]],
     activation_errors: dict[str, dict[int, float]],
     weight_grid: WeightGrid,
+    *,
     metric: str,
     perturbation: Perturbation | None = None,
 ) -> Sensitivity:

@@ -39,25 +39,22 @@ def check_numbers(request: PlanSettings) -> None:
     given = {name: getattr(request, name) for name in (*WEIGHT_LIMITS, *ACTIVATION_LIMITS)}
     given = {name: value for name, value in given.items() if value is not None}
     if not given:
-        raise BudgetError(
-            "give at least one budget: "
-            + ", ".join(f"{name} (--{name.replace('_', '-')})" for name in (*WEIGHT_LIMITS, *ACTIVATION_LIMITS))
-        )
+        raise BudgetError("give at least one budget: " + ", ".join((*WEIGHT_LIMITS, *ACTIVATION_LIMITS)))
     for name, value in given.items():
         if not (math.isfinite(value) and value > 0):
             raise BudgetError(f"{name} must be a positive number, got {value}")
 
 
 def check_losses(request: PlanSettings) -> None:
-    """Raise `BudgetError` for limits on what a plan loses that are no numbers, or have others beside them."""
+    """Raise `BudgetError` for limits on what a plan loses that are no numbers, or that come with one on its cost."""
     for name in ("max_accuracy_drop", "max_loss_increase"):
         value = getattr(request, name)
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise BudgetError(f"{name} must be a number from 0, got {value}")
     if given := [name for name in WEIGHT_LIMITS if getattr(request, name) is not None]:
         raise BudgetError(
-            f"the smallest plan within a loss of accuracy was asked for, and {', '.join(given)} besides; give either"
-            " limits on what a plan loses or limits on what it costs"
+            "max_accuracy_drop and max_loss_increase ask for the smallest plan that loses no more, in place of a limit"
+            f" on what it costs; leave out {', '.join(given)}"
         )
     if request.method != "exact":
         raise BudgetError("solving by accuracy walks the exact frontier; leave the method at 'exact'")

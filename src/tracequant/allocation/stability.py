@@ -29,6 +29,7 @@ def is_stable(
     curvature: Curvature,
     weight_errors: dict[str, dict[int, float]],
     weight_grid: WeightGrid,
+    *,
     settings: PlanSettings | None,
     share: float,
 ) -> bool:
@@ -41,7 +42,7 @@ def is_stable(
     if not (weights_only.max_size_mb or weights_only.compression or weights_only.average_bits):
         widths = [b for options in weight_errors.values() for b in options]
         weights_only = replace(weights_only, average_bits=(min(widths) + max(widths)) / 2)
-    sensitivity = combine(curvature, weight_errors, {}, weight_grid, "trace")
+    sensitivity = combine(curvature, weight_errors, {}, weight_grid, metric="trace")
     plan = solve(sensitivity, **weights_only.keywords())
     kept = plan_stability(sensitivity, plan, curvature, weights_only, resamples=STOP_RESAMPLES)
     return kept is not None and min(kept.values()) >= share
@@ -84,7 +85,7 @@ def plan_stability(
             sensitivity.weight_errors,
             sensitivity.activation_errors,
             sensitivity.weight_grid,
-            sensitivity.metric,
+            metric=sensitivity.metric,
         )
         again = solve(resampled, **settings.keywords())
         for name in names:
