@@ -110,34 +110,36 @@ def solve_by_accuracy(
     task: Task,
     calibration: Batches,
     evaluation: Batches,
-    max_drop: float | None = None,
+    *,
+    max_accuracy_drop: float | None = None,
     max_loss_increase: float | None = None,
     cache: str | Path | None = None,
     progress: bool = False,
     **rules: Any,
 ) -> AccuracySearch:
-    """The smallest plan of the exact frontier whose metric falls by at most `max_drop` points below the float model's.
+    """The smallest plan found on the exact frontier that loses at most `max_accuracy_drop` points of the task's metric.
 
     Plans are quantized, calibrated on `calibration` and evaluated on `evaluation`, which should be held out from both
-    training and calibration; nothing is fine-tuned. `max_drop` supposes a metric of which more is better;
+    training and calibration; nothing is fine-tuned. `max_accuracy_drop` supposes a metric of which more is better;
     `max_loss_increase` limits the rise of the loss, in its own units. With both, both hold. `rules` are those of
     `solve` about bits and activations (`fixed_bits`, `min_bits`, `allowed_bits`, `allowed_activation_bits`,
-    `average_activation_bits`, `activation_compression`, `max_activation_mb`, `space`). `cache` is a file of evaluations
-    that is read, if it is of the same model and data, and added to after each one, so that an interrupted search goes
-    on where it stopped.
+    `average_activation_bits`, `activation_compression`, `max_activation_mb`, `space`). `cache` is a file of
+    evaluations. It is read if it is of the same model and data, and every new evaluation is added to it, so that an
+    interrupted search resumes where it stopped.
 
-    A bisection over size, to 0.2 % of it, takes accuracy for falling with size. It is not, quite: so plans up to 4 %
-    smaller than the one found are tried too, and the search goes on from each that passes.
+    The search is a bisection over size, to 0.2 % of it. A bisection supposes that accuracy rises with size, which is
+    not always so: plans up to 4 % smaller than the one found are tried too, and the search continues from each that
+    passes.
 
     Raises `BudgetError` without any of the two limits, for rules that limit size, BOPs or latency, and where even the
     largest plan loses more.
     """
-    rules = rules | {"max_accuracy_drop": max_drop, "max_loss_increase": max_loss_increase}
+    rules = rules | {"max_accuracy_drop": max_accuracy_drop, "max_loss_increase": max_loss_increase}
     if unknown := rules.keys() - {field.name for field in fields(PlanSettings)}:
         raise BudgetError(f"solve_by_accuracy has no rule {', '.join(sorted(unknown))}")
     request = PlanSettings(**rules)
     if not request.by_accuracy:
-        raise BudgetError("give max_drop or max_loss_increase, the most that the plan may lose")
+        raise BudgetError("give max_accuracy_drop or max_loss_increase, the most that the plan may lose")
     check(request)
     front = frontier(
         sensitivity,
@@ -155,7 +157,7 @@ def solve_by_accuracy(
         if index not in steps:
             steps[index] = evaluator.of(front[index])
         found = steps[index]
-        return (max_drop is None or found.metric >= base.float_metric - max_drop) and (
+        return (max_accuracy_drop is None or found.metric >= base.float_metric - max_accuracy_drop) and (
             max_loss_increase is None or found.loss <= base.float_loss + max_loss_increase
         )
 

@@ -641,10 +641,10 @@ class Run:
             setup.task,
             setup.calibration,
             setup.evaluation,
-            settings.max_accuracy_drop,
-            settings.max_loss_increase,
-            self.path / "evaluations.json",
-            self._progress,
+            max_accuracy_drop=settings.max_accuracy_drop,
+            max_loss_increase=settings.max_loss_increase,
+            cache=self.path / "evaluations.json",
+            progress=self._progress,
             **settings.keywords(),
         )
         self._say(f"plan: {search}")
