@@ -74,7 +74,7 @@ def test_one_plan_alone() -> None:
 
 def test_the_plan_keeps_to_the_drop_and_is_what_was_evaluated(case) -> None:
     setup, _ = case
-    found = search(case, max_drop=2.0)
+    found = search(case, max_accuracy_drop=2.0)
     assert found.found.metric >= found.float_metric - 2.0
     assert found.plan.weight_bits == found.found.weight_bits
     assert found.plan.activation_bits == found.found.activation_bits
@@ -91,14 +91,14 @@ def test_the_plan_keeps_to_the_drop_and_is_what_was_evaluated(case) -> None:
 def test_loss_alone_and_both_together(case) -> None:
     loose = search(case, max_loss_increase=0.3)
     assert loose.found.loss <= loose.float_loss + 0.3
-    both = search(case, max_loss_increase=0.3, max_drop=1.0)
+    both = search(case, max_loss_increase=0.3, max_accuracy_drop=1.0)
     assert both.found.loss <= both.float_loss + 0.3
     assert both.found.metric >= both.float_metric - 1.0
     assert both.plan.size_bytes >= loose.plan.size_bytes
 
 
 def test_rules_hold(case) -> None:
-    found = search(case, max_drop=30.0, fixed_bits={"0": 8}, min_bits={"6": 3})
+    found = search(case, max_accuracy_drop=30.0, fixed_bits={"0": 8}, min_bits={"6": 3})
     assert all(step.weight_bits["0"] == 8 and step.weight_bits["6"] >= 3 for step in found.steps)
 
 
@@ -113,7 +113,7 @@ def test_evaluations_are_kept_and_not_repeated(case, tmp_path, monkeypatch) -> N
         return quantize(model, plan, *rest)
 
     monkeypatch.setattr(accuracy, "quantize", counted)
-    first = search(case, max_drop=2.0, cache=cache)
+    first = search(case, max_accuracy_drop=2.0, cache=cache)
     saved = tq.Evaluations.load(cache)
     assert len(calls) == len(first.steps) == len(saved.plans)
     assert saved.float_metric == first.float_metric
@@ -129,10 +129,10 @@ def test_evaluations_are_kept_and_not_repeated(case, tmp_path, monkeypatch) -> N
                 evaluate(self, model, batches, *rest),
             )[1],
         )
-        assert search(case, max_drop=2.0, cache=cache) == first
+        assert search(case, max_accuracy_drop=2.0, cache=cache) == first
     assert not calls
     assert evaluated == [(setup.model, 1)]  # one batch, to see that metric and loss are still the same
-    search(case, max_drop=1.0, cache=cache)
+    search(case, max_accuracy_drop=1.0, cache=cache)
     assert len(tq.Evaluations.load(cache).plans) == len(saved.plans) + len(calls)
     # Other data: nothing of it is believed.
     calls.clear()
@@ -179,17 +179,17 @@ def test_an_interrupted_search_goes_on(case, tmp_path, monkeypatch) -> None:
 
     monkeypatch.setattr(accuracy, "quantize", power_cut)
     with pytest.raises(KeyboardInterrupt):
-        search(case, max_drop=2.0, cache=cache)
+        search(case, max_accuracy_drop=2.0, cache=cache)
     assert len(tq.Evaluations.load(cache).plans) == 2
-    resumed = search(case, max_drop=2.0, cache=cache)
+    resumed = search(case, max_accuracy_drop=2.0, cache=cache)
     assert calls == 1 + len(resumed.steps)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "give max_drop"),
-        ({"max_drop": -1.0}, "max_accuracy_drop must be a number from 0, got -1"),
+        ({}, "give max_accuracy_drop"),
+        ({"max_accuracy_drop": -1.0}, "max_accuracy_drop must be a number from 0, got -1"),
         ({"max_loss_increase": float("nan")}, "max_loss_increase must be a number"),
         ({"max_drop": 1.0, "max_size_mib": 2.0}, "max_size_mib besides"),
         ({"max_drop": 1.0, "method": "pareto"}, "walks the exact frontier"),

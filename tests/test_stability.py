@@ -63,7 +63,7 @@ ERRORS = {2: 1.0, 4: 0.1}
 
 
 def stable(values: dict[str, tuple[float, ...]], share: float, settings: PlanSettings | None = SETTINGS) -> bool:
-    return is_stable(made_of(values), dict.fromkeys(values, ERRORS), WeightGrid(), settings, share)
+    return is_stable(made_of(values), dict.fromkeys(values, ERRORS), WeightGrid(), settings=settings, share=share)
 
 
 def test_the_rule_compares_the_least_stable_layer_with_the_share() -> None:

@@ -93,7 +93,7 @@ def _allowed(kind: str, offered: dict[str, dict[int, float]], rules: Iterable[_R
             if not bits:
                 raise BudgetError(
                     f"{rule} of {pattern!r} leaves {kind} {name} no bit width: it has the choice of"
-                    f" {list(left[name])}; allow one of them, or measure others (--bits, --activation-bits)"
+                    f" {list(left[name])}; allow one of them, or measure other bits"
                 )
             left[name] = bits
     return left
@@ -111,9 +111,9 @@ def _within_peak(
         largest = max(points.activations, key=lambda point: point.numel * least.get(point.name, cost.FLOAT_BITS))
         raise BudgetError(
             f"no plan fits the budget, activations of at most {megabytes:g} MB: the input of {largest.name} has"
-            f" {largest.numel:,.0f} elements and needs {rounded_up(peak / MIB, 6):.6f} MB at"
+            f" {largest.numel:,.0f} elements and needs {rounded_up(peak / MIB, 6):.6f} MiB at"
             f" {least.get(largest.name, cost.FLOAT_BITS)} bits, its fewest; ask for that or more room, or offer fewer"
-            " bits (--activation-bits)"
+            " bits (activation_bits)"
         )
     numel = {name: points.activation_by_name[name].numel for name in offered}
     return {name: tuple(b for b in bits if numel[name] * b / 8 <= limit) for name, bits in offered.items()}

@@ -174,7 +174,7 @@ def _solve(problem: Problem) -> Solution | None:
         if found is None and not finished:
             raise BudgetError(
                 f"no plan within these limits was found in {TIME_LIMIT_S:g} s, nor proven impossible; give fewer"
-                " limits, or offer fewer bits (--bits, --activation-bits)"
+                " limits, or allow fewer bits (allowed_bits, allowed_activation_bits)"
             )
         whole = bool(core.all())
         if found is None:

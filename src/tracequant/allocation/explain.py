@@ -100,7 +100,7 @@ def exchange_rates(plan: BitPlan) -> list[str]:
 
 
 class _Steps:
-    """What a step to the next bit width would cost and gain, beside what the plan pays elsewhere."""
+    """What a step to the next bit width would cost and gain, and what the plan pays for that elsewhere."""
 
     def __init__(self, sensitivity: Sensitivity, plan: BitPlan, latency: Latency) -> None:
         self._sensitivity, self._plan, self._latency = sensitivity, plan, latency
@@ -119,17 +119,23 @@ class _Steps:
         } & self._plan.activation_bits.keys()
         for num_bits in (fewer, more):
             if num_bits is not None:
-                sentences.append(self._step("", num_bits, now, group, shared))
+                sentences.append(self._step(num_bits, now, weights=group, activations=shared))
         name = layer.activation or ""
         if not self._sensitivity.same_bits and name in self._plan.activation_bits:
             now = self._plan.activation_bits[name]
             _, more = neighbours(self._sensitivity.activation_omega[name], now)
             if more is not None:
-                sentences.append(self._step("input: ", more, now, (), {name}))
+                sentences.append(self._step(more, now, activations={name}, prefix="input: "))
         return sentences
 
     def _step(
-        self, prefix: str, num_bits: int, now: int, weights: Collection[str], activations: Collection[str]
+        self,
+        num_bits: int,
+        now: int,
+        *,
+        weights: Collection[str] = (),
+        activations: Collection[str] = (),
+        prefix: str = "",
     ) -> str:
         """The step from `now` to `num_bits` of some weights and activations, in words."""
         plan, table = self._plan, self._sensitivity

@@ -214,7 +214,7 @@ def _reader(latency: Latency) -> Callable[[Layer, int, int], float]:
     if not latency:
         raise BudgetError(
             "a latency limit needs a table of milliseconds by layer, weight bits and activation bits: latency="
-            "tq.read_latency(file), --latency FILE, or a sensitivity table that has latencies"
+            "tq.read_latency(file), or a sensitivity table that has latencies"
         )
 
     def read(layer: Layer, weight_bits: int, input_bits: int) -> float:
@@ -229,7 +229,7 @@ def _reader(latency: Latency) -> Callable[[Layer, int, int], float]:
         wanted = "an input in float (32 bits)" if input_bits == cost.FLOAT_BITS else f"an input of {input_bits} bits"
         raise BudgetError(
             f"the latency table has no entry for layer {layer.name} at {weight_bits} weight bits with {wanted}; it has"
-            f" {have}. Add the entry, or allow fewer bits (--allow, --allow-activation)"
+            f" {have}. Add the entry, or allow fewer bits (allowed_bits, allowed_activation_bits)"
         )
 
     return read

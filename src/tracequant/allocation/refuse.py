@@ -30,7 +30,7 @@ def refuse_too_large(problems: Sequence[Problem]) -> None:
     asked = ", ".join(limit.asked for limit, _ in limits)
     raise BudgetError(
         f"the budget, {asked}, is above the largest plan: with every layer at its most bits of"
-        f" {offered_bits(limits[0][1])} it needs {needs}; ask for less, or offer more bits (--bits)"
+        f" {offered_bits(limits[0][1])} it needs {needs}; ask for less, or measure more bits (weight_bits)"
     )
 
 
@@ -48,14 +48,14 @@ def refuse(problem: Problem) -> NoReturn:
         if least is not None and not limit.allows(least)
     ]
     weights = any(decision.weights for decision in problem.decisions)
-    offer = "--bits" if weights else "--activation-bits"
+    offer = "weight_bits" if weights else "activation_bits"
     if broken:
         asked = ", ".join(limit.asked for limit, _ in broken)
         reached = ", ".join(limit.say(least) for limit, least in broken)
         kept = "" if weights else " (the model's input keeps 8)"
         raise BudgetError(
             f"no plan fits the budget, {asked}: with the fewest bits of {offered_bits(problem)}{kept} the nearest is"
-            f" {reached}; ask for that or more room, or offer fewer bits ({offer})"
+            f" {reached}; ask for that or more room, or measure fewer bits ({offer})"
         )
     ways = []
     for limit in problem.limits:

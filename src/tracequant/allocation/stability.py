@@ -26,6 +26,7 @@ def is_stable(
     curvature: Curvature,
     weight_errors: dict[str, dict[int, float]],
     weight_grid: WeightGrid,
+    *,
     settings: PlanSettings | None,
     share: float,
 ) -> bool:

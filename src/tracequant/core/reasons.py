@@ -30,8 +30,9 @@ def short_reasons(
                 steps.append(f"{_change(change)} at {in_bits(num_bits)}")
         for name in unit:
             parts = [(notes or {}).get(name, ""), f"trace {ordinal(ranks[name])} of {len(ranks)}"]
-            if len(unit) > 1:
-                parts.append(f"tied to {', '.join(other for other in unit if other != name)}")
+            others = [other for other in unit if other != name]
+            if others:
+                parts.append(f"tied to {others[0] if len(others) == 1 else f'{len(others)} others'}")
             if steps:
                 parts.append(f"Ω {', '.join(steps)}")
             found[name] = "; ".join(part for part in parts if part)

@@ -45,6 +45,7 @@ class Evaluator:
         task: Task,
         *,
         evaluation: Batches,
+        *,
         cache: str | Path | None = None,
         progress: bool = False,
     ) -> None:
@@ -146,7 +147,7 @@ def solve_by_accuracy(
         if index not in steps:
             steps[index] = evaluator.of(front[index])
         found = steps[index]
-        return (max_drop is None or found.metric >= base.float_metric - max_drop) and (
+        return (max_accuracy_drop is None or found.metric >= base.float_metric - max_accuracy_drop) and (
             max_loss_increase is None or found.loss <= base.float_loss + max_loss_increase
         )
 
