@@ -1,8 +1,8 @@
 """Going through the batches for an estimator: shared out to processes, saved when done, cut where memory is short.
 
-An estimator measures one batch at a time and says at the end what all of it means; whatever concerns the run as a whole
-is here. Random vectors depend on the seed and the number of batch and draw alone, so that a result is the same however
-the work was divided, and one that was interrupted goes on to the same numbers.
+An estimator measures one batch at a time, and summarizes all batches at the end. Everything that concerns the run as a
+whole is here. Random vectors depend only on the seed and on the numbers of batch and draw. So a result is the same
+however the work was divided, and an interrupted measurement continues to the same numbers.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def collect(
 ) -> Result:
     """The estimator's result over all batches, or over those up to the one after which `stop` is content.
 
-    `checkpoint` is a folder in which every finished batch is saved, and from which a later call goes on. With several
+    `checkpoint` is a folder in which every finished batch is saved, and from which a later call continues. With several
     processes each measures a share of the batches, of the draws where there are fewer batches than processes, and all
     get the whole result; `stop` is then asked after every round of them. A batch that does not fit into memory is
     measured in pieces. The model is left as it was.

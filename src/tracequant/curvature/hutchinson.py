@@ -5,7 +5,7 @@ For a random z with E[z zᵀ] = I the trace of a symmetric H is E[zᵀHz] (Eq. 6
 the Hessian is the exact one.
 
 Weights: H is the block of one layer. A *shared* probe draws z for all layers at once and reads z_iᵀ(Hz)_i; that costs
-one product for all layers but adds the variance Σ_j ‖H_ij‖_F² of the blocks beside the diagonal to the layer's own
+one product for all layers but adds the variance Σ_j ‖H_ij‖_F² of the off-diagonal blocks to the layer's own
 2‖offdiag H_ii‖_F² (Rademacher) or 2‖H_ii‖_F² (Gaussian). A probe *per layer* has its own variance only.
 
 Activations (Eq. 8-9): samples do not interact, so the Hessian with respect to the activations of a batch is block
@@ -51,7 +51,7 @@ _Product = Callable[[str, dict[str, list[Tensor]]], dict[str, list[Tensor]]]
 _Families = dict[str, dict[str, list[Tensor]]]
 
 DEFAULT_DRAWS = 16
-# With `relative_error`: the most draws for each batch unless told otherwise, and the fewest that tell their own spread.
+# With `relative_error`: the default of the most draws for each batch, and the fewest whose spread is worth believing.
 MOST_DRAWS, LEAST_DRAWS = 1000, 8
 
 
@@ -79,7 +79,7 @@ def hutchinson(
 
     `draws` is 16 by default. With `relative_error` a layer is probed until its `standard_error` is below that share of
     its trace, at most `draws` times a batch (default 1,000). `checkpoint`, `stop` and `precision` are those of
-    `collect`. The model is given back as it came.
+    `collect`. The model is left as it was.
 
     Raises `ModelError` naming layers that the loss does not depend on, or the layer that has no second derivative.
     """
@@ -90,9 +90,22 @@ def hutchinson(
     except TypeError:
         count = 1
     target = None if relative_error is None else relative_error * math.sqrt(count)
-    estimator = _Hutchinson(model, task, points, draws, seed, probes, distribution, weights, activations, target)
+    estimator = _Hutchinson(
+        model,
+        task,
+        points,
+        draws=draws,
+        seed=seed,
+        probes=probes,
+        distribution=distribution,
+        weights=weights,
+        activations=activations,
+        target=target,
+    )
     with double_backward():
-        result = collect(estimator, model, batches, task, checkpoint, stop, precision, progress)
+        result = collect(
+            estimator, model, batches, task, checkpoint=checkpoint, stop=stop, precision=precision, progress=progress
+        )
     if relative_error is not None:
         warn_of_error(
             result,
@@ -112,6 +125,7 @@ class _Hutchinson:
         model: nn.Module,
         task: Task,
         points: QuantizationPoints,
+        *,
         draws: int,
         seed: int,
         probes: Probes,
