@@ -1,8 +1,8 @@
 """Going through the batches for an estimator: shared out to processes, saved when done, cut where memory is short.
 
-An estimator measures one batch at a time and says at the end what all of it means; whatever concerns the run as a whole
-is here. Random vectors depend on the seed and the number of batch and draw alone, so that a result is the same however
-the work was divided, and one that was interrupted goes on to the same numbers.
+An estimator measures one batch at a time, and summarizes all batches at the end. Everything that concerns the run as a
+whole is here. Random vectors depend only on the seed and on the numbers of batch and draw. So a result is the same
+however the work was divided, and an interrupted measurement continues to the same numbers.
 """
 
 from __future__ import annotations

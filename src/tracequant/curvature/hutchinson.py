@@ -5,7 +5,7 @@ For a random z with E[z zᵀ] = I the trace of a symmetric H is E[zᵀHz] (Eq. 6
 the Hessian is the exact one.
 
 Weights: H is the block of one layer. A *shared* probe draws z for all layers at once and reads z_iᵀ(Hz)_i; that costs
-one product for all layers but adds the variance Σ_j ‖H_ij‖_F² of the blocks beside the diagonal to the layer's own
+one product for all layers but adds the variance Σ_j ‖H_ij‖_F² of the off-diagonal blocks to the layer's own
 2‖offdiag H_ii‖_F² (Rademacher) or 2‖H_ii‖_F² (Gaussian). A probe *per layer* has its own variance only.
 
 Activations (Eq. 8-9): samples do not interact, so the Hessian with respect to the activations of a batch is block

@@ -148,8 +148,8 @@ def spectral_density(
         for draw in track(range(num_probes), "Density", progress):
             random = generator(seed, draw, device=model_device(model))
             start = draw_probe(like, "gaussian", random)
-            diagonal, beside = _tridiagonal(operator, start, min(steps, len(like)))
-            values, vectors = _eigen(diagonal, beside)
+            diagonal, off_diagonal = _tridiagonal(operator, start, min(steps, len(like)))
+            values, vectors = _eigen(diagonal, off_diagonal)
             nodes.append(tuple(values.tolist()))
             weights.append(tuple((vectors[0] ** 2).tolist()))
     return Density(layer, len(like), tuple(nodes), tuple(weights))
@@ -191,7 +191,7 @@ def _blocks(
 
 
 def _lanczos(operator: _Operator, start: Tensor, steps: int) -> Iterator[tuple[float, float, Tensor]]:
-    """Yield T's next entry on the diagonal and beside it, and the vectors so far, in rows.
+    """Yield T's next entry on the diagonal and the one next to the diagonal, and the vectors so far, in rows.
 
     Ends early where the start's subspace is exhausted.
     """
@@ -207,23 +207,23 @@ def _lanczos(operator: _Operator, start: Tensor, steps: int) -> Iterator[tuple[f
         # large eigenvalues again and again.
         for _ in range(2):
             image = image - basis.mT @ (basis @ image)
-        beside = float(image.norm())
-        size = max(size, abs(diagonal), beside)
-        exhausted = beside <= 10 * torch.finfo(vector.dtype).eps * size
-        yield diagonal, 0.0 if exhausted else beside, basis
+        off_diagonal = float(image.norm())
+        size = max(size, abs(diagonal), off_diagonal)
+        exhausted = off_diagonal <= 10 * torch.finfo(vector.dtype).eps * size
+        yield diagonal, 0.0 if exhausted else off_diagonal, basis
         if exhausted:
             return
-        vector = image / beside
+        vector = image / off_diagonal
 
 
 def _tridiagonal(operator: _Operator, start: Tensor, steps: int) -> tuple[list[float], list[float]]:
     entries = list(_lanczos(operator, start, steps))
-    return [diagonal for diagonal, _, _ in entries], [beside for _, beside, _ in entries]
+    return [diagonal for diagonal, _, _ in entries], [off_diagonal for _, off_diagonal, _ in entries]
 
 
-def _eigen(diagonal: list[float], beside: list[float]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _eigen(diagonal: list[float], off_diagonal: list[float]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Eigenvalues and eigenvectors (columns) of the tridiagonal matrix."""
-    inner = np.array(beside[: len(diagonal) - 1])
+    inner = np.array(off_diagonal[: len(diagonal) - 1])
     values, vectors = np.linalg.eigh(np.diag(diagonal) + np.diag(inner, 1) + np.diag(inner, -1))
     return values, vectors
 

@@ -20,7 +20,7 @@ from tracequant.model.task import Task, forward
 
 
 class Store:
-    """Finished parts in a folder, one file each, under a name that tells their settings."""
+    """Finished parts in a folder, one file each, under a name that depends on their settings."""
 
     def __init__(self, folder: str | Path | None, settings: dict[str, Any]) -> None:
         self._parent = None if folder is None else Path(folder)
