@@ -82,7 +82,9 @@ def main() -> None:
     methods = {
         "gauss_newton": tq.estimate_curvature(*data, estimator="gauss_newton", num_probes=arguments.draws),
         "hutchinson, per layer": tq.estimate_curvature(*data, estimator="hutchinson", num_probes=arguments.draws),
-        "hutchinson, shared": tq.estimate_curvature(*data, estimator="hutchinson", num_probes=arguments.draws, probe_scope="shared"),
+        "hutchinson, shared": tq.estimate_curvature(
+            *data, estimator="hutchinson", num_probes=arguments.draws, probe_scope="shared"
+        ),
     }
     for family in ("weights", "activations"):
         curves[f"draws, {family}"] = {

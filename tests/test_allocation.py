@@ -74,7 +74,7 @@ def make_sensitivity(
         activation_errors=activation_errors,
         average_traces=traces,
         weight_grid=grid or WeightGrid(),
-        metric="trace",
+        criterion="trace",
     )
 
 
@@ -412,7 +412,7 @@ def test_uniform_plan_has_the_same_bits_everywhere() -> None:
         check_plan(sensitivity, plan)
         assert set(plan.weight_bits.values()) == {num_bits}
         assert plan.average_bits == num_bits
-        assert plan.method == "uniform"
+        assert plan.estimator == "uniform"
     with pytest.raises(BudgetError, match=re.escape("measured at [2, 3, 4, 8] bits, not at 5")):
         tq.uniform_plan(sensitivity, 5)
 
@@ -420,7 +420,7 @@ def test_uniform_plan_has_the_same_bits_everywhere() -> None:
 def test_plan_says_what_it_is() -> None:
     plan = tq.solve(make_sensitivity(), average_bits=4)
     assert plan.budget == "at most 4 bits on average"
-    assert "full" in plan.method
+    assert "full" in plan.estimator
     assert "bits on average" in plan.summary
     assert "MB" in plan.summary
 
@@ -493,8 +493,8 @@ def test_an_edited_plan_is_priced_anew() -> None:
     assert edited.activation_bits == plan.activation_bits | {"block4.fc": 4}
     check_plan(sensitivity, edited)
     raw = dataclasses.replace(plan, weight_bits=edited.weight_bits, activation_bits=edited.activation_bits)
-    assert edited == dataclasses.replace(reprice(sensitivity, raw), method="edited", bound=None, prices={})
-    assert (edited.method, edited.bound, edited.gap, edited.prices) == ("edited", None, None, {})
+    assert edited == dataclasses.replace(reprice(sensitivity, raw), estimator="edited", bound=None, prices={})
+    assert (edited.estimator, edited.bound, edited.gap, edited.prices) == ("edited", None, None, {})
     assert edited.budget == plan.budget
     assert [name for name, why in edited.reasons.items() if why.startswith("edited; ")] == ["block1.fc", "block2.fc"]
     everything = plan.with_bits({"*": 4}, sensitivity)

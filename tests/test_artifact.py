@@ -28,7 +28,7 @@ CURVATURE = Curvature(
     points=POINTS,
     weights={"conv": ESTIMATE, "embedding": dataclasses.replace(ESTIMATE, standard_error=5e-324)},
     activations={"conv": ESTIMATE},
-    method="hutchinson",
+    estimator="hutchinson",
     reason="Ω, “quoted” \n and over two lines",
     seed=2**40,
     samples=7,
@@ -42,7 +42,7 @@ SENSITIVITY = Sensitivity(
     activation_errors={"conv": {8: 0.125}},
     average_traces={"conv": 0.7, "embedding": -0.7},
     weight_grid=WeightGrid(per_channel=False, symmetric=False, range="percentile"),
-    metric="l2",
+    criterion="l2",
 )
 PLAN = BitPlan(
     weight_bits={"conv": 2, "embedding": 8},
@@ -54,7 +54,7 @@ PLAN = BitPlan(
     activation_omega=0.0,
     weight_grid=WeightGrid(),
     fingerprint=POINTS.fingerprint,
-    method="exact",
+    estimator="exact",
     budget="max_size_mib=0.01",
 )
 EVALUATION = Evaluation("accuracy %", 200 / 3, math.inf, 3)

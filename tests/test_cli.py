@@ -14,10 +14,10 @@ import torch
 
 import tiny_task
 import tracequant as tq
-from tracequant import cli
+from tracequant.cli import app as cli
 from tracequant.core import cost
 from tracequant.core.settings import FinetuneSettings
-from tracequant.run import Run
+from tracequant.run.directory import RunDirectory
 
 TASK = f"{Path(tiny_task.__file__)}:build"
 ANALYZE = ("--task", TASK, "--num-probes", "2", "--no-eigenvalues", "--activation-bits", "4")
@@ -82,7 +82,7 @@ def test_another_budget_keeps_the_analysis(copy: Path, capsys: pytest.CaptureFix
     after = modified(copy)
     assert {name for name in before if before[name] == after[name]} >= {"curvature.json", "sensitivity.json"}
     assert after["model.safetensors"] != before["model.safetensors"]
-    assert Run(copy).plan().average_bits <= 2.5
+    assert RunDirectory(copy).plan().average_bits <= 2.5
 
 
 def test_stages_one_by_one_equal_run(finished: Path, tmp_path: Path) -> None:
@@ -103,9 +103,9 @@ def test_evaluate_in_a_fresh_process_gives_the_reported_accuracy(finished: Path)
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(program, check=True, capture_output=True, text=True, env=environment)
     row = json.loads(done.stdout)
-    packed = Run(finished).pack_result()
+    packed = RunDirectory(finished).pack_result()
     assert (row["metric"], row["loss"]) == (packed.evaluation.metric, packed.evaluation.loss)
-    assert row["metric"] == Run(finished).finetune_outcome().mixed.metric
+    assert row["metric"] == RunDirectory(finished).finetune_outcome().mixed.metric
     assert row["size_bytes"] == packed.promised_bytes == packed.file_bytes
 
 
@@ -124,8 +124,8 @@ def test_plan_answers_without_torch_and_leaves_a_quantized_run_alone(finished: P
 
 def test_apply_replaces_the_plan_and_makes_later_stages_stale(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert invoke("plan", copy, "--compression", "12", "--apply", "-q") == 0
-    assert Run(copy).plan().compression >= 12
-    assert not Run(copy).done("quantize")
+    assert RunDirectory(copy).plan().compression >= 12
+    assert not RunDirectory(copy).done("quantize")
     assert invoke("pack", copy, "-q") == 2
     assert "tracequant quantize" in capsys.readouterr().err
 
@@ -134,7 +134,7 @@ def test_latency_table_of_a_run(copy: Path) -> None:
     """Measured, kept, and taken by a plan."""
     pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")
     assert invoke("latency", copy, "--repeats", "2", "-q") == 0
-    table, layers = tq.read_latency(copy / "latency.csv"), Run(copy).sensitivity().points.by_name
+    table, layers = tq.read_latency(copy / "latency.csv"), RunDirectory(copy).sensitivity().points.by_name
     assert set(table) == set(layers)
     before = (copy / "latency.json").read_bytes()
     assert invoke("latency", copy, "--repeats", "2", "--out", copy / "again.csv", "-q") == 0
@@ -149,7 +149,7 @@ def test_latency_table_of_a_run(copy: Path) -> None:
 
 def test_latency_and_rules_are_kept_with_the_plan(copy: Path, tmp_path: Path) -> None:
     """The table's numbers become part of the run, so that its file may go."""
-    sensitivity = Run(copy).sensitivity()
+    sensitivity = RunDirectory(copy).sensitivity()
     table = tmp_path / "latency.csv"
     rows = [
         f"{layer.name},{w},{a},{layer.macs * w * a / 1e9}"
@@ -167,7 +167,7 @@ def test_latency_and_rules_are_kept_with_the_plan(copy: Path, tmp_path: Path) ->
     options = ("--max-latency-ms", limit, "--latency", table, "--max-bops-g", limit, "--fixed-bits", f"{name}=8")
     assert invoke("plan", copy, *options, "--apply", "-q") == 0
     table.unlink()
-    run = Run(copy)
+    run = RunDirectory(copy)
     assert run.done("plan")
     plan, settings = run.plan(), run.settings().plan
     assert settings is not None
@@ -182,21 +182,21 @@ def test_latency_and_rules_are_kept_with_the_plan(copy: Path, tmp_path: Path) ->
 
 
 def test_plan_edited_by_hand_is_followed(copy: Path) -> None:
-    plan = Run(copy).plan()
+    plan = RunDirectory(copy).plan()
     bits = {name: 8 if name == "0" else 2 for name in plan.weight_bits}
     dataclasses.replace(plan, weight_bits=bits).save(copy / "plan.json")
-    assert not Run(copy).done("quantize")
+    assert not RunDirectory(copy).done("quantize")
     assert invoke("quantize", copy, "-q") == 0
-    edited = Run(copy).plan()
+    edited = RunDirectory(copy).plan()
     assert edited.weight_bits == bits
-    assert edited.method == "edited"
-    assert edited.size_bytes == Run(copy).quantize_result().mixed.size_bytes != plan.size_bytes
+    assert edited.estimator == "edited"
+    assert edited.size_bytes == RunDirectory(copy).quantize_result().mixed.size_bytes != plan.size_bytes
     dataclasses.replace(plan, weight_bits=dict.fromkeys(bits, 5)).save(copy / "plan.json")
     assert invoke("quantize", copy, "-q") == 2
 
 
 def test_plan_knows_the_plan_that_the_run_is_quantized_by(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = Run(copy)
+    run = RunDirectory(copy)
     assert run.done("quantize")
     assert invoke("plan", copy, "--average-bits", "3") == 0
     own = capsys.readouterr().err
@@ -207,10 +207,10 @@ def test_plan_knows_the_plan_that_the_run_is_quantized_by(copy: Path, capsys: py
 
 
 def test_apply_replaces_an_edited_plan(copy: Path) -> None:
-    plan = Run(copy).plan()
+    plan = RunDirectory(copy).plan()
     dataclasses.replace(plan, weight_bits=dict.fromkeys(plan.weight_bits, 8)).save(copy / "plan.json")
     assert invoke("plan", copy, "--average-bits", "3", "--apply", "-q") == 0
-    assert Run(copy).plan() == plan
+    assert RunDirectory(copy).plan() == plan
 
 
 def test_a_stage_that_was_cut_off_is_not_finished(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,13 +222,13 @@ def test_a_stage_that_was_cut_off_is_not_finished(copy: Path, monkeypatch: pytes
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "_evaluate", power_cut)
+        patch.setattr(RunDirectory, "_evaluate", power_cut)
         assert invoke(*other, "--out", copy) == 130
     assert (copy / "model.safetensors").read_bytes() != product
-    assert not Run(copy).done("pack")
+    assert not RunDirectory(copy).done("pack")
     assert invoke(*STAGED, "--out", copy) == 0
     assert (copy / "model.safetensors").read_bytes() == product
-    assert Run(copy).pack_result().file_bytes == len(product)
+    assert RunDirectory(copy).pack_result().file_bytes == len(product)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_a_budget_that_cannot_be_met_leaves_the_run_as_it_was(copy: Path) -> Non
     before = modified(copy)
     assert invoke(*[a if a != "3" else "1" for a in STAGED], "--out", copy) == 2
     assert modified(copy) == before
-    assert all(Run(copy).done(stage) for stage in ("plan", "quantize", "finetune", "pack", "report"))
+    assert all(RunDirectory(copy).done(stage) for stage in ("plan", "quantize", "finetune", "pack", "report"))
 
 
 @pytest.mark.parametrize("option", [("--weights", "x.safetensors"), ("--device", "nonsense"), ("--batch-size", "5")])
@@ -254,7 +254,7 @@ def test_a_refused_option_leaves_the_run_as_it_was(option: tuple[str, str], copy
     assert invoke(*STAGED, *option, "--out", copy) == 2
     assert (copy / "settings.json").read_text() == settings
     assert invoke("plan", copy, "--average-bits", "2.5", "-q") == 0
-    assert Run(copy).done("pack")
+    assert RunDirectory(copy).done("pack")
 
 
 def test_a_path_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -265,7 +265,7 @@ def test_a_path_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_pack_refuses_while_fine_tuning_is_unfinished(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     product = (copy / "model.safetensors").read_bytes()
-    Run(copy).ask(dataclasses.replace(Run(copy).settings(), finetune=FinetuneSettings(steps=7)))
+    RunDirectory(copy).ask(dataclasses.replace(RunDirectory(copy).settings(), finetune=FinetuneSettings(steps=7)))
     assert invoke("pack", copy, "-q") == 2
     assert "is not finished" in capsys.readouterr().err
     assert (copy / "model.safetensors").read_bytes() == product
@@ -282,7 +282,7 @@ def test_without_fine_tuning(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_every_method(method: str, tmp_path: Path) -> None:
     path = tmp_path / "run"
     assert invoke("analyze", *ANALYZE, "--estimator", method, "--out", path, "-q") == 0
-    assert Run(path).curvature().method == ("gauss_newton" if method == "auto" else method)
+    assert RunDirectory(path).curvature().estimator == ("gauss_newton" if method == "auto" else method)
 
 
 def test_a_run_can_be_gone_on_with_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -449,7 +449,7 @@ def test_report_is_self_contained(finished: Path) -> None:
     for name in ("layers", "frontier", "activations", "accuracy", "loss"):
         assert (finished / "figures" / f"{name}.png").stat().st_size > 5_000
         assert (finished / "figures" / f"{name}.svg").exists()
-    packed = Run(finished).pack_result()
+    packed = RunDirectory(finished).pack_result()
     for text in (
         f"{packed.promised_bytes:,}",
         f"{packed.evaluation.metric:.2f}",
@@ -483,7 +483,7 @@ def analyzed(path: Path, *options: str) -> tq.Curvature:
         "    return tq.TaskSetup(setup.model, setup.task, batches, setup.train, setup.evaluation)\n"
     )
     assert invoke("analyze", *arguments) == 0
-    return Run(path / "run").curvature()
+    return RunDirectory(path / "run").curvature()
 
 
 def test_relative_error_ends_the_analysis_early(tmp_path: Path) -> None:
@@ -515,7 +515,7 @@ def test_run_stops_when_the_plan_that_is_asked_for_is_stable(tmp_path: Path, mon
     )
     assert invoke("run", *ANALYZE, *arguments) == 0
     assert [(settings.average_bits, share) for settings, share in asked] == [(2.5, 0.75)]
-    assert Run(tmp_path / "run").curvature().samples == 16
+    assert RunDirectory(tmp_path / "run").curvature().samples == 16
 
 
 def test_precision_is_passed_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -530,7 +530,7 @@ def test_precision_is_passed_on(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_inspect_shows_what_is_in_the_file(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run, file = Run(finished), finished / "model.safetensors"
+    run, file = RunDirectory(finished), finished / "model.safetensors"
     assert invoke("inspect", file, "--json") == 0
     shown = json.loads(capsys.readouterr().out)
     assert {layer["name"]: layer["bits"] for layer in shown["layers"]} == run.plan().weight_bits
@@ -561,9 +561,9 @@ def test_export_and_verify(copy: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert invoke("verify", copy, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["file_bytes"] == (copy / "model.onnx").stat().st_size
-    assert found["promised_bytes"] == Run(copy).plan().size_bytes
+    assert found["promised_bytes"] == RunDirectory(copy).plan().size_bytes
     assert found["difference"] <= 1e-5
-    assert found["metric"] == Run(copy).pack_result().evaluation.metric
+    assert found["metric"] == RunDirectory(copy).pack_result().evaluation.metric
     assert found["runtimes"][0]["equal_predictions"] >= 0.97
     assert [kernel["layer"] for kernel in found["kernels"]] == ["0", "3", "6"]
     assert invoke("verify", copy) == 0

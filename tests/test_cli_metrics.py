@@ -11,7 +11,7 @@ import pytest
 import tracequant as tq
 from test_cli import TASK, invoke, modified
 from tracequant.measure import accuracy, check
-from tracequant.run import Run
+from tracequant.run.directory import RunDirectory
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def copy(checked: Path, tmp_path: Path) -> Path:
 
 
 def test_check_leaves_its_result_and_its_figure(checked: Path, analysed: Path) -> None:
-    found = Run(checked).check_result()
+    found = RunDirectory(checked).check_result()
     assert found is not None
     assert found.samples == 20
     assert len(found.layers) == 12
@@ -50,14 +50,14 @@ def test_check_leaves_its_result_and_its_figure(checked: Path, analysed: Path) -
 
 
 def test_check_again_measures_nothing(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = Run(copy).check_result()
+    before = RunDirectory(copy).check_result()
 
     def never(*_: object) -> None:
         raise AssertionError("measured again")
 
     monkeypatch.setattr(check, "choose_weight_grid", never)
     assert invoke("check", copy, "--samples", "20", "--plans", "4", "--plan-bits", "2,3", "-q") == 0
-    assert Run(copy).check_result() == before
+    assert RunDirectory(copy).check_result() == before
 
 
 def test_plan_by_another_metric_takes_no_torch(checked: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,20 +70,20 @@ def test_plan_by_another_metric_takes_no_torch(checked: Path, capsys: pytest.Cap
         )
         done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
         plan = tq.BitPlan.from_json(json.loads(done.stdout))
-        table = Run(checked).sensitivity_by(metric)
+        table = RunDirectory(checked).sensitivity_by(metric)
         assert plan.omega == tq.solve(table, average_bits=3).omega
     (checked / "plan.json").unlink()
 
 
 def test_a_kept_plan_is_in_its_own_metric_everywhere(copy: Path) -> None:
     assert invoke("plan", copy, "--average-bits", "3", "--criterion", "first+quadratic", "--apply", "-q") == 0
-    run = Run(copy)
+    run = RunDirectory(copy)
     assert run.done("plan")
     assert run.sensitivity().metric == "first+quadratic"
-    assert run.plan().method == "exact, full space"  # repriced by the same metric, or it would count as edited
+    assert run.plan().estimator == "exact, full space"  # repriced by the same metric, or it would count as edited
     assert run.sensitivity_by(None).metric == "trace"
     assert invoke("plan", copy, "--average-bits", "3", "--apply", "-q") == 0
-    assert Run(copy).sensitivity().metric == "trace"
+    assert RunDirectory(copy).sensitivity().metric == "trace"
 
 
 def test_a_metric_that_was_not_measured_says_how_to(analysed: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,7 +96,7 @@ def test_analyze_by_an_expansion(tmp_path: Path) -> None:
     path = tmp_path / "run"
     arguments = ("--task", TASK, "--no-eigenvalues", "--activation-bits", "none", "--criterion", "first+quadratic")
     assert invoke("analyze", *arguments, "--out", path, "-q") == 0
-    run = Run(path)
+    run = RunDirectory(path)
     assert run.sensitivity().metric == "first+quadratic"
     assert run.sensitivity().weight_omega == tq.Perturbation.load(path / "perturbation.json").omega(True)
     assert run.metrics() == ["trace", "l2", "quadratic", "first+quadratic"]
@@ -105,10 +105,10 @@ def test_analyze_by_an_expansion(tmp_path: Path) -> None:
 def test_smallest_plan_by_accuracy_is_kept_reported_and_cached(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ("plan", copy, "--max-accuracy-drop", "1", "--apply", "-q")
     assert invoke(*arguments) == 0
-    run = Run(copy)
+    run = RunDirectory(copy)
     plan, evaluations = run.plan(), run.evaluations()
     assert evaluations is not None
-    assert "by evaluation" in plan.method
+    assert "by evaluation" in plan.estimator
     found = next(row for row in evaluations.plans if row.weight_bits == plan.weight_bits)
     assert found.metric >= evaluations.float_metric - 1
     assert any(row.metric < evaluations.float_metric - 1 for row in evaluations.plans)
@@ -118,7 +118,7 @@ def test_smallest_plan_by_accuracy_is_kept_reported_and_cached(copy: Path, monke
         assert invoke(*arguments) == 0
     assert modified(copy)["evaluations.json"] == before["evaluations.json"]
     assert invoke("quantize", copy, "-q") == 0
-    assert Run(copy).quantize_result().mixed.metric == found.metric
+    assert RunDirectory(copy).quantize_result().mixed.metric == found.metric
     assert invoke("report", copy, "-q") == 0
     page = (copy / "report.html").read_text()
     assert "All plans that were evaluated" in page
@@ -132,7 +132,7 @@ def test_compare_solves_and_evaluates_by_each_metric(copy: Path, capsys: pytest.
     assert invoke("compare", copy, "--average-bits", "2.5", "--criteria", "trace,l2,quadratic", "--json") == 0
     rows = json.loads(capsys.readouterr().out)
     assert list(rows) == ["trace", "l2", "quadratic"]
-    run = Run(copy)
+    run = RunDirectory(copy)
     for metric, row in rows.items():
         plan = tq.solve(run.sensitivity_by(metric), average_bits=2.5)
         assert row["plan"]["weight_bits"] == row["evaluation"]["weight_bits"] == plan.weight_bits
@@ -176,7 +176,7 @@ def test_run_by_accuracy_goes_through_all_stages(tmp_path: Path) -> None:
     )
     options = ("--max-accuracy-drop", "2", "--finetune-steps", "0", "-q")
     assert invoke(*arguments, *options) == 0
-    run = Run(path)
+    run = RunDirectory(path)
     assert run.done("pack")
     settings = run.settings().plan
     assert settings is not None

@@ -17,7 +17,7 @@ from test_cli import invoke
 from tracequant.core.errors import DataError, TaskError
 from tracequant.core.match import match_names
 from tracequant.core.settings import TaskOptions
-from tracequant.run import Run, _with_blocks
+from tracequant.run.directory import RunDirectory
 
 pytest.importorskip("torchvision", reason="the detection task's networks are torchvision's")
 
@@ -265,7 +265,7 @@ def test_from_the_command_line_to_a_detector_in_onnx(tmp_path: Path, capsys: pyt
     ]
     recipe = ["--ties", "blocks", "--num-probes", 1, "--no-eigenvalues", "--finetune-steps", 2, "--batchnorm", "freeze"]
     assert invoke("run", *asked, *limits, *recipe, "--out", run, "-q") == 0
-    made = Run(run)
+    made = RunDirectory(run)
     plan, setup = made.plan(), made.setup()
     assert plan.compression >= 7
     assert made.pack_result().file_bytes == plan.size_bytes

@@ -36,10 +36,11 @@ from models import (
     tied_net,
     token_batch,
 )
-from tracequant import ClassificationTask, Curvature, DataError, ModelError, ResourceError, Task, cli
+from tracequant import ClassificationTask, Curvature, DataError, ModelError, ResourceError, Task
+from tracequant.cli import app as cli
 from tracequant.curvature.batch_loop import MEMORY_SHARE
 from tracequant.curvature.gauss_newton import LEAST_SAMPLES, _GaussNewton
-from tracequant.curvature.hutchinson import LEAST_DRAWS, _Hutchinson
+from tracequant.curvature.hutchinson import LEAST_PROBES, _Hutchinson
 from tracequant.model import device, memory
 from tracequant.model.batches import join
 from tracequant.model.digest import digest
@@ -365,7 +366,7 @@ batch = torch.randn(128, 1024, 8), torch.randint(0, 5, (128,))
 task = tq.ClassificationTask(forward=lambda model, x: model(x).mean(1))
 
 def measure():
-    return tq.estimate_curvature(model, [batch], task, method="gauss_newton", draws=1, seed=1, points=points)
+    return tq.estimate_curvature(model, [batch], task, estimator="gauss_newton", num_probes=1, seed=1, points=points)
 
 points = tq.discover(model, [batch], task)
 whole = measure()
@@ -633,12 +634,12 @@ def test_hutchinson_draws_as_often_as_a_layer_needs() -> None:
     found = tq.estimate_curvature(model, batches, TASK, estimator="hutchinson", relative_error=target)
     estimates = [*found.weights.values(), *found.activations.values()]
     assert all(estimate.standard_error <= target * abs(estimate.trace) for estimate in estimates)
-    draws = [estimate.draws for estimate in estimates]
-    assert min(draws) == LEAST_DRAWS
+    draws = [estimate.num_probes for estimate in estimates]
+    assert min(draws) == LEAST_PROBES
     assert 100 < max(draws) < 1000
     looser = tq.estimate_curvature(model, batches, TASK, estimator="hutchinson", relative_error=2 * target)
-    assert max(draws) > 2 * max(e.draws for e in [*looser.weights.values(), *looser.activations.values()])
-    fixed = tq.estimate_curvature(model, batches, TASK, num_probes=LEAST_DRAWS, estimator="hutchinson")
+    assert max(draws) > 2 * max(e.num_probes for e in [*looser.weights.values(), *looser.activations.values()])
+    fixed = tq.estimate_curvature(model, batches, TASK, num_probes=LEAST_PROBES, estimator="hutchinson")
     free = tq.estimate_curvature(model, batches, TASK, estimator="hutchinson", relative_error=1e6)
     assert free.weights == fixed.weights
 
@@ -651,12 +652,12 @@ def test_batches_of_different_traces_may_miss_the_target_and_say_so(tmp_path: Pa
     options = {"method": "hutchinson", "activations": False}
     with pytest.warns(UserWarning, match=r"above the 0.06 .* or ask for a smaller error where batches differ much"):
         found = tq.estimate_curvature(model, batches, TASK, relative_error=0.06, checkpoint=tmp_path, **options)
-    assert max(estimate.draws for estimate in found.weights.values()) < 1000
+    assert max(estimate.num_probes for estimate in found.weights.values()) < 1000
     assert max(e.standard_error / e.trace for e in found.weights.values()) > 0.06
     parts = [load_file(path) for path in sorted(tmp_path.rglob("*.safetensors"))]
     assert len(parts) == len(batches)
     for values in (value for part in parts for value in part.values()):
-        assert LEAST_DRAWS <= len(values) < 1000
+        assert LEAST_PROBES <= len(values) < 1000
         assert float(values.std() / len(values) ** 0.5) <= 0.06 * len(batches) ** 0.5 * abs(float(values.mean()))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -668,7 +669,7 @@ def test_a_diagonal_hessian_takes_the_least_draws() -> None:
     task = AnyTask(lambda model, batch: model(batch[0]), lambda z, batch: z.pow(4).sum(1).mean())
     model = build(lambda: nn.Sequential(nn.Linear(1, 1, bias=False)))
     found = tq.estimate_curvature(model, labelled(1), task, estimator="hutchinson", relative_error=1e-6)
-    assert found.weights["0"].draws == LEAST_DRAWS
+    assert found.weights["0"].num_probes == LEAST_PROBES
     assert found.weights["0"].standard_error == pytest.approx(0, abs=1e-9)
 
 
@@ -677,7 +678,7 @@ def test_hutchinson_warns_of_what_it_did_not_reach() -> None:
         found = tq.estimate_curvature(
             gelu_mlp(), labelled(6), TASK, num_probes=10, estimator="hutchinson", relative_error=1e-3
         )
-    assert {estimate.draws for estimate in found.weights.values()} == {10}
+    assert {estimate.num_probes for estimate in found.weights.values()} == {10}
 
 
 def test_cut_batches_stop_drawing_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -685,7 +686,7 @@ def test_cut_batches_stop_drawing_too(monkeypatch: pytest.MonkeyPatch) -> None:
     cut_into(2, 6, "hutchinson", monkeypatch)
     found = tq.estimate_curvature(gelu_mlp(), labelled(6, sizes=(6,)), TASK, estimator="hutchinson", relative_error=1e6)
     assert "batches cut to 3 samples" in found.reason
-    assert {e.draws for e in [*found.weights.values(), *found.activations.values()]} == {LEAST_DRAWS}
+    assert {e.num_probes for e in [*found.weights.values(), *found.activations.values()]} == {LEAST_PROBES}
 
 
 def test_all_microbatches_of_a_batch_have_the_draws_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -698,12 +699,12 @@ def test_all_microbatches_of_a_batch_have_the_draws_of_the_first(monkeypatch: py
             warnings.simplefilter("ignore")
             found = tq.estimate_curvature(model, batches, TASK, relative_error=0.2, **options)
         assert "batches cut to 2 samples" in found.reason
-    counts = {e.draws for e in found.weights.values()}
+    counts = {e.num_probes for e in found.weights.values()}
     assert len(counts) > 1
     for count in counts:
         whole = tq.estimate_curvature(model, batches, TASK, num_probes=count, **options)
         for name, estimate in found.weights.items():
-            if estimate.draws == count:
+            if estimate.num_probes == count:
                 assert estimate.trace == pytest.approx(whole.weights[name].trace, rel=1e-10)
 
 
@@ -716,7 +717,7 @@ def test_certain_layers_cost_nothing_more() -> None:
         own = module.draw_probe
         patch.setattr(module, "draw_probe", lambda *args: (drawn.append(1), own(*args))[1])
         found = tq.estimate_curvature(model, labelled(6), TASK, estimator="hutchinson", relative_error=1e6)
-    assert len(drawn) == LEAST_DRAWS * (len(found.weights) + len(found.activations))
+    assert len(drawn) == LEAST_PROBES * (len(found.weights) + len(found.activations))
 
 
 @both

@@ -93,7 +93,7 @@ def plan_for(
         activation_omega=0.0,
         weight_grid=grid,
         fingerprint=points.fingerprint,
-        method="by hand",
+        estimator="by hand",
         budget="none",
     )
 

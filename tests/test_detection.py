@@ -197,7 +197,7 @@ def test_traces_of_images_of_different_sizes_are_each_images_own() -> None:
 def test_auto_takes_gauss_newton() -> None:
     model, batch = tiny_retinanet(), scenes((16, 16), (16, 16))
     found = tq.estimate_curvature(model, [batch], TASK, num_probes=1, activations=False)
-    assert found.method == "gauss_newton", found.reason
+    assert found.estimator == "gauss_newton", found.reason
     assert "diagonal output Hessian" in found.reason
 
 

@@ -19,7 +19,8 @@ import torch.distributed as dist
 import tiny_task
 import tracequant as tq
 from models import gelu_mlp, labelled
-from tracequant import ClassificationTask, Curvature, cli
+from tracequant import ClassificationTask, Curvature
+from tracequant.cli import app as cli
 from tracequant.core.errors import SecondDerivativeError
 from tracequant.model import distributed
 
@@ -109,7 +110,7 @@ def assert_same(found: Curvature, expected: Curvature) -> None:
             assert ours[name].trace == pytest.approx(estimate.trace, rel=1e-5)
             assert ours[name].standard_error == pytest.approx(estimate.standard_error, rel=1e-5)
             assert ours[name].sampling_error == pytest.approx(estimate.sampling_error, rel=1e-5)
-            assert ours[name].draws == estimate.draws
+            assert ours[name].num_probes == estimate.num_probes
 
 
 @pytest.mark.slow
@@ -194,8 +195,8 @@ def test_batches_are_shared_out(method: str, processes: int) -> None:
 
 
 def test_auto_comes_to_the_same_choice() -> None:
-    expected = measured(draws=2)
-    assert together(lambda: measured(draws=2)) == [expected] * 2
+    expected = measured(num_probes=2)
+    assert together(lambda: measured(num_probes=2)) == [expected] * 2
     assert "differs from its Hessian's" in expected.reason
 
 
@@ -219,7 +220,7 @@ def test_each_process_measures_its_share_alone() -> None:
 
         points = tq.discover(gelu_mlp(), FIVE, PLAIN)
         task = ClassificationTask(forward=forward)
-        measured(task=task, method="hutchinson", draws=1, points=points)
+        measured(task=task, estimator="hutchinson", num_probes=1, points=points)
         return sorted({index for index in seen if index >= 0})
 
     assert together(work) == [[0, 2, 4], [1, 3]]
@@ -234,7 +235,7 @@ def test_an_error_in_one_process_ends_all_and_loses_nothing(stop: Any, tmp_path:
             return model(x)
 
         task = ClassificationTask(forward=forward)
-        return measured(task=task, method="hutchinson", draws=1, checkpoint=tmp_path, stop=stop)
+        return measured(task=task, estimator="hutchinson", num_probes=1, checkpoint=tmp_path, stop=stop)
 
     first, second = together(work)
     assert isinstance(first, tq.RunError)
@@ -254,7 +255,7 @@ def test_an_error_that_all_can_understand_is_the_same_for_all() -> None:
         return torch.nn.functional.hardsigmoid(model(x)) if x.equal(FIVE[0][0]) else model(x)
 
     task = ClassificationTask(forward=forward)
-    found = together(lambda: measured(task=task, method="hutchinson", draws=1))
+    found = together(lambda: measured(task=task, estimator="hutchinson", num_probes=1))
     assert [type(error) for error in found] == [SecondDerivativeError] * 2
     assert all("no second derivative" in str(error) for error in found)
 
@@ -272,7 +273,7 @@ def test_a_process_that_dies_ends_the_others(tmp_path: Path) -> None:
                 return batches()
 
         points = tq.discover(gelu_mlp(), FIVE, PLAIN)
-        return measured(Loader(), method="hutchinson", draws=1, checkpoint=tmp_path, points=points)
+        return measured(Loader(), estimator="hutchinson", num_probes=1, checkpoint=tmp_path, points=points)
 
     first, second = together(work)
     assert isinstance(first, tq.RunError)
@@ -283,7 +284,7 @@ def test_a_process_that_dies_ends_the_others(tmp_path: Path) -> None:
 
 def test_loaders_that_differ_between_processes_are_refused() -> None:
     def work() -> Curvature:
-        return measured(FIVE if distributed.rank() == 0 else FIVE[::-1], method="hutchinson", draws=1)
+        return measured(FIVE if distributed.rank() == 0 else FIVE[::-1], estimator="hutchinson", num_probes=1)
 
     found = together(work)
     assert all(isinstance(error, tq.DataError) and "the loader shuffles" in str(error) for error in found)
@@ -296,7 +297,7 @@ def test_loaders_of_different_length_are_refused() -> None:
         found = []
         for stop in (None, lambda curvature: False):
             try:
-                measured(FIVE[: 4 - distributed.rank()], method="hutchinson", draws=1, stop=stop)
+                measured(FIVE[: 4 - distributed.rank()], estimator="hutchinson", num_probes=1, stop=stop)
             except Exception as error:
                 found.append(type(error).__name__)
         return found

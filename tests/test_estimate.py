@@ -34,9 +34,9 @@ def once(batches: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]
 @pytest.mark.parametrize("method", ["auto", "gauss_newton", "hutchinson"])
 def test_a_generator_keeps_its_first_batch(method: str) -> None:
     model, batches = relu_mlp(), labelled(6, sizes=(3, 2, 4))
-    found = tq.estimate_curvature(model, once(batches), TASK, method=method, draws=2)
+    found = tq.estimate_curvature(model, once(batches), TASK, method=method, num_probes=2)
     assert found.samples == 9
-    assert found == tq.estimate_curvature(model, batches, TASK, method=method, draws=2)
+    assert found == tq.estimate_curvature(model, batches, TASK, method=method, num_probes=2)
 
 
 def test_a_setup_holds_the_batches_of_generators() -> None:
@@ -80,12 +80,12 @@ def test_values_are_checked_whichever_estimator_would_read_them(
 def test_options_of_hutchinson_are_used_by_auto_and_refused_by_gauss_newton() -> None:
     batches = labelled(6)
     for model, method in ((relu_mlp(), "gauss_newton"), (gelu_mlp(), "hutchinson")):
-        found = tq.estimate_curvature(model, batches, TASK, draws=2, probes="shared", distribution="gaussian")
-        assert found.method == method
+        found = tq.estimate_curvature(model, batches, TASK, num_probes=2, probes="shared", distribution="gaussian")
+        assert found.estimator == method
         assert ("2 gaussian draws" in found.reason) == ("probes shared" in found.reason) == (method == "hutchinson")
     for options in ({"probes": "shared"}, {"distribution": "gaussian"}):
         with pytest.raises(tq.ModelError, match=f"{next(iter(options))} is an option of method='hutchinson'"):
-            tq.estimate_curvature(relu_mlp(), batches, TASK, method="gauss_newton", **options)
+            tq.estimate_curvature(relu_mlp(), batches, TASK, estimator="gauss_newton", **options)
 
 
 # When "auto" leaves Gauss-Newton
@@ -99,12 +99,12 @@ def between_samples(logits: Tensor, targets: Tensor) -> Tensor:
 def test_a_loss_that_gauss_newton_cannot_take_warns_and_goes_to_hutchinson() -> None:
     task = tq.ClassificationTask(between_samples)
     with pytest.warns(UserWarning, match="gauss_newton cannot take this model.*hutchinson, which takes longer") as told:
-        found = tq.estimate_curvature(relu_mlp(), labelled(6), task, draws=1)
+        found = tq.estimate_curvature(relu_mlp(), labelled(6), task, num_probes=1)
     assert len(told) == 1
-    assert found.method == "hutchinson"
+    assert found.estimator == "hutchinson"
     assert "gauss_newton cannot take this model" in found.reason
     with pytest.raises(GaussNewtonError):
-        tq.estimate_curvature(relu_mlp(), labelled(6), task, draws=1, method="gauss_newton")
+        tq.estimate_curvature(relu_mlp(), labelled(6), task, num_probes=1, estimator="gauss_newton")
 
 
 class MixesSamples(nn.Module):
@@ -122,10 +122,10 @@ class MixesSamples(nn.Module):
 def test_samples_that_interact_in_the_model_warn_too() -> None:
     model, batches = build(MixesSamples), labelled(6)
     with pytest.warns(UserWarning, match="gauss_newton cannot take this model.*samples of a batch interact"):
-        found = tq.estimate_curvature(model, batches, TASK, draws=1)
-    assert found.method == "hutchinson"
-    with pytest.raises(tq.ModelError, match="draws='exact' is for gauss_newton, which does not suit this model"):
-        tq.estimate_curvature(model, batches, TASK, draws="exact")
+        found = tq.estimate_curvature(model, batches, TASK, num_probes=1)
+    assert found.estimator == "hutchinson"
+    with pytest.raises(tq.ModelError, match="num_probes='exact' is for gauss_newton, which does not suit this model"):
+        tq.estimate_curvature(model, batches, TASK, num_probes="exact")
 
 
 class Idle(nn.Module):
@@ -179,7 +179,7 @@ class Augmented(Dataset[tuple[Tensor, int]]):
 def test_the_global_random_state_is_left_alone(make: Any, method: str) -> None:
     model, loader = make(), DataLoader(Augmented(), batch_size=4, shuffle=True)
     before = torch.get_rng_state()
-    tq.estimate_curvature(model, loader, TASK, method=method, draws=1)
+    tq.estimate_curvature(model, loader, TASK, method=method, num_probes=1)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -188,7 +188,7 @@ def test_the_global_random_state_is_left_alone(make: Any, method: str) -> None:
 
 def many(layers: int, activations: int) -> tq.Curvature:
     """A curvature of so many layers with average traces 1, 2, 3, ..."""
-    found = tq.estimate_curvature(relu_mlp(), labelled(6, sizes=(3, 3)), TASK, draws=2)
+    found = tq.estimate_curvature(relu_mlp(), labelled(6, sizes=(3, 3)), TASK, num_probes=2)
     (estimate, *_) = found.weights.values()
 
     def family(count: int) -> dict[str, tq.TraceEstimate]:
@@ -226,10 +226,12 @@ def test_a_curvature_of_few_layers_prints_all_of_them() -> None:
 
 def test_what_is_exact_and_what_is_unknown_is_printed() -> None:
     model = relu_mlp()
-    exact = tq.estimate_curvature(model, labelled(6), TASK, draws="exact")
+    exact = tq.estimate_curvature(model, labelled(6), TASK, num_probes="exact")
     assert str(exact).startswith(f"Curvature by gauss_newton: {exact.samples} samples, exact on these samples, seed 0")
     row = next(line.split() for line in str(exact).splitlines() if line.startswith("  0 "))
     assert row[1:2] + row[3:4] == ["48", "0"]
-    single = str(tq.estimate_curvature(gelu_mlp(), labelled(6), TASK, draws=1, method="hutchinson", activations=False))
+    single = str(
+        tq.estimate_curvature(gelu_mlp(), labelled(6), TASK, num_probes=1, estimator="hutchinson", activations=False)
+    )
     assert "1 draw, seed 0" in single
     assert "unknown" in single

@@ -464,7 +464,7 @@ def test_frontier_is_a_sequence() -> None:
 def test_a_frontier_too_large_for_memory_is_refused() -> None:
     """Two sizes without a common measure."""
     units = [Unit("a", (1, 2), (0, 10**10), (1.0, 0.0)), Unit("b", (1, 2), (0, 10**10 + 1), (1.0, 0.0))]
-    with pytest.raises(BudgetError, match='method="pareto"'):
+    with pytest.raises(BudgetError, match='estimator="pareto"'):
         dynamic.exact_frontier(units)
 
 

@@ -24,7 +24,7 @@ from tracequant.core.curvature import Landscape, Landscapes
 from tracequant.report import paper_figures
 from tracequant.report.blocks import activation_blocks, block_names, weight_blocks
 from tracequant.report.drawing import NAME_LENGTH, name_axis, shortened
-from tracequant.run import Run
+from tracequant.run.directory import RunDirectory
 
 SAMPLES, BATCH = 64, 32
 DIGITS = ("--task", "digits", "--samples", SAMPLES, "--batch-size", BATCH, "--no-eigenvalues")
@@ -64,10 +64,10 @@ def data(path: Path, number: int) -> dict[str, Any]:
 def forbid_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever loads the task's model fails."""
 
-    def never(_: Run) -> None:
+    def never(_: RunDirectory) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(Run, "setup", never)
+    monkeypatch.setattr(RunDirectory, "setup", never)
 
 
 def test_every_figure_is_written_with_its_data(drawn: Path) -> None:
@@ -80,12 +80,12 @@ def test_every_figure_is_written_with_its_data(drawn: Path) -> None:
 
 
 def test_figure_2_has_all_traces_and_two_landscapes(drawn: Path) -> None:
-    found, curvature = data(drawn, 2), Run(drawn).curvature()
+    found, curvature = data(drawn, 2), RunDirectory(drawn).curvature()
     traces = {name: estimate.average_trace for name, estimate in curvature.weights.items()}
     assert {block["name"]: block["estimate"]["average_trace"] for block in found["blocks"]} == traces
     landscapes = found["landscapes"]["layers"]
     assert [own["layer"] for own in landscapes] == [max(traces, key=traces.get), min(traces, key=traces.get)]  # type: ignore[arg-type]
-    run = Run(drawn)
+    run = RunDirectory(drawn)
     setup = run.setup()
     first = list(itertools.islice(setup.calibration, 1))
     centre = setup.task.evaluate(setup.model, first).loss
@@ -97,7 +97,7 @@ def test_figure_2_has_all_traces_and_two_landscapes(drawn: Path) -> None:
 
 
 def test_figure_4_marks_the_plan_on_the_frontier(drawn: Path) -> None:
-    found, plan = data(drawn, 4), Run(drawn).plan()
+    found, plan = data(drawn, 4), RunDirectory(drawn).plan()
     marked = next(row for row in found["plans"] if row["plan"] == "this plan")
     assert (marked["size_mib"], marked["omega"]) == (plan.size_mib, plan.omega)
     front = found["frontiers"]["exact"]
@@ -106,7 +106,7 @@ def test_figure_4_marks_the_plan_on_the_frontier(drawn: Path) -> None:
 
 
 def test_figure_5_shows_samples_and_fifty_iterations(drawn: Path) -> None:
-    found, curvature = data(drawn, 5), Run(drawn).curvature()
+    found, curvature = data(drawn, 5), RunDirectory(drawn).curvature()
     assert all(len(row) == SAMPLES for row in found["by_sample"].values())
     assert len(found["by_iteration"]) == 3
     assert all(len(row) == 50 for row in found["by_iteration"].values())
@@ -120,7 +120,7 @@ def test_figure_5_shows_samples_and_fifty_iterations(drawn: Path) -> None:
 
 
 def test_figure_6_agrees_with_top_eigenvalues(drawn: Path) -> None:
-    run = Run(drawn)
+    run = RunDirectory(drawn)
     found, curvature, setup = data(drawn, 6), run.curvature(), run.setup()
     assert found["samples"] == BATCH
     name = next(iter(found["layers"]))
@@ -135,7 +135,7 @@ def test_figure_6_agrees_with_top_eigenvalues(drawn: Path) -> None:
 
 
 def test_figures_7_and_8_have_the_plans_bits(drawn: Path) -> None:
-    plan = Run(drawn).plan()
+    plan = RunDirectory(drawn).plan()
     assert {block["name"]: block["num_bits"] for block in data(drawn, 7)["blocks"]} == plan.weight_bits
     inputs = data(drawn, 8)["blocks"]
     assert {name: block["num_bits"] for block in inputs for name in block["members"]} == plan.activation_bits
@@ -160,7 +160,7 @@ def test_a_chosen_figure_goes_where_it_is_told(
 
 
 def test_eigenvalues_join_those_that_are_there(copy: Path) -> None:
-    run = Run(copy)
+    run = RunDirectory(copy)
     before = run.spectrum()
     assert before is not None
     name = next(name for name in run.curvature().weights if name not in before.eigenvalues)
@@ -205,7 +205,7 @@ def test_bad_requests(
 
 def test_blocks_that_the_task_names_need_not_all_be_analysed(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = ("conv1", "layer1.*", "excluded.*")
-    monkeypatch.setattr(Run, "setup", lambda run: SimpleNamespace(blocks=blocks))
+    monkeypatch.setattr(RunDirectory, "setup", lambda run: SimpleNamespace(blocks=blocks))
     assert invoke("figures", copy, "--figure", 7, "--block", "blocks", "-q") == 0
     names = [block["name"] for block in data(copy, 7)["blocks"]]
     assert names[:2] == ["conv1", "layer1"]
@@ -226,7 +226,7 @@ def test_float_activations_have_no_figure_8_and_hutchinsons_draws_are_used(
     assert invoke("plan", run, "--average-bits", 3, "-q") == 0
     forbid_the_model(monkeypatch)
     assert invoke("figures", run, "--figure", 5, "--figure", 7, "-q") == 0
-    curvature = Run(run).curvature()
+    curvature = RunDirectory(run).curvature()
     assert curvature.weight_probes is not None
     assert data(run, 5)["by_iteration"] == {k: list(v) for k, v in curvature.weight_probes.items()}
     (block,) = data(run, 7)["blocks"]  # all layers are tied, and one bar
@@ -237,7 +237,7 @@ def test_float_activations_have_no_figure_8_and_hutchinsons_draws_are_used(
 
 
 def test_blocks_add_traces_and_average_bits(drawn: Path) -> None:
-    run = Run(drawn)
+    run = RunDirectory(drawn)
     curvature, plan = run.curvature(), run.plan()
     blocks = {block.name: block for block in weight_blocks(curvature, ["layer1.*"], plan.weight_bits)}
     block = blocks["layer1"]
@@ -260,7 +260,7 @@ def test_blocks_add_traces_and_average_bits(drawn: Path) -> None:
 
 
 def test_tied_layers_are_a_block_with_what_their_names_share(drawn: Path) -> None:
-    points = Run(drawn).curvature().points
+    points = RunDirectory(drawn).curvature().points
     names = list(points.by_name)
     tied = replace(points, ties=(tuple(n for n in names if n.startswith("layer1.0.")), (names[0], names[-1])))
     found = block_names(tied, [])
@@ -282,7 +282,7 @@ def test_long_names_keep_their_numbers_and_many_are_not_all_written() -> None:
 
 
 def test_a_landscape_with_holes_and_without_heights_is_drawn(drawn: Path) -> None:
-    infinite, blocks = float("inf"), weight_blocks(Run(drawn).curvature(), [], {})
+    infinite, blocks = float("inf"), weight_blocks(RunDirectory(drawn).curvature(), [], {})
     steps = (-1.0, 0.0, 1.0)
     for losses in (((infinite, 1.0, infinite), (1.0, 0.5, 1.0), (1.0, 1.0, 2.0)), ((1.0, 1.0, 1.0),) * 3):
         landscapes = Landscapes(steps, 4, "", (Landscape("conv1", (2.0, -1.0), losses),))
@@ -375,7 +375,7 @@ def test_results_stand_beside_the_rows_they_are_of(tables: ModuleType, tmp_path:
 
 def test_a_run_of_ones_own_fills_a_row(tables: ModuleType, copy: Path, tmp_path: Path) -> None:
     assert invoke("quantize", copy, "-q") == 0
-    run = Run(copy)
+    run = RunDirectory(copy)
     text = tables.document(tmp_path, [f"1a:HAWQ-V2={copy}", f"2:1={copy}"])
     cells = dict(zip(*[lines_of(text, "1a")[i] for i in (0, 10)], strict=True))
     assert cells["here: Top-1"] == f"{run.quantize_result().mixed.metric:.2f}"

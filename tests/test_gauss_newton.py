@@ -305,7 +305,7 @@ def test_chunks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradient_norms, "CHUNK_ELEMENTS", 1)
     pieces = exact(randomized(make()), x, labels(x), F.cross_entropy)
     for name in whole.weights:
-        assert pieces.weights[name].trace == pytest.approx(whole.weights[name].trace, rel=1e-12)
+        assert memory.weights[name].trace == pytest.approx(whole.weights[name].trace, rel=1e-12)
 
 
 def test_batches_and_their_sizes_do_not_matter() -> None:
@@ -649,7 +649,7 @@ def test_outputs_that_depend_on_one_another() -> None:
     model, x, task = randomized(ManyOutputs()), seeded(3, 5), ManyOutputsTask()
     points = tq.discover(model, [(x, x)], task, exclude=["c"])
     result = tq.estimate_curvature(model, [(x, x)], task, num_probes="exact", points=points)
-    assert result.method == "gauss_newton"
+    assert result.estimator == "gauss_newton"
     for name in ("a", "b"):
 
         def value(w: Tensor, name: str = name) -> Tensor:
@@ -670,7 +670,7 @@ def test_auto_without_a_second_derivative_says_what_it_gives() -> None:
 def test_options_of_the_other_method_are_refused() -> None:
     model, x = randomized(FunctionalGelu()), seeded(2, 5)
     with pytest.raises(tq.ModelError, match="probes is an option of method='hutchinson'"):
-        tq.estimate_curvature(model, [(x, labels(x))], TASK, method="gauss_newton", probes="shared")
+        tq.estimate_curvature(model, [(x, labels(x))], TASK, estimator="gauss_newton", probes="shared")
     with pytest.raises(tq.ModelError, match="exact"):
         tq.estimate_curvature(model, [(x, labels(x))], TASK, num_probes="exact", estimator="hutchinson")
 

@@ -58,7 +58,7 @@ from tracequant.model.state import frozen_evaluation
 from tracequant.model.task import forward
 
 TASK = ClassificationTask()
-estimate_curvature = functools.partial(estimate_by_any_method, method="hutchinson")
+estimate_curvature = functools.partial(estimate_by_any_method, estimator="hutchinson")
 # Standard errors that an estimate may lie off: by chance once in two million times, and all seeds are fixed.
 SIGMAS = 5
 
@@ -201,7 +201,7 @@ def test_error_and_variance_are_those_of_theory(probes, distribution):
         estimate = result.weights[name]
         assert abs(estimate.trace - own.trace().item()) < SIGMAS * math.sqrt(variance / draws)
         assert draws * estimate.standard_error**2 == pytest.approx(variance, rel=0.2)
-        assert (estimate.draws, estimate.samples, estimate.numel) == (draws, 4, 6.0)
+        assert (estimate.num_probes, estimate.samples, estimate.numel) == (draws, 4, 6.0)
         assert estimate.average_trace == estimate.trace / 6
 
 
@@ -237,7 +237,7 @@ def test_summary_of_draws_and_batches_by_hand():
     assert estimate.average_trace == 3.5 / 7
     assert estimate.standard_error == pytest.approx(math.sqrt(0.25**2 * 1 + 0.75**2 * 4))
     assert estimate.sampling_error == pytest.approx(math.sqrt(2 * (0.25**2 * 1.5**2 + 0.75**2 * 0.5**2)))
-    assert (estimate.draws, estimate.samples) == (2, 4)
+    assert (estimate.num_probes, estimate.samples) == (2, 4)
     assert estimate.relative_error == estimate.standard_error / 3.5
 
 
@@ -731,7 +731,7 @@ def test_options_are_checked(options, error, message):
 
 
 def test_auto_takes_hutchinson_for_a_smooth_network():
-    assert estimate_curvature(gelu_mlp(), labelled(6), TASK, num_probes=1, estimator="auto").method == "hutchinson"
+    assert estimate_curvature(gelu_mlp(), labelled(6), TASK, num_probes=1, estimator="auto").estimator == "hutchinson"
 
 
 class CountedCube(torch.autograd.Function):

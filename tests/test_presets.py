@@ -13,10 +13,10 @@ import torch
 
 import tiny_task
 from image_tree import make_tree
-from tracequant import cli
+from tracequant.cli import app as cli
 from tracequant.cli.presets import PRESETS, Preset
 from tracequant.core.settings import RunSettings
-from tracequant.run import Run
+from tracequant.run.directory import RunDirectory
 
 TASK = f"{Path(tiny_task.__file__)}:build"
 
@@ -42,7 +42,7 @@ QUICK = ("--num-probes", "1", "--no-eigenvalues", "-q")
 
 
 def settings(path: Path) -> RunSettings:
-    return Run(path).settings()
+    return RunDirectory(path).settings()
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[RunSettings]:
     """What `run` was asked for, which it does not do."""
     found: list[RunSettings] = []
 
-    def keep(run: Run, *asked: Any) -> None:
+    def keep(run: RunDirectory, *asked: Any) -> None:
         found.append(RunSettings(*asked[:3]))
 
     monkeypatch.setattr(cli, "_run_stages", keep)
@@ -169,7 +169,7 @@ def command(preset: str, folder: Path, out: Path, small: bool = False) -> list[s
 
 
 def check_run(out: Path, preset: str) -> None:
-    run = Run(out)
+    run = RunDirectory(out)
     assert all(run.done(stage) for stage in ("analyze", "plan", "quantize", "finetune", "pack", "report"))
     plan, outcome, packed = run.plan(), run.finetune_outcome(), run.pack_result()
     assert plan.compression >= PRESETS[preset].plan["compression"]
@@ -209,7 +209,7 @@ def test_a_small_run_in_two_processes(tmp_path: Path) -> None:
     out = tmp_path / "run"
     arguments = ["run", "--task", TASK, "--average-bits", "3", "--finetune-steps", "4", "--out", str(out), *QUICK]
     torchrun(arguments)
-    run = Run(out)
+    run = RunDirectory(out)
     assert len(run.finetune_outcome().losses) == 4
     assert run.pack_result().file_bytes == run.plan().size_bytes
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
@@ -222,7 +222,7 @@ def test_a_small_run_in_two_processes(tmp_path: Path) -> None:
 
 
 def torchrun(arguments: list[str], expected: int = 0) -> str:
-    """Run `tracequant` in two processes; what they wrote to standard error."""
+    """RunDirectory `tracequant` in two processes; what they wrote to standard error."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

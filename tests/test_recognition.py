@@ -1,4 +1,4 @@
-"""`method="auto"` on common architectures: which have Gauss-Newton blocks equal to the Hessian's, and why not."""
+"""`estimator="auto"` on common architectures: which have Gauss-Newton blocks equal to the Hessian's, and why not."""
 
 from __future__ import annotations
 

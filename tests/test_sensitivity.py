@@ -37,9 +37,9 @@ from tracequant import (
     estimate_curvature,
     measure_sensitivity,
 )
-from tracequant import sensitivity as sensitivity_module
+from tracequant.measure import sensitivity as sensitivity_module
 from tracequant.quantization.calibrate import calibrate
-from tracequant.curvature import pieces
+from tracequant.model import memory
 from tracequant.curvature.spectrum import top_eigenvalues
 from tracequant.measure import sensitivity as sensitivity_module
 from tracequant.quantization.calibrate import calibrate
@@ -59,7 +59,7 @@ def made_up(points: QuantizationPoints, average_trace: float = 1.0, activations:
                 standard_error=0.0,
                 sampling_error=0.0,
                 numel=numel,
-                draws=1,
+                num_probes=1,
                 samples=1,
             )
             for index, (name, numel) in enumerate(numels.items())
@@ -71,7 +71,7 @@ def made_up(points: QuantizationPoints, average_trace: float = 1.0, activations:
         points=points,
         weights=estimates(layers, 1),
         activations=estimates(tensors, 1 + len(layers)) if activations else {},
-        method="made up",
+        estimator="made up",
         reason="",
         seed=0,
         samples=1,
@@ -398,7 +398,7 @@ def test_eigenvalues_on_as_many_samples_as_fit(monkeypatch: pytest.MonkeyPatch) 
 def test_vectors_that_do_not_fit_are_not_blamed_on_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer samples would not help, and are not tried."""
     model, batches = gelu_mlp(), labelled(6, sizes=(9,))
-    curvature = estimate_curvature(model, batches, TASK, method="hutchinson", draws=1)
+    curvature = estimate_curvature(model, batches, TASK, estimator="hutchinson", num_probes=1)
     tried = []
 
     def counted(model: nn.Module, batches: list[tuple[Tensor, Tensor]], *rest: object, **options: object) -> object:
@@ -406,7 +406,7 @@ def test_vectors_that_do_not_fit_are_not_blamed_on_the_samples(monkeypatch: pyte
         return top_eigenvalues(model, batches, *rest, **options)
 
     monkeypatch.setattr(sensitivity_module, "top_eigenvalues", counted)
-    monkeypatch.setattr(pieces, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
     with pytest.warns(UserWarning, match="this analysis has no eigenvalues: the eigenvalues of layer 0 need") as told:
         found = sensitivity_module.with_eigenvalues(model, curvature, batches, TASK, required=False)
     assert len(told) == 1

@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny_task
 import tracequant as tq
-from tracequant import cli
-from tracequant.curvature import pieces, spectrum
+from tracequant.cli import app as cli
+from tracequant.curvature import spectrum
+from tracequant.model import memory
 from tracequant.curvature.products import exact_block
 from tracequant.curvature.spectrum import BASIS, WORK_VECTORS, _Search
 
@@ -144,7 +145,7 @@ def test_vectors_that_do_not_fit_are_an_error_that_names_the_layer(monkeypatch: 
     model, batches = network(), data(12)
     points = tq.discover(model, batches, TASK)
     with monkeypatch.context() as patch:
-        patch.setattr(pieces, "available_bytes", lambda: 4000)
+        patch.setattr(memory, "available_bytes", lambda: 4000)
         with pytest.raises(tq.ResourceError, match="eigenvalues of layer 0 need 29 vectors of its size"):
             tq.top_eigenvalues(model, batches, TASK, points)
 

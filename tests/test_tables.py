@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import tracequant as tq
-from tracequant import cli
+from tracequant.cli import app as cli
 from tracequant.core import cost
 from tracequant.core.errors import ArtifactError, BudgetError
 from tracequant.core.plan import MIB

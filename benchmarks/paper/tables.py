@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tracequant.core.plan import MIB
-from tracequant.run import Run
+from tracequant.run.directory import RunDirectory
 
 HERE = Path(__file__).parent
 PAPER = HERE / "hawq_v2.json"
@@ -129,7 +129,7 @@ def read(results: Path, name: str) -> dict[str, Any]:
 
 def from_run(path: str, baseline: bool) -> Cells:
     """A row from a run directory: the float model, or the mixed one as last evaluated, fine-tuned if it was."""
-    run = Run(path)
+    run = RunDirectory(path)
     run.settings()
     rows = run.result_rows()
     if not rows:

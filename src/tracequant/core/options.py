@@ -25,7 +25,7 @@ import math
 import numbers
 import types
 import typing
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
@@ -193,7 +193,7 @@ _UNLIMITED = Option("")
 
 
 @functools.cache
-def _annotations(kind: Hashable) -> dict[str, Any]:
+def _annotations(kind: Any) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 

@@ -45,7 +45,6 @@ class Evaluator:
         task: Task,
         *,
         evaluation: Batches,
-        *,
         cache: str | Path | None = None,
         progress: bool = False,
     ) -> None:
@@ -130,7 +129,7 @@ def solve_by_accuracy(
     if not request.by_accuracy:
         raise BudgetError("give max_accuracy_drop or max_loss_increase")
     check_request(request)
-    max_drop, max_loss_increase = request.max_accuracy_drop, request.max_loss_increase
+    max_drop, max_increase = request.max_accuracy_drop, request.max_loss_increase
     front = frontier(
         sensitivity,
         space=request.space,
@@ -147,8 +146,8 @@ def solve_by_accuracy(
         if index not in steps:
             steps[index] = evaluator.of(front[index])
         found = steps[index]
-        return (max_accuracy_drop is None or found.metric >= base.float_metric - max_accuracy_drop) and (
-            max_loss_increase is None or found.loss <= base.float_loss + max_loss_increase
+        return (max_drop is None or found.metric >= base.float_metric - max_drop) and (
+            max_increase is None or found.loss <= base.float_loss + max_increase
         )
 
     last = len(front) - 1

@@ -61,7 +61,13 @@ def analyze(run: RunDirectory) -> None:
 
     def stable(curvature: Curvature) -> bool:
         assert settings.target_stability is not None
-        return is_stable(curvature, weight_errors, weight_grid, run.settings().plan, settings.target_stability)
+        return is_stable(
+            curvature,
+            weight_errors,
+            weight_grid,
+            settings=run.settings().plan,
+            share=settings.target_stability,
+        )
 
     curvature = estimate_curvature(
         model,
