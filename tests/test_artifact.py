@@ -54,7 +54,7 @@ PLAN = BitPlan(
     activation_omega=0.0,
     weight_grid=WeightGrid(),
     fingerprint=POINTS.fingerprint,
-    estimator="exact",
+    solver="exact",
     budget="max_size_mib=0.01",
 )
 EVALUATION = Evaluation("accuracy %", 200 / 3, math.inf, 3)
