@@ -13,6 +13,8 @@ Names are loaded on first use: allocation and the packed reader work without imp
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from tracequant.core.version import VERSION as __version__
+
 if TYPE_CHECKING:
     from tracequant.allocation.explain import Explanation, explain
     from tracequant.allocation.frontier import Frontier, frontier
@@ -63,8 +65,6 @@ if TYPE_CHECKING:
     from tracequant.quantization.finetune import finetune
     from tracequant.report.html import write_report
     from tracequant.tasks.retinanet import RetinaNetTask
-
-__version__ = "0.1.0"
 
 # Where each public name lives; inner modules may move.
 _MODULES = {

@@ -13,13 +13,13 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from tracequant import __version__
 from tracequant.cli import commands, deploy, examine, plan
 from tracequant.cli.help import SettingsCommand
 from tracequant.cli.options import with_settings
 from tracequant.cli.printing import escape
 from tracequant.cli.spelling import in_shell_words
 from tracequant.core.errors import TracequantError
+from tracequant.core.version import VERSION
 
 INTERRUPTED = 130  # the shells' exit code for SIGINT
 
@@ -63,7 +63,7 @@ for name, command in _COMMANDS.items():
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"tracequant {__version__}")
+        print(f"tracequant {VERSION}")
         raise typer.Exit
 
 

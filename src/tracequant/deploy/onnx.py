@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tracequant import __version__
 from tracequant.core.errors import ModelError, ResourceError
 from tracequant.core.files import replace_file
 from tracequant.core.packed_layout import state_name
+from tracequant.core.version import VERSION
 from tracequant.deploy.pack import all_sites, quantized_weights
 from tracequant.model.hooks import replace_inputs
 from tracequant.model.kinds import is_frozen_norm
@@ -94,7 +94,7 @@ def export_onnx(
             f"the ONNX file would take {stored / 2**30:.1f} GiB, more than the 2 GiB that one can hold; give the model"
             f" fewer bits (codes take {code_bytes / 2**30:.1f} GiB), or quantize layers that are still in float"
         )
-    graph_model.producer_name, graph_model.producer_version = "tracequant", __version__
+    graph_model.producer_name, graph_model.producer_version = "tracequant", VERSION
     graph_model.metadata_props.clear()
     graph_model.metadata_props.update(_metadata(quantized, weights, profile))
     with replace_file(path) as temporary:
@@ -254,7 +254,7 @@ def _trace(
         shapes = pytree.tree_map(open_dimensions, (*args, *kwargs.values()))
         shapes = dict(zip(kwargs, shapes, strict=True)) if kwargs else shapes
     try:
-        with _quiet("torch.onnx", "onnxscript"), frozen_evaluation(model), torch.no_grad():
+        with _quiet("torch.onnx", "onnxscript"), frozen_evaluation(model), torch.no_grad(), _tensors_only(model):
             return torch.onnx.export(
                 model,
                 args,
@@ -272,6 +272,22 @@ def _trace(
             cause = cause.__cause__
         hint = "; if its batch size cannot vary, try dynamic_batch=False" if dynamic_batch else ""
         raise ModelError(f"{type(model).__name__} cannot be traced for ONNX: {_first_line(cause)}{hint}") from error
+
+
+@contextmanager
+def _tensors_only(model: nn.Module) -> Iterator[None]:
+    """Inside the block the model leaves out of its result what is no tensor: torch 2.8 cannot export None."""
+
+    def keep_tensors(module: nn.Module, args: Any, output: Any) -> Any:
+        leaves = pytree.tree_leaves(output)
+        tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+        return output if len(tensors) == len(leaves) else tensors
+
+    hook = model.register_forward_hook(keep_tensors)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager
@@ -305,7 +321,7 @@ def _metadata(quantized: nn.Module, weights: Sequence[Any], profile: Profile) ->
     if outputs:
         plan["rounded_outputs"] = list(outputs)
     return {
-        "tracequant.version": __version__,
+        "tracequant.version": VERSION,
         "tracequant.profile": profile,
         "tracequant.core.plan": json.dumps(plan, separators=(",", ":"), ensure_ascii=False),
         "torch.version": str(torch.__version__),

@@ -11,12 +11,12 @@ from pathlib import Path
 import jinja2
 from matplotlib.figure import Figure
 
-from tracequant import __version__
 from tracequant.allocation.explain import explain
 from tracequant.allocation.space import full_space, monotone_space
 from tracequant.core import cost
 from tracequant.core.files import replace_file, write_text
 from tracequant.core.plan import MIB
+from tracequant.core.version import VERSION
 from tracequant.report import figures
 from tracequant.report.frontiers import evaluated_plans, frontiers, markers
 from tracequant.run.directory import RunDirectory
@@ -98,7 +98,7 @@ def write_report(run: RunDirectory | str | Path) -> Path:
         monotone_space=monotone_space(units, options),
         mib=MIB,
         isinf=math.isinf,
-        versions={"tracequant": __version__, **{name: version(name) for name in ("torch", "numpy", "scipy")}},
+        versions={"tracequant": VERSION, **{name: version(name) for name in ("torch", "numpy", "scipy")}},
     )
     path = run.path / "report.html"
     write_text(path, page)
