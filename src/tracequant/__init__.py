@@ -13,7 +13,7 @@ Names are loaded on first use: allocation and the packed reader work without imp
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from tracequant.core.version import VERSION as __version__
+from tracequant.core.version import VERSION
 
 if TYPE_CHECKING:
     from tracequant.allocation.explain import Explanation, explain
@@ -65,6 +65,8 @@ if TYPE_CHECKING:
     from tracequant.quantization.finetune import finetune
     from tracequant.report.html import write_report
     from tracequant.tasks.retinanet import RetinaNetTask
+
+__version__ = VERSION
 
 # Where each public name lives; inner modules may move.
 _MODULES = {
