@@ -34,7 +34,7 @@ def plan_by(
         )
         return cross_terms.solve(table, perturbation, request)
     table = sensitivity_by(metric, curvature=curvature, measured=measured, perturbation=perturbation, seed=seed)
-    return tq.solve(table, **request.keywords())
+    return tq.solve(table, request)
 
 
 def sensitivity_by(

@@ -56,7 +56,7 @@ def solve(sensitivity: tq.Sensitivity, perturbation: tq.Perturbation, request: P
 
     `sensitivity` has the terms of single layers: metric "quadratic" or "first+quadratic" of the same `perturbation`.
     """
-    start = tq.solve(sensitivity, **request.keywords())
+    start = tq.solve(sensitivity, request)
     problems = build(sensitivity, request)
     choices = []
     for problem in problems:

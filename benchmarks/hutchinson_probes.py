@@ -27,12 +27,10 @@ import tracequant as tq
 from data import data_folder
 from tracequant.core.settings import TaskOptions
 from tracequant.curvature.hutchinson import Probes
-from tracequant.tasks.registry import load_task
 from tracequant.curvature.products import draw_probe, first_derivatives, hessian_vector_product, require_grad
+from tracequant.model.batches import Batch
 from tracequant.model.hooks import weight_parameter
 from tracequant.model.state import double_backward, frozen_evaluation
-from tracequant.core.settings import TaskOptions
-from tracequant.model.batches import Batch
 from tracequant.model.task import forward
 from tracequant.tasks.registry import load_task
 

@@ -85,7 +85,7 @@ def test_the_plan_keeps_to_the_drop_and_is_what_was_evaluated(case) -> None:
     assert smaller
     assert all(step.metric < found.float_metric - 2.0 for step in smaller)
     assert "at most 2 points below the float model" in found.plan.budget
-    assert "by evaluation" in found.plan.estimator
+    assert "by evaluation" in found.plan.solver
 
 
 def test_loss_alone_and_both_together(case) -> None:

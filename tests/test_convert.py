@@ -93,7 +93,7 @@ def plan_for(
         activation_omega=0.0,
         weight_grid=grid,
         fingerprint=points.fingerprint,
-        estimator="by hand",
+        solver="by hand",
         budget="none",
     )
 

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 
 import tracequant as tq
 from models import CLASSES, build, gelu_mlp, labelled
-from tracequant.curvature import choose_estimator, estimate
 from tracequant.core.errors import GaussNewtonError
+from tracequant.curvature import choose_estimator, estimate
 
 TASK = tq.ClassificationTask()
 

@@ -259,7 +259,7 @@ def requests(draw: st.DrawFn) -> tuple[Sensitivity, PlanSettings]:
 
 
 def solve(sensitivity: Sensitivity, request: PlanSettings) -> tq.BitPlan:
-    return tq.solve(sensitivity, **request.keywords())
+    return tq.solve(sensitivity, request)
 
 
 @settings(max_examples=400, deadline=None)
@@ -464,7 +464,7 @@ def test_frontier_is_a_sequence() -> None:
 def test_a_frontier_too_large_for_memory_is_refused() -> None:
     """Two sizes without a common measure."""
     units = [Unit("a", (1, 2), (0, 10**10), (1.0, 0.0)), Unit("b", (1, 2), (0, 10**10 + 1), (1.0, 0.0))]
-    with pytest.raises(BudgetError, match='estimator="pareto"'):
+    with pytest.raises(BudgetError, match='solver="pareto"'):
         dynamic.exact_frontier(units)
 
 
@@ -481,7 +481,7 @@ def test_price_is_the_slope_of_the_frontier() -> None:
     slope = (narrower.omega - wider.omega) / (2 * step)
     assert plan.prices["size"] == pytest.approx(slope, rel=0.1)
     (rate,) = exchange_rates(plan)
-    assert re.match(r"0\.\d+ MB more would take about [\d.]+% off the total Ω", rate)
+    assert re.match(r"0\.\d+ MiB more would take about [\d.]+% off the total Ω", rate)
 
 
 def test_why_sets_a_step_beside_the_price() -> None:
@@ -516,14 +516,14 @@ def test_layers_without_any_sensitivity_take_the_fewest_bits() -> None:
 
 
 UNITS = {
-    "max_size_mib": r"([\d.]+) MB",
+    "max_size_mib": r"([\d.]+) MiB",
     "compression": r"([\d.]+)x",
     "average_bits": r"([\d.]+) bits",
     "max_bops_g": r"([\d.]+) G BOPs",
     "max_latency_ms": r"([\d.]+) ms",
     "average_activation_bits": r"([\d.]+) bits for",
     "activation_compression": r"([\d.]+)x for",
-    "max_activation_mib": r"([\d.]+) MB at",
+    "max_activation_mib": r"([\d.]+) MiB at",
 }
 
 
@@ -552,7 +552,7 @@ def test_all_limits_that_cannot_be_met_are_named() -> None:
     message = str(refused.value)
     assert "at most 1.5 bits on average" in message
     assert "at most 1e-09 G BOPs" in message
-    assert "1 MB" not in message
+    assert "1 MiB" not in message
     assert "2.000 bits" in message
 
 

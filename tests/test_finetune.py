@@ -95,7 +95,7 @@ def by_hand(points: QuantizationPoints, weight_bits: int, activation_bits: int) 
         activation_omega=0.0,
         weight_grid=tq.WeightGrid(),
         fingerprint=points.fingerprint,
-        estimator="by hand",
+        solver="by hand",
         budget="none",
     )
 

@@ -481,9 +481,15 @@ def test_verification_finds_what_is_there(tmp_path: Path) -> None:
     quantized = quantized_with(model, inputs, lambda i: 8)
     tq.export_onnx(quantized, tmp_path / "model.onnx", inputs)
 
-    found = verify(tmp_path / "model.onnx", quantized, model, batches, task, 1000, repeats=2)
+    found = verify(quantized, batches, task, tmp_path / "model.onnx", float_model=model, promised_bytes=1000, repeats=2)
     other = verify(
-        tmp_path / "model.onnx", quantized_with(model, inputs, lambda i: 2), model, batches, task, 1, repeats=2
+        quantized_with(model, inputs, lambda i: 2),
+        batches,
+        task,
+        tmp_path / "model.onnx",
+        float_model=model,
+        promised_bytes=1,
+        repeats=2,
     )
 
     assert found.difference <= 1e-5
@@ -521,7 +527,7 @@ def test_outputs_that_are_no_tensors_are_left_alone(tmp_path: Path) -> None:
     quantized = tq.quantize(model, batches, task, by_hand({"fc": 8}, {"fc": 8}, SYMMETRIC)).eval()
     assert [point.name for point in points.activations] == ["fc"]
     tq.export_onnx(quantized, tmp_path / "model.onnx", inputs)
-    found = verify(tmp_path / "model.onnx", quantized, model, batches, task, 1, repeats=1)
+    found = verify(quantized, batches, task, tmp_path / "model.onnx", float_model=model, promised_bytes=1, repeats=1)
     assert found.difference <= 1e-5
     assert found.runtimes[0].metric == found.metric
 
@@ -575,7 +581,14 @@ def test_a_file_that_is_not_onnx_is_refused(tmp_path: Path) -> None:
     model, inputs = net("convolutions")
     (tmp_path / "model.onnx").write_bytes(b"no such thing")
     with pytest.raises(tq.ArtifactError, match="cannot be loaded by ONNX Runtime"):
-        verify(tmp_path / "model.onnx", model, model, [(inputs, torch.zeros(4))], tq.ClassificationTask(), 1)
+        verify(
+            model,
+            [(inputs, torch.zeros(4))],
+            tq.ClassificationTask(),
+            tmp_path / "model.onnx",
+            float_model=model,
+            promised_bytes=1,
+        )
 
 
 def test_a_float_model_is_refused(tmp_path: Path) -> None:

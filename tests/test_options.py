@@ -14,8 +14,8 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from tracequant.core.files import Saveable
 from tracequant.core.errors import ArtifactError, SettingsError
+from tracequant.core.files import Saveable
 from tracequant.core.options import Option, option, options, resolve, takes, validate
 from tracequant.core.settings import FinetuneSettings, WeightGrid
 

@@ -173,7 +173,7 @@ def make_plan(
         activation_omega=0.0,
         weight_grid=grid,
         fingerprint=points.fingerprint,
-        estimator="by hand",
+        solver="by hand",
         budget="none",
     )
 

@@ -231,10 +231,10 @@ def test_percentile_leaves_out_the_share_it_is_given() -> None:
     """1,000 values, central 98 %: the ends are the 10th from below and the 10th from above."""
     values = torch.arange(1000.0) - 500
     shuffled = values[torch.randperm(1000, generator=torch.Generator().manual_seed(0))]
-    grid = choose_grid(shuffled, 8, symmetric=False, estimator="percentile", percentile=98.0)
+    grid = choose_grid(shuffled, 8, symmetric=False, method="percentile", percentile=98.0)
 
     assert float(grid.scale) == pytest.approx((490 - -491) / 255, rel=1e-6)
-    inside = choose_grid(values.clamp(-491, 490), 8, symmetric=False, estimator="minmax")
+    inside = choose_grid(values.clamp(-491, 490), 8, symmetric=False, method="minmax")
     assert torch.equal(grid.scale, inside.scale)
     assert torch.equal(grid.zero_point, inside.zero_point)
 
@@ -242,8 +242,8 @@ def test_percentile_leaves_out_the_share_it_is_given() -> None:
 def test_percentile_works_per_channel_and_ignores_one_outlier() -> None:
     values = random(3, 4000, seed=1)
     values[1, 17] = 1e6
-    grid = choose_grid(values, 4, channel_axis=0, estimator="percentile", percentile=99.9)
-    minmax = choose_grid(values, 4, channel_axis=0, estimator="minmax")
+    grid = choose_grid(values, 4, channel_axis=0, method="percentile", percentile=99.9)
+    minmax = choose_grid(values, 4, channel_axis=0, method="minmax")
 
     assert float(grid.scale.max()) < 2
     assert float(minmax.scale[1]) > 1e5
@@ -278,7 +278,7 @@ def test_weight_grid_settings_reach_the_grid() -> None:
     assert per_tensor.scale.shape == (1, 1)
     assert (default.zero_point == 8).all()
     assert (asymmetric.zero_point < 8).any()
-    assert torch.equal(minmax.scale, choose_grid(values, 4, channel_axis=0, estimator="minmax").scale)
+    assert torch.equal(minmax.scale, choose_grid(values, 4, channel_axis=0, method="minmax").scale)
     assert (default.scale <= minmax.scale).all()
     assert (default.scale < minmax.scale).any()
 
@@ -327,7 +327,7 @@ def test_a_single_element(num_bits: int, shape: tuple[int, ...]) -> None:
 
 def test_one_value_per_channel_in_one_dimension() -> None:
     values = torch.tensor([1.0, -20.0, 300.0])
-    grid = choose_grid(values, 4, channel_axis=0, estimator="minmax")
+    grid = choose_grid(values, 4, channel_axis=0, method="minmax")
     torch.testing.assert_close(grid.round(values), values)
 
 

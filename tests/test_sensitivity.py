@@ -37,11 +37,9 @@ from tracequant import (
     estimate_curvature,
     measure_sensitivity,
 )
-from tracequant.measure import sensitivity as sensitivity_module
-from tracequant.quantization.calibrate import calibrate
-from tracequant.model import memory
 from tracequant.curvature.spectrum import top_eigenvalues
 from tracequant.measure import sensitivity as sensitivity_module
+from tracequant.model import memory
 from tracequant.quantization.calibrate import calibrate
 from tracequant.quantization.grid import Grid, choose_weight_grid
 

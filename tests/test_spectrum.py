@@ -18,9 +18,9 @@ import tiny_task
 import tracequant as tq
 from tracequant.cli import app as cli
 from tracequant.curvature import spectrum
-from tracequant.model import memory
 from tracequant.curvature.products import exact_block
 from tracequant.curvature.spectrum import BASIS, WORK_VECTORS, _Search
+from tracequant.model import memory
 
 TASK = tq.ClassificationTask()
 

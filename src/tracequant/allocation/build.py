@@ -100,17 +100,17 @@ def _allowed(kind: str, offered: dict[str, dict[int, float]], rules: Iterable[_R
 
 
 def _within_peak(
-    sensitivity: Sensitivity, offered: dict[str, tuple[int, ...]], megabytes: float
+    sensitivity: Sensitivity, offered: dict[str, tuple[int, ...]], mib: float
 ) -> dict[str, tuple[int, ...]]:
     """The bits at which each activation, for one sample, is no larger than the peak."""
     points = sensitivity.points
-    limit = megabytes * MIB * (1 + ROUNDING)
+    limit = mib * MIB * (1 + ROUNDING)
     least = {name: bits[0] for name, bits in offered.items()}
     peak = cost.peak_activation_bytes(points, least)
     if peak > limit:
         largest = max(points.activations, key=lambda point: point.numel * least.get(point.name, cost.FLOAT_BITS))
         raise BudgetError(
-            f"no plan fits the budget, activations of at most {megabytes:g} MB: the input of {largest.name} has"
+            f"no plan fits the budget, activations of at most {mib:g} MiB: the input of {largest.name} has"
             f" {largest.numel:,.0f} elements and needs {rounded_up(peak / MIB, 6):.6f} MiB at"
             f" {least.get(largest.name, cost.FLOAT_BITS)} bits, its fewest; ask for that or more room, or offer fewer"
             " bits (activation_bits)"

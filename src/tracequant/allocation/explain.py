@@ -199,7 +199,7 @@ def _bytes(count: int) -> str:
         if count < 1024
         else f"{count / 1024:.1f} KiB"
         if count < 1 << 20
-        else f"{count / (1 << 20):.2f} MB"
+        else f"{count / (1 << 20):.2f} MiB"
     )
 
 

@@ -49,11 +49,11 @@ def _of_size(offer: Offer, request: PlanSettings) -> list[Limit]:
         Limit(
             name="max_size_mib",
             resource="size",
-            asked=f"at most {request.max_size_mib:g} MB on disk",
+            asked=f"at most {request.max_size_mib:g} MiB on disk",
             bound=_whole(request.max_size_mib * MIB + 1e-6) - base,
             amounts=_of_weights(offer, lambda layer, b: cost.code_bytes(layer, b, grid)),
             price_unit=MIB,
-            say=lambda used: f"{rounded_up((base + used) / MIB, 6):.6f} MB",
+            say=lambda used: f"{rounded_up((base + used) / MIB, 6):.6f} MiB",
         )
     ]
 

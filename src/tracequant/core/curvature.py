@@ -192,7 +192,7 @@ class Landscape:
 
 @dataclass(frozen=True)
 class Landscapes(Saveable):
-    """Landscapes of layers on one grid: `steps` are the s_i, distances ‖ΔW‖ from the trained weights, 0 in the middle.
+    """The loss around the weights of several layers, on one grid: `steps` are the s_i, distances ‖ΔW‖ from the trained weights, 0 in the middle.
 
     The loss is the mean over `samples` samples. `context` identifies the data and the model.
     """

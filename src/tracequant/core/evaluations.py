@@ -58,7 +58,7 @@ class AccuracySearch(Saveable):
 
     def __str__(self) -> str:
         return (
-            f"{self.plan.size_mib:.4g} MB with {self.metric_name} {self.found.metric:.2f} (float"
+            f"{self.plan.size_mib:.4g} MiB with {self.metric_name} {self.found.metric:.2f} (float"
             f" {self.float_metric:.2f}) and loss {self.found.loss:.4f} (float {self.float_loss:.4f}), after"
             f" {len(self.steps)} evaluations"
         )

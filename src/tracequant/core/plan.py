@@ -18,7 +18,7 @@ from tracequant.core.settings import WeightGrid
 MIB = 1 << 20
 # Resource → the unit that `BitPlan.prices` are for.
 PRICE_UNITS = {
-    "size": "MB",
+    "size": "MiB",
     "weight_bits": "bit per weight on average",
     "activation_bits": "bit per activation on average",
     "bops": "G BOPs",
@@ -74,7 +74,7 @@ class BitPlan(Saveable):
 
     @property
     def size_mib(self) -> float:
-        """Size of the packed file in MB of 2^20 bytes."""
+        """Size of the packed file in MiB (2^20 bytes)."""
         return self.size_bytes / MIB
 
     @property
@@ -91,7 +91,7 @@ class BitPlan(Saveable):
     def summary(self) -> str:
         """The plan in one line: its size, its average bits, and how many layers have how many bits."""
         return (
-            f"BitPlan: {self.size_mib:.4g} MB on disk, weights {self.average_bits:.2f} bits on average"
+            f"BitPlan: {self.size_mib:.4g} MiB on disk, weights {self.average_bits:.2f} bits on average"
             f" ({self.compression:.2f}x); layers: {_spread(self.weight_bits)}; omega {self.omega:.4g}"
         )
 

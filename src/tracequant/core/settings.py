@@ -49,11 +49,7 @@ class WeightGrid:
         expert=True,
     )
     range: Literal["mse", "percentile", "minmax"] = option(
-        "mse",
-        "how the range of a weight grid is chosen",
-        flag="--weight-range",
-        panel=QUANTIZATION,
-        expert=True,
+        "mse", "how the range of a weight grid is chosen", flag="--weight-range", panel=QUANTIZATION, expert=True
     )
 
     def __post_init__(self) -> None:
@@ -346,10 +342,7 @@ class FinetuneSettings:
         1e-4, "decay of weights; scales, biases and norms have none", minimum=0, panel=TRAINING, expert=True
     )
     scales: Literal["lsq", "fixed"] = option(
-        "lsq",
-        "lsq learns the scales of the grids, fixed keeps the calibrated ones",
-        panel=TRAINING,
-        expert=True,
+        "lsq", "lsq learns the scales of the grids, fixed keeps the calibrated ones", panel=TRAINING, expert=True
     )
     distillation: float = option(
         0.5,

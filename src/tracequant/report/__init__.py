@@ -1,0 +1,1 @@
+"""A run as pictures and pages; it reads `run`, which never calls it."""

@@ -161,14 +161,14 @@ def frontier_figure(
     if evaluated:
         sizes, omegas, metrics = zip(*evaluated, strict=True)
         positive = positive and min(omegas) > 0
-        megabytes = [size / MIB for size in sizes]
+        mib = [size / MIB for size in sizes]
         drawn = axes.scatter(
-            megabytes, omegas, c=metrics, cmap="viridis", edgecolors="black", zorder=2.5, label="evaluated plans"
+            mib, omegas, c=metrics, cmap="viridis", edgecolors="black", zorder=2.5, label="evaluated plans"
         )
         figure.colorbar(drawn, ax=axes, label="metric, evaluated without fine-tuning")
     if positive:
         axes.set_yscale("log")
-    axes.set_xlabel("size of the packed file (MB of 2²⁰ bytes)")
+    axes.set_xlabel("size of the packed file (MiB)")
     axes.set_ylabel("total perturbation Σ Ω (loss)")
     axes.grid(alpha=0.3)
     figure.legend(fontsize=8, loc="outside upper center", ncols=2)  # inside it would hide plans
@@ -242,15 +242,15 @@ def _smallest_shown(values: Sequence[float]) -> float:
 
 
 def accuracy_figure(rows: Sequence[tuple[str, float, float]], metric_name: str) -> Figure:
-    """Criterion of each model (name, metric, size in MB) as bars, sizes written beside them."""
+    """Metric of each model (name, metric, size in MiB) as bars, sizes written beside them."""
     figure = Figure(figsize=(8, 0.9 + 0.5 * len(rows)), layout="constrained")
     axes = figure.subplots()
     names = [name for name, _, _ in rows]
     colors = [GREY if name.startswith(("float", "uniform")) else BIT_COLORS[5] for name in names]
     axes.barh(range(len(rows)), [metric for _, metric, _ in rows], color=colors)
-    for position, (_, metric, megabytes) in enumerate(rows):
+    for position, (_, metric, mib) in enumerate(rows):
         axes.annotate(
-            f"{metric:.2f}, {megabytes:.3g} MB",
+            f"{metric:.2f}, {mib:.3g} MiB",
             (metric, position),
             xytext=(4, 0),
             textcoords="offset points",
