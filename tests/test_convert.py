@@ -361,10 +361,8 @@ def test_a_deepcopy_keeps_its_hooks() -> None:
     batch = images(seed=2)[0][0]
     twin = copy.deepcopy(quantized)
     assert torch.equal(twin(batch), quantized(batch))
-    own = activation_quantizers(twin)
     assert twin.left.input_quantizer is twin.right.input_quantizer
-    for name, quantizer in own.items():
-        quantizer.detach(twin.get_submodule(name))
+    twin.stem.input_quantizer.detach(twin.stem)
     read = inputs_read(twin, batch)
     assert torch.equal(read["stem"], batch)
     assert inputs_read(quantized, batch)["stem"].unique().numel() <= 16
