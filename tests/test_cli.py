@@ -18,6 +18,8 @@ from tracequant import cli, cost
 from tracequant.run import Run
 from tracequant.settings import FinetuneSettings
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 TASK = f"{Path(tiny_task.__file__)}:build"
 ANALYZE = ("--task", TASK, "--draws", "2", "--no-eigenvalues", "--activation-bits", "4")
 STAGED = ("run", *ANALYZE, "--average-bits", "3", "--finetune-steps", "60", "-q")
