@@ -2,22 +2,27 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# What runs a model, and what develops it: `demo` needs the first alone.
+RUNTIME := $(VENV)/runtime
 STAMP := $(VENV)/installed
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test test-all lint bench clean
 
-demo: $(STAMP)
+demo: $(RUNTIME)
 	$(BIN)/tracequant demo --out demo-run
 
+# One process for each core, each with one thread (tests/conftest.py).
 test: lint
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n auto --maxprocesses 8 --dist worksteal
 
 test-all: lint
-	$(BIN)/pytest -q -m ""
+	$(BIN)/pytest -q -n auto --maxprocesses 8 --dist worksteal -m ""
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
 
 bench: $(STAMP)
@@ -35,13 +40,21 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/deployment.py
 	$(BIN)/python benchmarks/end_to_end.py
 
-# torch and torchvision are resolved in one call: installed one after the other they may not fit each other.
-$(STAMP): pyproject.toml
+$(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "tracequant needs Python 3.11 or newer; run: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[vision,detection,dev]'
-	touch $(STAMP)
+	$(PYTHON) -m venv $(VENV)
+
+$(RUNTIME): pyproject.toml | $(BIN)/python
+	@echo "Installing torch and tracequant into $(VENV): several GB on Linux, some minutes"
+	@$(PIP) -e .
+	@touch $@
+
+# The torch that is there stays, and torchvision is resolved with it in one call: another may not fit.
+$(STAMP): $(RUNTIME)
+	@echo "Installing what tests and checks need into $(VENV): some hundred MB, about a minute"
+	@$(PIP) -e '.[vision,detection,dev]' "torch==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("torch"))')"
+	@touch $@
 
 clean:
 	rm -rf $(VENV) demo-run

@@ -1,7 +1,19 @@
-"""Fixtures for all tests: every device that this machine has, one thread on the CPU."""
+"""Fixtures for all tests: every device that this machine has, one thread on the CPU for each process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+# Libraries read these when they are loaded, and processes that a test starts inherit them: several processes of one
+# thread each share the machine better than several with a thread for every core.
+os.environ.update({f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS")})
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 torch.set_num_threads(1)
 
@@ -12,3 +24,22 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The CPU, and the GPU where there is one."""
     return torch.device(request.param)
+
+
+@pytest.fixture(scope="module")
+def blank_figures() -> Iterator[Callable[..., None]]:
+    """Figures are made, but an empty picture is written: for modules that run whole flows and look at no picture.
+
+    Drawing takes most of the time of a run on a small network. The value is `Figure.savefig` as it was.
+    """
+
+    def save(figure: Figure, target: Any, **options: Any) -> None:
+        if hasattr(target, "write"):
+            target.write(b"<svg/>")
+        else:
+            Path(target).write_bytes(b"<svg/>")
+
+    drawn = Figure.savefig
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", save)
+        yield drawn
