@@ -390,7 +390,7 @@ def test_onnx_has_the_heads_for_images_of_any_size(tmp_path: Path) -> None:
     part = TASK.exported(quantized)
     args, _ = part.arguments(batches[0])
     tq.export_onnx(part.module, tmp_path / "model.onnx", args, dynamic_sizes=part.dynamic_sizes)
-    found = verify(tmp_path / "model.onnx", quantized, model, batches, TASK, 1000, repeats=1)
+    found = verify(quantized, batches, TASK, tmp_path / "model.onnx", float_model=model, promised_bytes=1000, repeats=1)
     assert found.samples == 5
     assert found.difference < 1e-5
     assert found.metric == TASK.evaluate(quantized, batches).metric
