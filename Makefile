@@ -7,7 +7,7 @@ RUNTIME := $(VENV)/runtime
 STAMP := $(VENV)/installed
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint docs bench clean
 
 demo: $(RUNTIME)
 	$(BIN)/tracequant demo --out demo-run
@@ -24,6 +24,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
+
+# Pages that are printed from the code; a test compares them.
+docs: $(STAMP)
+	$(BIN)/python -m tracequant.cli.reference > docs/options.md
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/two_bit_grid.py

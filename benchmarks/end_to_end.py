@@ -3,7 +3,7 @@
     python benchmarks/end_to_end.py [--out DIR]
 
 Runs `tracequant demo`, and where TRACEQUANT_DATA holds CIFAR-10 the ResNet20 run at 12x with 4-bit activations and 400
-fine-tuning steps. RunDirectory directories are kept and gone on with, so a second call only prints.
+fine-tuning steps. Run directories are kept, and a second call only prints.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tracequant.run.directory import RunDirectory
 
 
 def tracequant(*arguments: str) -> str:
-    """RunDirectory the command line in a process of its own; what it printed."""
+    """What the command line printed, run in a process of its own."""
     command = [sys.executable, "-m", "tracequant", *arguments]
     print("$", "tracequant", *arguments, file=sys.stderr)
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -33,7 +33,7 @@ def tracequant(*arguments: str) -> str:
 def print_table(path: Path) -> None:
     """Result rows of a finished run as Markdown, and the accuracy of the packed file in a fresh process."""
     run = RunDirectory(path)
-    print(f"| model | {run.quantize_result().metric_name} | MB on disk | bits per weight |\n|---|---|---|---|")
+    print(f"| model | {run.quantize_result().metric_name} | MiB on disk | bits per weight |\n|---|---|---|---|")
     for row in run.result_rows():
         print(f"| {row.name} | {row.metric:.2f} | {row.size_bytes / MIB:.4f} | {row.average_bits:.2f} |")
     again = json.loads(tracequant("evaluate", str(path), "--json", "--quiet"))
@@ -46,7 +46,7 @@ def print_table(path: Path) -> None:
 
 
 def main() -> None:
-    """RunDirectory both flows."""
+    """Run both flows."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs"))
     out = parser.parse_args().out

@@ -77,7 +77,7 @@ def build(
     with torch.random.fork_rng(devices=[]):
         model = MobileNetV1()
     load_state(model, read_state(weights), weights, "expected MobileNet v1 of width 0.25")
-    options = TaskOptions(data_dir, samples=samples, batch_size=batch_size, seed=seed, workers=workers)
+    options = TaskOptions(data_dir=data_dir, samples=samples, batch_size=batch_size, seed=seed, workers=workers)
     return image_folder(
         model, standard_transforms(crop_share=crop_share, mean=(0.5,) * 3, deviation=(0.5,) * 3), options
     )

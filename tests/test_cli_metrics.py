@@ -63,7 +63,7 @@ def test_check_again_measures_nothing(copy: Path, monkeypatch: pytest.MonkeyPatc
 def test_plan_by_another_metric_takes_no_torch(checked: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for metric in ("l2", "first+quadratic"):
         code = (
-            "import sys; from tracequant import cli;"
+            "import sys; from tracequant.cli import app as cli;"
             f"code = cli.run_guarded(lambda: cli.app(['plan', {str(checked)!r}, '--average-bits', '3', '--criterion',"
             f" {metric!r}, '--json', '--out', {str(checked / 'other.json')!r}]));"
             "assert 'torch' not in sys.modules; sys.exit(code)"
@@ -79,11 +79,11 @@ def test_a_kept_plan_is_in_its_own_metric_everywhere(copy: Path) -> None:
     assert invoke("plan", copy, "--average-bits", "3", "--criterion", "first+quadratic", "--apply", "-q") == 0
     run = RunDirectory(copy)
     assert run.done("plan")
-    assert run.sensitivity().metric == "first+quadratic"
-    assert run.plan().estimator == "exact, full space"  # repriced by the same metric, or it would count as edited
-    assert run.sensitivity_by(None).metric == "trace"
+    assert run.sensitivity().criterion == "first+quadratic"
+    assert run.plan().solver == "exact, full space"  # repriced by the same metric, or it would count as edited
+    assert run.sensitivity_by(None).criterion == "trace"
     assert invoke("plan", copy, "--average-bits", "3", "--apply", "-q") == 0
-    assert RunDirectory(copy).sensitivity().metric == "trace"
+    assert RunDirectory(copy).sensitivity().criterion == "trace"
 
 
 def test_a_metric_that_was_not_measured_says_how_to(analysed: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,9 +97,9 @@ def test_analyze_by_an_expansion(tmp_path: Path) -> None:
     arguments = ("--task", TASK, "--no-eigenvalues", "--activation-bits", "none", "--criterion", "first+quadratic")
     assert invoke("analyze", *arguments, "--out", path, "-q") == 0
     run = RunDirectory(path)
-    assert run.sensitivity().metric == "first+quadratic"
+    assert run.sensitivity().criterion == "first+quadratic"
     assert run.sensitivity().weight_omega == tq.Perturbation.load(path / "perturbation.json").omega(True)
-    assert run.metrics() == ["trace", "l2", "quadratic", "first+quadratic"]
+    assert run.criteria() == ["trace", "l2", "quadratic", "first+quadratic"]
 
 
 def test_smallest_plan_by_accuracy_is_kept_reported_and_cached(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +108,7 @@ def test_smallest_plan_by_accuracy_is_kept_reported_and_cached(copy: Path, monke
     run = RunDirectory(copy)
     plan, evaluations = run.plan(), run.evaluations()
     assert evaluations is not None
-    assert "by evaluation" in plan.estimator
+    assert "by evaluation" in plan.solver
     found = next(row for row in evaluations.plans if row.weight_bits == plan.weight_bits)
     assert found.metric >= evaluations.float_metric - 1
     assert any(row.metric < evaluations.float_metric - 1 for row in evaluations.plans)
@@ -124,7 +124,7 @@ def test_smallest_plan_by_accuracy_is_kept_reported_and_cached(copy: Path, monke
     assert "All plans that were evaluated" in page
     for row in evaluations.plans:
         assert " ".join(map(str, row.weight_bits.values())) in page
-    assert "Which metric to trust here" in page
+    assert "Which criterion to trust here" in page
     assert (copy / "figures" / "check.svg").is_file()
 
 
@@ -146,8 +146,8 @@ def test_compare_solves_and_evaluates_by_each_metric(copy: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--max-accuracy-drop", "1", "--max-size-mib", "1"), "max_size_mib besides"),
-        (("--max-accuracy-drop", "-1"), "must be a number from 0"),
+        (("--max-accuracy-drop", "1", "--max-size-mib", "1"), "and --max-size-mib too"),
+        (("--max-accuracy-drop", "-1"), "--max-accuracy-drop must be a number >= 0"),
     ],
 )
 def test_bad_limits_on_accuracy(checked: Path, capsys: pytest.CaptureFixture[str], options, message) -> None:

@@ -197,7 +197,9 @@ def options(folder: Path, path: Path, model: str = "torchvision:retinanet_resnet
     return TaskOptions(data_dir=str(folder), weights=str(path), model=model, samples=2, batch_size=2)
 
 
-def test_the_task_reads_splits_and_finds_the_labels(tmp_path: Path, weights: dict[int, Path]) -> None:
+def test_the_task_reads_splits_and_finds_the_labels(
+    tmp_path: Path, weights: dict[int, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path, content())
     tested = content()
     tested["images"] = tested["images"][:1]
@@ -209,11 +211,13 @@ def test_the_task_reads_splits_and_finds_the_labels(tmp_path: Path, weights: dic
     ((images, (target,)),) = setup.evaluation
     assert len(images) == 1
     assert target["labels"].tolist() == [0, 1]
-    assert _with_blocks(["fpn.*", "blocks"], lambda: setup) == ["fpn.*", *setup.blocks]
+    run = RunDirectory(tmp_path / "run")
+    monkeypatch.setattr(run, "setup", lambda: setup)
+    assert run.blocks(("fpn.*", "blocks")) == ("fpn.*", *setup.blocks)
     assert setup.blocks[-2:] == ("head.classification_head.*", "head.regression_head.*")
     setup.blocks = ()
     with pytest.raises(TaskError, match="does not say what its model's blocks are"):
-        _with_blocks(["blocks"], lambda: setup)
+        run.blocks(("blocks",))
     assert not setup.model.training
     # More classes than the largest id: the labels are the ids, as in torchvision's networks for COCO.
     ((_, (target,)),) = build(options(tmp_path, weights[8])).evaluation
@@ -223,17 +227,17 @@ def test_the_task_reads_splits_and_finds_the_labels(tmp_path: Path, weights: dic
 
 
 def test_what_the_task_needs(tmp_path: Path, weights: dict[int, Path]) -> None:
-    with pytest.raises(TaskError, match="needs --data-dir"):
+    with pytest.raises(TaskError, match="needs data_dir"):
         build(TaskOptions())
-    with pytest.raises(TaskError, match="needs --model: torchvision:retinanet_resnet50_fpn"):
+    with pytest.raises(TaskError, match="needs model=NAME: torchvision:retinanet_resnet50_fpn"):
         build(TaskOptions(data_dir=str(tmp_path)))
-    with pytest.raises(TaskError, match="needs --weights"):
+    with pytest.raises(TaskError, match="needs weights=FILE"):
         build(TaskOptions(data_dir=str(tmp_path), model="retinanet_resnet18_fpn"))
     with pytest.raises(TaskError, match="holds no annotations of train"):
         build(options(tmp_path, weights[2]))
     with pytest.raises(TaskError, match="does not fit this network"):
         build(options(tmp_path, weights[2], "retinanet_resnet34_fpn"))
-    with pytest.raises(TaskError, match="no use for --crop-share"):
+    with pytest.raises(TaskError, match="no use for crop_share="):
         build(replace(options(tmp_path, weights[2]), crop_share=0.9))
     other = tmp_path / "other.safetensors"
     save_file({"fc.weight": torch.zeros(2, 2)}, other)

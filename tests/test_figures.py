@@ -24,6 +24,7 @@ from tracequant.core.curvature import Landscape, Landscapes
 from tracequant.report import paper_figures
 from tracequant.report.blocks import activation_blocks, block_names, weight_blocks
 from tracequant.report.drawing import NAME_LENGTH, name_axis, shortened
+from tracequant.run import examine
 from tracequant.run.directory import RunDirectory
 
 SAMPLES, BATCH = 64, 32
@@ -164,7 +165,7 @@ def test_eigenvalues_join_those_that_are_there(copy: Path) -> None:
     before = run.spectrum()
     assert before is not None
     name = next(name for name in run.curvature().weights if name not in before.eigenvalues)
-    found = run.eigenvalues([name], 2)
+    found = examine.eigenvalues(run, [name], 2)
     assert found == run.spectrum()
     assert found.eigenvalues.keys() == before.eigenvalues.keys() | {name}
     assert len(found.eigenvalues[name]) == 2

@@ -47,7 +47,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def options(tree: Path, model: str | None, **more: Any) -> TaskOptions:
-    return TaskOptions(str(tree), model=model, **({"workers": 0} | more))
+    return TaskOptions(data_dir=str(tree), model=model, **({"workers": 0} | more))
 
 
 def test_classes_are_numbered_as_in_train(tree: Path, weights: str) -> None:
@@ -206,14 +206,14 @@ def test_heads_for_training_are_taken_off(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_no_network_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     serve(monkeypatch, urllib.error.URLError("no route"))
-    with pytest.raises(tq.TaskError, match=r"cannot be fetched .*no route.* give --weights FILE"):
+    with pytest.raises(tq.TaskError, match=r"cannot be fetched .*no route.* give weights=FILE"):
         load_task("imagenet", options(thousand(tmp_path), NETWORK))
 
 
 @pytest.mark.parametrize(
     ("model", "more", "message"),
     [
-        (None, {}, "needs --model: torchvision:NAME, timm:NAME"),
+        (None, {}, "needs model=NAME: torchvision:NAME, timm:NAME"),
         ("resnet50", {}, "unknown model 'resnet50'; choose torchvision:NAME"),
         ("torchvision:resnet5", {}, "no model 'resnet5'; did you mean .*resnet50"),
         ("timm:resnet50d_", {}, "no model 'resnet50d_'; did you mean .*resnet50d"),
@@ -261,7 +261,7 @@ def test_folders_are_checked(tmp_path: Path, weights: str) -> None:
     def load(name: str) -> tq.TaskSetup:
         return load_task("imagenet", options(tmp_path / name, NETWORK, weights=weights))
 
-    with pytest.raises(tq.TaskError, match="needs --data-dir"):
+    with pytest.raises(tq.TaskError, match="needs data_dir"):
         load_task("imagenet", TaskOptions(model=NETWORK))
     with pytest.raises(tq.TaskError, match=r"has no folder 'train'; expected train/<class>"):
         load("nothing")
@@ -340,7 +340,7 @@ def test_published_accuracies_are_reproduced(
         pytest.skip("TRACEQUANT_DATA does not hold imagenet_train1000, imagenet_val500 and imagenet_weights")
     tree = lay_out(data, tmp_path)
     weights = str(data / "imagenet_weights" / f"{file}.safetensors")
-    setup = load_task(task, TaskOptions(str(tree), weights, model, workers=0, crop_share=1.0))
+    setup = load_task(task, TaskOptions(data_dir=str(tree), weights=weights, model=model, workers=0, crop_share=1.0))
     evaluation = setup.task.evaluate(setup.model, setup.evaluation)
     assert evaluation.samples == 500
     assert math.isclose(evaluation.metric, accuracy, abs_tol=1e-6)

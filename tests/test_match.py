@@ -39,5 +39,5 @@ def test_a_pattern_without_a_match_names_what_there_is() -> None:
 
 
 def test_matching_takes_no_torch() -> None:
-    script = "import sys, tracequant.match; sys.exit('torch' in sys.modules)"
+    script = "import sys, tracequant.core.match; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

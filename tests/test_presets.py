@@ -14,9 +14,12 @@ import torch
 import tiny_task
 from image_tree import make_tree
 from tracequant.cli import app as cli
+from tracequant.cli import commands
 from tracequant.cli.presets import PRESETS, Preset
 from tracequant.core.settings import RunSettings
 from tracequant.run.directory import RunDirectory
+
+pytestmark = pytest.mark.usefixtures("blank_figures")
 
 TASK = f"{Path(tiny_task.__file__)}:build"
 
@@ -31,9 +34,9 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """A preset for the small task of the command-line tests."""
     preset = Preset(
         "for tests",
-        {"task": TASK, "bits": "2,4", "activation_bits": "4,8"},
+        {"task": TASK, "weight_bits": "2,4", "activation_bits": "4,8"},
         {"compression": 10.0, "activation_compression": 5.0},
-        {"steps": 5, "distillation": 0.25},
+        {"finetune_steps": 5, "distillation": 0.25},
     )
     monkeypatch.setitem(PRESETS, "tiny", preset)
 
@@ -48,19 +51,19 @@ def settings(path: Path) -> RunSettings:
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[RunSettings]:
     """What `run` was asked for, which it does not do."""
-    found: list[RunSettings] = []
+    requests: list[RunSettings] = []
 
-    def keep(run: RunDirectory, *asked: Any) -> None:
-        found.append(RunSettings(*asked[:3]))
+    def record(run: RunDirectory, *settings: Any, **_: bool) -> None:
+        requests.append(RunSettings(*settings))
 
-    monkeypatch.setattr(cli, "_run_stages", keep)
-    return found
+    monkeypatch.setattr(commands, "_run_stages", record)
+    return requests
 
 
 def test_a_preset_is_what_was_not_given(tiny: None, asked: list[RunSettings], tmp_path: Path) -> None:
     assert invoke("run", "--preset", "tiny", "--out", tmp_path / "run", "--finetune-steps", 3) == 0
     (found,) = asked
-    assert (found.analyze.task, found.analyze.weight_bits) == (TASK, (2, 4))
+    assert (found.analysis.task, found.analysis.sensitivity.weight_bits) == (TASK, (2, 4))
     assert (found.plan.compression, found.plan.activation_compression) == (10.0, 5.0)
     assert (found.finetune.steps, found.finetune.distillation) == (3, 0.25)
 
@@ -133,13 +136,14 @@ NETWORKS = {
 }
 
 
-# In place of them where time is short.
-SMALL = ("torchvision.models.shufflenet_v2_x0_5(num_classes=3)", 64)
+# In place of them where time is short: 16 layers.
+SMALL = ("timm.create_model('test_resnet', num_classes=3)", 64)
 
 
 def command(preset: str, folder: Path, out: Path, small: bool = False) -> list[str]:
     """The whole flow of a preset on six small images."""
     pytest.importorskip("torchvision", reason="the imagenet task needs the extra 'vision'")
+    import timm  # noqa: F401
     import torchvision  # noqa: F401
 
     make, size = SMALL if small else NETWORKS[preset]
@@ -160,7 +164,7 @@ def command(preset: str, folder: Path, out: Path, small: bool = False) -> list[s
     if small:
         # In a small network the images, which keep 8 bits, are a larger share of the activations.
         room = () if preset == "paper-squeezenext" else ("--activation-compression", "6")
-        others = ["--model", "torchvision:shufflenet_v2_x0_5", *room]
+        others = ["--model", "timm:test_resnet", *room]
     return [
         "run", "--preset", preset, "--data-dir", str(folder / "tree"), "--weights", str(weights), "--image-size",
         str(size), "--samples", "4", "--batch-size", "2", "--workers", "0", "--finetune-steps", "2", "--out", str(out),
@@ -215,14 +219,14 @@ def test_a_small_run_in_two_processes(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
     torchrun(arguments)  # nothing is left to do
     assert {path: path.stat().st_mtime_ns for path in out.glob("*.safetensors")} == before
-    torchrun(["finetune", str(out), "--steps", "3", "-q"])
+    torchrun(["finetune", str(out), "--finetune-steps", "3", "-q"])
     assert len(run.finetune_outcome().losses) == 3
-    failed = torchrun(["finetune", str(out), "--steps", "3", "--learning-rate", "1e30", "-q"], expected=1)
+    failed = torchrun(["finetune", str(out), "--finetune-steps", "3", "--learning-rate", "1e30", "-q"], expected=1)
     assert "error: the loss" in failed
 
 
 def torchrun(arguments: list[str], expected: int = 0) -> str:
-    """RunDirectory `tracequant` in two processes; what they wrote to standard error."""
+    """Run `tracequant` in two processes; what they wrote to standard error."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

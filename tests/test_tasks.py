@@ -73,8 +73,8 @@ def test_random_crop_moves_and_mirrors_whole_images() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (TaskOptions(), "needs --data-dir"),
-        (TaskOptions(data_dir="x"), "needs --weights"),
+        (TaskOptions(), "needs data_dir"),
+        (TaskOptions(data_dir="x"), "needs weights"),
         (TaskOptions(data_dir="x", weights="nothing.safetensors"), "does not exist"),
         (TaskOptions(data_dir="x", weights="resnet20-x.safetensors", model="resnet21"), "unknown model 'resnet21'"),
         (TaskOptions(data_dir="x", weights="resnet20-x.safetensors", model="resnet32"), "does not fit"),

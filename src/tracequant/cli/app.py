@@ -18,23 +18,11 @@ from tracequant.cli.help import SettingsCommand
 from tracequant.cli.options import with_settings
 from tracequant.cli.printing import escape
 from tracequant.cli.spelling import in_shell_words
-from tracequant.core.errors import TracequantError
+from tracequant.core.errors import SettingsError, TracequantError
 from tracequant.core.version import VERSION
 
 INTERRUPTED = 130  # the shells' exit code for SIGINT
 
-app = typer.Typer(
-    name="tracequant",
-    help=(
-        "Choose the bit width of every layer from the curvature of the loss, then quantize, fine-tune, pack and report."
-        "\n\nTry it: tracequant demo. Your own model: write a function that returns a tracequant.TaskSetup and pass"
-        " --task path/to/file.py:function."
-    ),
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # the boxes cut long option names short
-)
 _errors = Console(stderr=True, highlight=False)
 
 _COMMANDS: dict[str, Callable[..., None]] = {
@@ -57,8 +45,6 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "figures": examine.figures,
     "presets": plan.presets,
 }
-for name, command in _COMMANDS.items():
-    app.command(name, cls=SettingsCommand)(with_settings(command))
 
 
 def _print_version(wanted: bool) -> None:
@@ -67,27 +53,52 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _main(
     version: Annotated[
         bool, typer.Option("--version", help="print the version and exit", is_eager=True, callback=_print_version)
     ] = False,
 ) -> None:
-    pass
+    """
+    Choose the bit width of every layer from the curvature of the loss, then quantize, fine-tune, pack and report.
+
+    To try it, run tracequant demo. For your own model, write a function that returns a tracequant.TaskSetup and pass
+    --task path/to/file.py:function.
+    """
+
+
+def _program() -> typer.Typer:
+    """All commands as one program."""
+    program = typer.Typer(
+        name="tracequant",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,  # the boxes cut long option names short
+    )
+    program.callback()(_main)
+    for name, command in _COMMANDS.items():
+        program.command(name, cls=SettingsCommand)(with_settings(command))
+    return program
+
+
+app = _program()
 
 
 def main() -> None:
-    """Entry point: our own errors become one message and exit code 2."""
+    """Run the program on the arguments of the shell, and exit."""
     sys.exit(run_guarded(app))
 
 
 def run_guarded(command: Callable[[], Any]) -> int:
-    """Run a command and return its exit code; what tracequant can explain is printed without a traceback."""
+    """The exit code of a command after running it. An error that tracequant can explain is printed as one message.
+
+    Any other error comes from the user's code, or is a defect: it is raised and has its traceback.
+    """
     warnings.showwarning = _show_warning
     try:
         command()
     except TracequantError as error:
-        _print_error(in_shell_words(str(error)))
+        _print_error(in_shell_words(str(error), error.argument if isinstance(error, SettingsError) else None))
         return 2
     except OSError as error:
         if not _is_ours(error):
@@ -106,18 +117,21 @@ def run_guarded(command: Callable[[], Any]) -> int:
 def _is_ours(error: OSError) -> bool:
     """Whether an operating system error arose in tracequant itself, and not in a user's task, loader or model.
 
-    What counts is the last frame that is in no library: a user's dataset that opens a file by PIL is the user's.
+    The last frame that is in no library decides: a user's dataset that opens a file by PIL is the user's. A worker of a
+    DataLoader has no frames here, and the error that torch raises for it is the user's too.
     """
     package = Path(__file__).resolve().parents[1]
     libraries = [Path(path).resolve() for path in sysconfig.get_paths().values()]
-    kinds = []
+    ours = True
     for frame in traceback.extract_tb(error.__traceback__):
         path = Path(frame.filename).resolve()
         if package in path.parents:
-            kinds.append("ours")
-        elif kinds and path.is_file() and not any(library in path.parents for library in libraries):
-            kinds.append("user's")
-    return not kinds or kinds[-1] == "ours"
+            ours = True
+        elif "torch/utils/data" in path.as_posix() or (
+            path.is_file() and not any(library in path.parents for library in libraries)
+        ):
+            ours = False
+    return ours
 
 
 def _print_error(text: str) -> None:

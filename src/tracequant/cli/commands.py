@@ -97,11 +97,14 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Load the packed file and measure it on the evaluation data."""
-    row = stages.evaluate_file(open_run(run_path, quiet), file)
+    run = open_run(run_path, quiet)
+    result = stages.evaluate_file(run, file)
+    path = run.packed_file(file)
+    size = path.stat().st_size
     if as_json:
-        print_json({"file": row.name, "metric": row.metric, "loss": row.loss, "size_bytes": row.size_bytes})
+        print_json({"file": path.name, "metric": result.metric, "loss": result.loss, "size_bytes": size})
     elif not quiet:
-        print(f"{row.name}: {row.metric:.2f}, loss {row.loss:.6f}, {row.size_bytes:,} bytes on disk")
+        print(f"{path.name}: {result.metric:.2f}, loss {result.loss:.6f}, {size:,} bytes on disk")
 
 
 def run(
@@ -124,9 +127,8 @@ def run(
 
     Run again, the same command resumes at the first stage that is not finished.
     """
-    _run_stages(
-        open_run(out, quiet), _resolved(analysis), without_replaced_budgets(context, budget), recipe, quiet, as_json
-    )
+    budget = without_replaced_budgets(context, budget)
+    _run_stages(open_run(out, quiet), _resolved(analysis), budget, recipe, quiet=quiet, as_json=as_json)
 
 
 def demo(
@@ -147,8 +149,8 @@ def demo(
         AnalysisSettings("digits", sensitivity=SensitivitySettings(activation_bits=(4,))),
         PlanSettings(average_bits=average_bits),
         FinetuneSettings(steps=finetune_steps, uniform_too=True),
-        quiet,
-        as_json,
+        quiet=quiet,
+        as_json=as_json,
     )
 
 
@@ -157,9 +159,11 @@ def _run_stages(
     analysis: AnalysisSettings,
     budget: PlanSettings,
     recipe: FinetuneSettings,
+    *,
     quiet: bool,
     as_json: bool,
 ) -> None:
+    """All stages up to the report, and what they print."""
     from tracequant.model import distributed
     from tracequant.report.html import write_report
 
@@ -193,7 +197,7 @@ def _analyze_together(
     budget: PlanSettings | None = None,
     recipe: FinetuneSettings | None = None,
 ) -> bool:
-    """Analyze, with the other processes under `torchrun`. Whether this process is the first, which plans alone."""
+    """Whether this process is the first, which plans alone; all processes of `torchrun` have analysed before."""
     from tracequant.model import distributed
 
     with distributed.process_group(analysis.device):
@@ -203,7 +207,7 @@ def _analyze_together(
             if recipe is not None and not run.done("analyze"):
                 stages.check_recipe(run, recipe)  # here, so that it does not fail after the analysis
             if budget is not None and analysis.target_stability is not None and not run.done("analyze"):
-                run.ask(replace(run.settings(), plan=budget))  # the plan that is to be stable
+                run.ask(replace(run.settings(), plan=budget))  # the analysis ends once this plan is stable
         else:
             run.be_silent()
         distributed.gather(None)  # the others start when the settings are there

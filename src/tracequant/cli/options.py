@@ -10,14 +10,14 @@ import dataclasses
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
-from tracequant.cli.requests import parse, shown_default
+from tracequant.cli.requests import reader
 from tracequant.core.options import Option
 
 RunPath = Annotated[Path, typer.Argument(help="run directory", metavar="RUN")]
@@ -32,24 +32,19 @@ Out = Annotated[
 
 @dataclass(frozen=True)
 class Without:
-    """Marks a parameter of a settings class: the command has no option for these fields."""
+    """Marks a parameter of a settings class: the command has no options for these fields."""
 
     names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class FieldOption:
-    """One field of a settings class as an option: where the value goes, and how it is written in the shell."""
+    """One field of a settings class as an option: its type and default in Python, and its spelling in the shell."""
 
     name: str
     annotation: Any
     default: Any
     option: Option
-
-    @classmethod
-    def of(cls, field: dataclasses.Field[Any], annotation: Any) -> FieldOption:
-        """The option of a field that `tracequant.core.options.option` declared."""
-        return cls(field.name, annotation, field.default, field.metadata["option"])
 
     @property
     def required(self) -> bool:
@@ -58,8 +53,17 @@ class FieldOption:
 
     @property
     def flag(self) -> str:
-        """The option's spelling: `--average-bits`, or `--symmetric/--asymmetric` for a switch."""
-        return self.option.flag or f"--{self.name.replace('_', '-')}"
+        """The option's spelling: `--average-bits`, or `--eigenvalues/--no-eigenvalues` for a switch."""
+        if self.option.flag is not None:
+            return self.option.flag
+        word = self.name.replace("_", "-")
+        return f"--{word}/--no-{word}" if self.annotation is bool else f"--{word}"
+
+    @property
+    def switches(self) -> tuple[str, str]:
+        """The flags that mean True and False; only a switch has them."""
+        on, off = self.flag.split("/")
+        return on, off
 
     @property
     def parameter(self) -> str:
@@ -74,20 +78,22 @@ def field_options(kind: type) -> Iterator[FieldOption]:
         if dataclasses.is_dataclass(hints[field.name]):
             yield from field_options(hints[field.name])
         else:
-            yield FieldOption.of(field, hints[field.name])
+            yield FieldOption(field.name, hints[field.name], field.default, field.metadata["option"])
 
 
-def build(kind: Any, values: Mapping[str, Any]) -> Any:
-    """The settings object from the command's parameters; what is missing keeps its default."""
+def build(kind: Any, values: Mapping[str, Any], without: Collection[str] = ()) -> Any:
+    """The settings object from the values of a command's parameters; the fields in `without` keep their defaults."""
     hints = typing.get_type_hints(kind)
+    by_name = {entry.name: entry for entry in field_options(kind)}
     fields: dict[str, Any] = {}
     for field in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(hints[field.name]):
-            fields[field.name] = build(hints[field.name], values)
+        if field.name in without:
             continue
-        entry = FieldOption.of(field, hints[field.name])
-        if entry.parameter in values:
-            fields[field.name] = parse(entry.annotation, values[entry.parameter], entry.flag)
+        if dataclasses.is_dataclass(hints[field.name]):
+            fields[field.name] = build(hints[field.name], values, without)
+        else:
+            entry = by_name[field.name]
+            fields[field.name] = reader(entry.annotation).value(values[entry.parameter], entry.flag)
     return kind(**fields)
 
 
@@ -95,34 +101,26 @@ def with_settings(function: Callable[..., None]) -> Callable[..., None]:
     """The command with each parameter of a settings class replaced by the options of its fields."""
     hints = typing.get_type_hints(function, include_extras=True)
     settings: dict[str, tuple[Any, tuple[str, ...]]] = {}
-    parameters: list[inspect.Parameter] = []
-    has_experts = False
+    plain: list[inspect.Parameter] = []
+    entries: list[FieldOption] = []
     for parameter in inspect.signature(function).parameters.values():
         annotation = hints[parameter.name]
         kind, without = _settings_class(annotation)
         if kind is None:
-            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=annotation))
-            continue
-        settings[parameter.name] = kind, without
-        for entry in field_options(kind):
-            if entry.name not in without:
-                parameters.append(_parameter(entry))
-                has_experts = has_experts or entry.option.expert
-    if has_experts:
-        help_all = inspect.Parameter("help_all", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_HelpAll)
-        parameters.append(help_all)
+            plain.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=annotation))
+        else:
+            settings[parameter.name] = kind, without
+            entries += [entry for entry in field_options(kind) if entry.name not in without]
 
     @functools.wraps(function)
     def command(**values: Any) -> None:
-        values.pop("help_all", None)
-        given = dict(values)
-        for name, (kind, without) in settings.items():
-            taken = [entry for entry in field_options(kind) if entry.name not in without]
-            values[name] = build(kind, {entry.parameter: given[entry.parameter] for entry in taken})
-            for entry in taken:
-                values.pop(entry.parameter, None)
-        function(**values)
+        arguments = {parameter.name: values[parameter.name] for parameter in plain}
+        objects = {name: build(kind, values, without) for name, (kind, without) in settings.items()}
+        function(**arguments, **objects)
 
+    parameters = [*map(_parameter, entries), *plain]
+    if any(entry.option.expert for entry in entries):
+        parameters.append(_HELP_ALL)
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
@@ -139,8 +137,7 @@ def _settings_class(annotation: Any) -> tuple[Any, tuple[str, ...]]:
 
 def _parameter(entry: FieldOption) -> inspect.Parameter:
     """A command's parameter for one field."""
-    option = entry.option
-    kind = _shell_type(entry.annotation)
+    option, field_reader = entry.option, reader(entry.annotation)
     info = typer.Option(
         entry.flag,
         help=f"{option.help}  [{option.range}]" if option.range else option.help,
@@ -149,30 +146,16 @@ def _parameter(entry: FieldOption) -> inspect.Parameter:
         hidden=option.expert,
         show_default=not entry.required and entry.default not in (None, ()),
     )
-    default = inspect.Parameter.empty if entry.required else shown_default(entry.annotation, entry.default)
     return inspect.Parameter(
-        entry.parameter, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]
+        entry.parameter,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=inspect.Parameter.empty if entry.required else field_reader.shown(entry.default),
+        annotation=Annotated[field_reader.shell_type, info],
     )
-
-
-def _shell_type(annotation: Any) -> Any:
-    """The type that typer parses for a field; what typer does not know arrives as text."""
-    optional = type(None) in typing.get_args(annotation)
-    plain = (
-        next((a for a in typing.get_args(annotation) if a is not type(None)), annotation) if optional else annotation
-    )
-    if optional and len(typing.get_args(annotation)) > 2:
-        return str | None  # a number or a word
-    if plain in (bool, int, float, str) or typing.get_origin(plain) is Literal:
-        return plain | None if optional else plain
-    if typing.get_origin(plain) is tuple:
-        return str if typing.get_args(plain)[0] is int else list[str]
-    if plain == _LATENCY:
-        return Path | None
-    return list[str] | None
 
 
 def _show_all(context: typer.Context, wanted: bool) -> None:
+    """Print the help with the options for experts, and exit."""
     if wanted:
         for parameter in context.command.params:
             parameter.hidden = False  # type: ignore[attr-defined]
@@ -180,14 +163,18 @@ def _show_all(context: typer.Context, wanted: bool) -> None:
         raise typer.Exit
 
 
-_LATENCY = dict[str, dict[int, dict[int, float]]]
-_HelpAll = Annotated[
-    bool,
-    typer.Option(
-        "--help-all",
-        help="show all options, those for experts too, and exit",
-        is_eager=True,
-        callback=_show_all,
-        rich_help_panel="Output",
-    ),
-]
+_HELP_ALL = inspect.Parameter(
+    "help_all",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=False,
+    annotation=Annotated[
+        bool,
+        typer.Option(
+            "--help-all",
+            help="show all options, those for experts too, and exit",
+            is_eager=True,
+            callback=_show_all,
+            rich_help_panel="Output",
+        ),
+    ],
+)

@@ -117,15 +117,15 @@ def plan(
         bad_parameter("give a run directory or --sensitivity FILE, one of the two")
     settings = _narrowed(without_replaced_budgets(context, budget), weight_bits, activation_bits)
     run: RunDirectory | None = None
-    if run_path is not None:
+    if sensitivity is None:
+        assert run_path is not None
         run = open_run(run_path, quiet)
         solved, table = stages.solve(run, settings), run.sensitivity_by(settings.criterion)
     else:
-        if apply:
-            bad_parameter("--apply needs a run directory")
+        if apply or stability:
+            bad_parameter("--apply and --stability need a run directory")
         if settings.by_accuracy or settings.criterion is not None:
             bad_parameter("--criterion, --max-accuracy-drop and --max-loss-increase need a run directory")
-        assert sensitivity is not None
         table = read_sensitivity(sensitivity)
         solved = solve(table, settings)
     if out is not None:
@@ -138,8 +138,11 @@ def plan(
     elif not quiet:
         stable = plan_stability(table, solved, run.curvature(), settings) if run is not None and stability else None
         print_plan(table, solved, settings, stable)
-        if run is not None and not keep and not _same_bits(run, solved):
-            note("The run is quantized by another plan and keeps it; add --apply to replace it.")
+        if run is not None and not keep:
+            if _same_bits(run.plan(), solved):
+                note("The run is quantized by this very plan.")
+            else:
+                note("The run is quantized by another plan and keeps it; add --apply to replace it.")
 
 
 def presets(as_json: AsJson = False) -> None:
@@ -160,9 +163,9 @@ def _narrowed(settings: PlanSettings, weight_bits: str | None, activation_bits: 
         ("allowed_activation_bits", activation_bits, "--activation-bits"),
     ):
         if text is not None:
-            bits, own = parse_bits(text, flag), dict(rules[field] or {})
-            own["*"] = tuple(b for b in bits if b in own["*"]) if "*" in own else bits
-            rules[field] = own
+            bits, narrowed = parse_bits(text, flag), dict(rules[field] or {})
+            narrowed["*"] = tuple(b for b in bits if b in narrowed["*"]) if "*" in narrowed else bits
+            rules[field] = narrowed
     return replace(
         settings,
         allowed_bits=rules["allowed_bits"],
@@ -170,7 +173,6 @@ def _narrowed(settings: PlanSettings, weight_bits: str | None, activation_bits: 
     )
 
 
-def _same_bits(run: RunDirectory, solved: BitPlan) -> bool:
-    """Whether the run's own plan has the same bits."""
-    own = run.plan()
-    return own.weight_bits == solved.weight_bits and own.activation_bits == solved.activation_bits
+def _same_bits(one: BitPlan, other: BitPlan) -> bool:
+    """Whether two plans have the same bits."""
+    return (one.weight_bits, one.activation_bits) == (other.weight_bits, other.activation_bits)

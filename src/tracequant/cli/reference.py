@@ -6,7 +6,8 @@ import typing
 from typing import Literal
 
 from tracequant.cli.options import FieldOption, field_options
-from tracequant.cli.requests import shown_default
+from tracequant.cli.requests import reader
+from tracequant.core.options import options
 from tracequant.core.settings import (
     AnalysisSettings,
     CurvatureSettings,
@@ -15,6 +16,7 @@ from tracequant.core.settings import (
     PlanSettings,
     SensitivitySettings,
     TaskOptions,
+    WeightGrid,
 )
 
 # Settings class → the Python function that takes its fields by keyword, and the commands that have its options.
@@ -23,6 +25,7 @@ _PAGES: tuple[tuple[type, str, str], ...] = (
     (DiscoverSettings, "`tq.discover(model, batches, task, ...)`", "`analyze`, `run`"),
     (CurvatureSettings, "`tq.estimate_curvature(model, batches, task, ...)`", "`analyze`, `run`"),
     (SensitivitySettings, "`tq.measure_sensitivity(model, batches, task, curvature, ...)`", "`analyze`, `run`"),
+    (WeightGrid, "`weight_grid=tq.WeightGrid(...)` of `tq.measure_sensitivity`", "`analyze`, `run`"),
     (AnalysisSettings, "settings of a run alone", "`analyze`, `run`"),
     (PlanSettings, "`tq.solve(sensitivity, ...)`", "`plan`, `run`"),
     (FinetuneSettings, "`tq.finetune(model, batches, task, ...)`", "`finetune`, `run`"),
@@ -41,21 +44,15 @@ def options_page() -> str:
     for kind, function, commands in _PAGES:
         lines += ["", f"## {kind.__name__}", "", f"Python: {function}. Commands: {commands}.", ""]
         lines += ["| Python | command line | default | range | meaning |", "|---|---|---|---|---|"]
-        nested = {
-            entry.name
-            for hint in typing.get_type_hints(kind).values()
-            if any(hint is other for other, _, _ in _PAGES)
-            for entry in field_options(hint)
-        }
-        lines += [_row(entry) for entry in field_options(kind) if entry.name not in nested]
+        # Nested settings have sections of their own.
+        lines += [_row(entry) for entry in field_options(kind) if entry.name in options(kind)]
     return "\n".join(lines) + "\n"
 
 
 def _row(entry: FieldOption) -> str:
-    value = None if entry.required else shown_default(entry.annotation, entry.default)
+    value = None if entry.required else reader(entry.annotation).shown(entry.default)
     default = "" if value is None or value == [] else f"`{' '.join(value) if isinstance(value, list) else value}`"
-    has_value = entry.annotation is not bool and entry.option.metavar is not None
-    flag = f"{entry.flag} {entry.option.metavar}" if has_value else entry.flag
+    flag = f"{entry.flag} {entry.option.metavar}" if entry.option.metavar is not None else entry.flag
     allowed = " or ".join(filter(None, (entry.option.range, _choices(entry))))
     meaning = entry.option.help.replace("|", "\\|")
     return f"| `{entry.name}` | `{flag}` | {default} | {allowed} | {meaning} |"

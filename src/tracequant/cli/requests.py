@@ -1,10 +1,14 @@
-"""From what the shell hands over to the values of settings: lists of bits, PATTERN=BITS rules, tables, paths."""
+"""How the shell gives the values of settings: lists of bits, PATTERN=BITS rules, tables, paths."""
 
 from __future__ import annotations
 
+import functools
+import operator
 import typing
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import typer
 
@@ -12,32 +16,31 @@ from tracequant.core.settings import CRITERIA, Criterion, Latency
 from tracequant.core.tables import read_latency
 
 
-def parse(annotation: Any, value: Any, flag: str) -> Any:
-    """The value of a field of type `annotation` from an option's value; a wrong one is an error that names the flag."""
-    if value is None:
-        return None
-    kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
-    kind = annotation if type(None) not in typing.get_args(annotation) else kinds[0] if len(kinds) == 1 else annotation
-    if kind == tuple[int, ...]:
-        return parse_bits(value, flag)
-    if kind == tuple[str, ...]:
-        return tuple(value)
-    if kind == dict[str, int]:
-        return _single(_rules(value, flag), flag) or None
-    if kind == dict[str, tuple[int, ...]]:
-        return _rules(value, flag) or None
-    if kind == Latency:
-        return read_latency(value)
-    if len(kinds) > 1 and isinstance(value, str) and int in kinds:
-        return int(value) if value.lstrip("-").isdigit() else value
-    return value
+@dataclass(frozen=True)
+class Reader:
+    """How the shell gives a value of one type.
+
+    typer reads a `shell_type`; `value` makes the field's value of it and raises an error that names the flag; `shown`
+    is the way back, for a default.
+    """
+
+    shell_type: Any
+    value: Callable[[Any, str], Any]
+    shown: Callable[[Any], Any]
 
 
-def shown_default(annotation: Any, default: Any) -> Any:
-    """A field's default as the option has it."""
-    if isinstance(default, tuple) and typing.get_args(annotation)[0] is int:
-        return ",".join(map(str, default)) or "none"
-    return list(default) if isinstance(default, tuple) else default
+def reader(annotation: Any) -> Reader:
+    """The reader of a field's type; a type that this module does not know is read by typer."""
+    kinds = typing.get_args(annotation)
+    if type(None) not in kinds:
+        return _READERS.get(annotation) or Reader(annotation, _as_it_is, shown=lambda value: value)
+    plain = reader(functools.reduce(operator.or_, (kind for kind in kinds if kind is not type(None))))
+
+    def value(text: Any, flag: str) -> Any:
+        # typer gives an empty list for a repeatable option that is absent.
+        return None if text is None or text == [] else plain.value(text, flag)
+
+    return Reader(plain.shell_type | None, value, lambda default: None if default is None else plain.shown(default))
 
 
 def parse_bits(text: str, flag: str) -> tuple[int, ...]:
@@ -45,7 +48,7 @@ def parse_bits(text: str, flag: str) -> tuple[int, ...]:
     if flag == "--activation-bits" and text.strip() == "none":
         return ()
     try:
-        bits = tuple(sorted({int(part) for part in text.split(",")}))
+        bits = tuple(sorted({int(number) for number in text.split(",")}))
     except ValueError:
         bad_parameter(f"{flag} takes numbers from 1 to 8 separated by commas, got {text!r}")
     if not all(1 <= num_bits <= 8 for num_bits in bits):
@@ -55,7 +58,7 @@ def parse_bits(text: str, flag: str) -> tuple[int, ...]:
 
 def parse_criteria(text: str) -> list[Criterion]:
     """Criteria from a list such as trace,l2."""
-    names = [part.strip() for part in text.split(",")]
+    names = [name.strip() for name in text.split(",")]
     chosen: list[Criterion] = [criterion for name in names for criterion in CRITERIA if criterion == name]
     if len(chosen) != len(names):
         bad_parameter(f"--criteria takes some of {', '.join(CRITERIA)}, got {text!r}")
@@ -78,6 +81,10 @@ def bad_parameter(text: str) -> NoReturn:
     raise typer.BadParameter(text)
 
 
+def _as_it_is(value: Any, flag: str) -> Any:
+    return value
+
+
 def _rules(texts: list[str], flag: str) -> dict[str, tuple[int, ...]]:
     """PATTERN=LIST options as a dictionary."""
     rules: dict[str, tuple[int, ...]] = {}
@@ -89,8 +96,27 @@ def _rules(texts: list[str], flag: str) -> dict[str, tuple[int, ...]]:
     return rules
 
 
-def _single(rules: dict[str, tuple[int, ...]], flag: str) -> dict[str, int]:
+def _single_rules(texts: list[str], flag: str) -> dict[str, int]:
+    """PATTERN=BITS options as a dictionary."""
+    rules = _rules(texts, flag)
     for pattern, bits in rules.items():
         if len(bits) != 1:
             bad_parameter(f"{flag} takes one bit width for {pattern!r}; --allowed-bits takes several")
     return {pattern: bits[0] for pattern, bits in rules.items()}
+
+
+def _shown_rules(rules: dict[str, Any]) -> list[str]:
+    return [f"{pattern}={bits}" for pattern, bits in rules.items()]
+
+
+# A field of another type that typer does not read needs an entry here.
+_READERS: dict[Any, Reader] = {
+    tuple[int, ...]: Reader(str, parse_bits, shown=lambda bits: ",".join(map(str, bits)) or "none"),
+    tuple[str, ...]: Reader(list[str], lambda texts, flag: tuple(texts), shown=list),
+    dict[str, int]: Reader(list[str], _single_rules, shown=_shown_rules),
+    dict[str, tuple[int, ...]]: Reader(list[str], _rules, shown=_shown_rules),
+    Latency: Reader(Path, lambda path, flag: read_latency(path), shown=str),
+    int | Literal["exact"]: Reader(
+        str, lambda text, flag: int(text) if text.lstrip("-").isdigit() else text, shown=str
+    ),
+}

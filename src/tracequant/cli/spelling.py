@@ -9,30 +9,50 @@ from tracequant.cli.options import FieldOption, field_options
 from tracequant.core.settings import AnalysisSettings, FinetuneSettings, PlanSettings
 
 
+def in_shell_words(text: str, argument: str | None = None) -> str:
+    """The text with arguments spelled as options: `precision='bfloat16'` becomes `--precision bfloat16`.
+
+    A name without a value is translated only where it cannot be an ordinary word or a piece of a path: it has an
+    underscore, or it is the `argument` with which the message of a `SettingsError` begins.
+
+    >>> in_shell_words("try average_bits=3, or a smaller max_size_mib")
+    'try --average-bits 3, or a smaller --max-size-mib'
+    >>> in_shell_words("steps must be an integer >= 0, got -1", "steps")
+    '--finetune-steps must be an integer >= 0, got -1'
+    """
+    entries = _entries()
+    if argument in entries and re.match(rf"{argument}\b", text):
+        text = _bare(entries[argument]) + text.removeprefix(argument)
+    with_value, alone = _patterns()
+    text = with_value.sub(lambda match: _with_value(entries[match[1]], match[2].strip("'\"")), text)
+    return alone.sub(lambda match: _bare(entries[match[1]]), text)
+
+
 @functools.cache
 def _entries() -> dict[str, FieldOption]:
+    """Every option that a command makes of a settings field, by the field's name."""
     kinds = (AnalysisSettings, PlanSettings, FinetuneSettings)
     return {entry.name: entry for kind in kinds for entry in field_options(kind)}
 
 
-def in_shell_words(text: str) -> str:
-    """The text with arguments spelled as options: `precision='bfloat16'` becomes `--precision bfloat16`.
-
-    A bare name is translated where it can be nothing else: one with an underscore.
-
-    >>> in_shell_words("try average_bits=3, or a smaller max_size_mib")
-    'try --average-bits 3, or a smaller --max-size-mib'
-    """
+@functools.cache
+def _patterns() -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """What finds `name=value`, and a name alone."""
     names = sorted(_entries(), key=len, reverse=True)
-    given = re.compile(rf"(?<![\w.-])({'|'.join(names)})=('[^']*'|\"[^\"]*\"|[\w.+-]*\w)")
-    bare = re.compile(rf"(?<![\w.=-])({'|'.join(name for name in names if '_' in name)})(?![\w=(])")
+    long_names = [name for name in names if "_" in name]
+    value = r"'[^']*'|\"[^\"]*\"|[\w.+-]*\w"
+    return (
+        re.compile(rf"(?<![\w./'\"-])({'|'.join(names)})=({value})"),
+        re.compile(rf"(?<![\w./'\"=-])({'|'.join(long_names)})(?![\w=(/'\"]|\.\w)"),
+    )
 
-    def with_value(match: re.Match[str]) -> str:
-        entry, value = _entries()[match[1]], match[2].strip("'\"")
-        switches = entry.flag.split("/")
-        if entry.annotation is bool:
-            on, off = switches if len(switches) == 2 else (entry.flag, entry.flag.replace("--", "--no-", 1))
-            return on if value == "True" else off
-        return f"{entry.flag} {value}"
 
-    return bare.sub(lambda match: _entries()[match[1]].flag.split("/")[0], given.sub(with_value, text))
+def _bare(entry: FieldOption) -> str:
+    return entry.flag.split("/")[0]
+
+
+def _with_value(entry: FieldOption, value: str) -> str:
+    if entry.annotation is bool:
+        on, off = entry.switches
+        return on if value == "True" else off
+    return f"{entry.flag} {value}"

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import inspect
 import math
 import numbers
@@ -192,8 +191,7 @@ class _Mismatch(Exception):
 _UNLIMITED = Option("")
 
 
-@functools.cache
-def _annotations(kind: Any) -> dict[str, Any]:
+def _annotations(kind: type[Any]) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 

@@ -276,6 +276,7 @@ class PlanSettings:
     max_accuracy_drop: float | None = option(
         None,
         "find the smallest plan that loses at most this many points, by evaluation",
+        minimum=0,
         metavar="POINTS",
         panel=BUDGET,
     )

@@ -46,8 +46,8 @@ def activation_blocks(curvature: Curvature, patterns: Sequence[str], bits: Mappi
     for layer in curvature.points.layers:
         if layer.activation is not None:
             readers.setdefault(layer.activation, owner[layer.name])
-    own = {name: readers.get(name, name) for name in curvature.activations}
-    return _blocks(own, curvature.activations, curvature.activation_values, bits)
+    owner_of_point = {name: readers.get(name, name) for name in curvature.activations}
+    return _blocks(owner_of_point, curvature.activations, curvature.activation_values, bits)
 
 
 def block_names(points: QuantizationPoints, patterns: Sequence[str]) -> dict[str, str]:
@@ -56,24 +56,24 @@ def block_names(points: QuantizationPoints, patterns: Sequence[str]) -> dict[str
     Raises `RunError` for a pattern that matches no layer.
     """
     match_names(patterns, list(points.by_name), "blocks", error=RunError)
-    found: dict[str, str] = {}
+    blocks: dict[str, str] = {}
     for unit in points.weight_units:
         tied = _shared_name(unit)
-        if tied in found.values():
+        if tied in blocks.values():
             tied = f"{unit[0]} and {len(unit) - 1} more"
         for name in unit:
-            own = next((pattern for pattern in patterns if matching(pattern, [name])), None)
-            found[name] = tied if own is None else own.removesuffix("*").removesuffix(".") or own
-    return {name: found[name] for name in points.by_name}
+            matched = next((pattern for pattern in patterns if matching(pattern, [name])), None)
+            blocks[name] = tied if matched is None else matched.removesuffix("*").removesuffix(".") or matched
+    return {name: blocks[name] for name in points.by_name}
 
 
 def _shared_name(unit: Sequence[str]) -> str:
-    """The leading parts that all names of a unit have, else the first name and how many there are besides."""
+    """The leading components that all names of a unit share, or else the first name and the number of the others."""
     shared = []
-    for parts in zip(*(name.split(".") for name in unit), strict=False):
-        if len(set(parts)) > 1:
+    for components in zip(*(name.split(".") for name in unit), strict=False):
+        if len(set(components)) > 1:
             break
-        shared.append(parts[0])
+        shared.append(components[0])
     return ".".join(shared) or f"{unit[0]} and {len(unit) - 1} more"
 
 

@@ -53,11 +53,11 @@ def shortened(name: str) -> str:
     >>> shortened("backbone.body.layer4.2.downsample.convolution")
     'bac.bod.layer4.2.dow.convolution'
     """
-    parts = name.split(".")
-    for i, part in enumerate(parts):
-        if len(".".join(parts)) > NAME_LENGTH and part.isalpha():
-            parts[i] = part[:3]
-    short = ".".join(parts)
+    words = name.split(".")
+    for i, word in enumerate(words):
+        if len(".".join(words)) > NAME_LENGTH and word.isalpha():
+            words[i] = word[:3]
+    short = ".".join(words)
     if len(short) <= NAME_LENGTH:
         return short
     return f"{short[: NAME_LENGTH // 3]}…{short[NAME_LENGTH // 3 + 1 - NAME_LENGTH :]}"

@@ -19,7 +19,7 @@ from tracequant.report.drawing import BIT_COLORS, GREY, RED, despine, name_axis,
 
 @dataclass(frozen=True)
 class Marker:
-    """A plan to point out in the frontier figure: `label` in the legend, `note` beside the point."""
+    """A plan to point out in the frontier figure: `label` in the legend, `note` next to the point."""
 
     label: str
     note: str
@@ -65,10 +65,10 @@ def activations_figure(curvature: Curvature, plan: BitPlan) -> Figure:
 
 
 def convergence_figure(curvature: Curvature) -> Figure | None:
-    """Every trace by the samples, and by the draws, used so far, over its final value (as Figures 5 and 8, right).
+    """Every trace by the samples, and by the probes, used so far, over its final value (as Figures 5 and 8, right).
 
-    None where there is but one value of each. The dashed lines are ± the median layer's error after as many samples
-    or draws, which is what an honest reader should expect of the full lines.
+    None where each has one value only. The dashed lines are ± the median layer's error after as many samples or probes:
+    an honest reader should expect as much of the full lines.
     """
     unit = "samples" if curvature.estimator == "gauss_newton" else "batches"
     families = (
@@ -77,8 +77,8 @@ def convergence_figure(curvature: Curvature) -> Figure | None:
     )
     panels = [
         (f"traces of {family}", f"{name} used", list(series.values()))
-        for family, values, draws in families
-        for name, series in ((unit, values), ("draws", draws))
+        for family, values, by_probe in families
+        for name, series in ((unit, values), ("probes", by_probe))
         if series and max(len(row) for row in series.values()) > 2
     ]
     if not panels:
@@ -115,7 +115,7 @@ def spectrum_figure(spectrum: Spectrum, curvature: Curvature) -> Figure:
         name_axis(axes, names)
         despine(axes)
     for axes, density in zip(panels, spectrum.densities, strict=True):
-        nodes = [node for draw in density.nodes for node in draw]
+        nodes = [node for probe in density.nodes for node in probe]
         low, high = min(nodes), max(nodes)
         margin = 0.05 * (high - low or 1.0)
         at = [low - margin + (high - low + 2 * margin) * i / 600 for i in range(601)]
@@ -161,9 +161,14 @@ def frontier_figure(
     if evaluated:
         sizes, omegas, metrics = zip(*evaluated, strict=True)
         positive = positive and min(omegas) > 0
-        mib = [size / MIB for size in sizes]
         drawn = axes.scatter(
-            mib, omegas, c=metrics, cmap="viridis", edgecolors="black", zorder=2.5, label="evaluated plans"
+            [size / MIB for size in sizes],
+            omegas,
+            c=metrics,
+            cmap="viridis",
+            edgecolors="black",
+            zorder=2.5,
+            label="evaluated plans",
         )
         figure.colorbar(drawn, ax=axes, label="metric, evaluated without fine-tuning")
     if positive:
@@ -179,21 +184,21 @@ def _loss(fronts: Mapping[str, Frontier]) -> str:
     """By how much Appendix E's plans are worse than the best of their size."""
     if "exact" not in fronts:
         return ""
-    exact, found = fronts["exact"], fronts["pareto"]
-    best = exact.omega[np.searchsorted(exact.size_bytes, found.size_bytes, side="right") - 1]
-    excess = (found.omega[best > 0] / best[best > 0] - 1) * 100
+    exact, pareto = fronts["exact"], fronts["pareto"]
+    best = exact.omega[np.searchsorted(exact.size_bytes, pareto.size_bytes, side="right") - 1]
+    excess = (pareto.omega[best > 0] / best[best > 0] - 1) * 100
     if not len(excess):
         return ""
     return f"; Ω too high by {np.median(excess):.3f} % (median), {max(excess.max(), 0):.3f} % (worst)"
 
 
-# What the self-check's figure shows of single layers and of plans; the table beside it has all.
+# What the self-check's figure shows of single layers and of plans; the table next to it has all.
 _LAYER_PANELS = ("l2", "eigenvalue", "trace", "first+quadratic")
 _PLAN_PANELS = ("trace", "quadratic", "first+quadratic", "response")
 
 
 def check_figure(check: Check) -> Figure:
-    """Measured changes of the loss against what metrics say: layers above, plans below, with their correlations.
+    """Measured changes of the loss against what criteria say: layers above, plans below, with their correlations.
 
     Colours stand for bits: a layer's, or a plan's on average.
     """
@@ -203,13 +208,13 @@ def check_figure(check: Check) -> Figure:
     if check.plans:
         kinds.append(("plans", _PLAN_PANELS, check.plans))
     figure = Figure(figsize=(13, 3.2 * len(kinds)), layout="constrained")
-    for row, (kind, names, own) in enumerate(kinds):
-        shown = [name for name in names if name in own[0].scores]
-        colors = [_check_color(entry) for entry in own]
-        changes = [entry.loss_change for entry in own]
+    for row, (kind, names, entries) in enumerate(kinds):
+        shown = [name for name in names if name in entries[0].scores]
+        colors = [_check_color(entry) for entry in entries]
+        changes = [entry.loss_change for entry in entries]
         for column, name in enumerate(shown):
             axes = figure.add_subplot(len(kinds), len(names), row * len(names) + column + 1)
-            scores = [entry.scores[name] for entry in own]
+            scores = [entry.scores[name] for entry in entries]
             axes.scatter(scores, changes, s=12, c=colors, alpha=0.8)
             for values, scale in ((scores, axes.set_xscale), (changes, axes.set_yscale)):
                 # Values may be negative, and mostly go over many powers of ten.
@@ -242,15 +247,15 @@ def _smallest_shown(values: Sequence[float]) -> float:
 
 
 def accuracy_figure(rows: Sequence[tuple[str, float, float]], metric_name: str) -> Figure:
-    """Metric of each model (name, metric, size in MiB) as bars, sizes written beside them."""
+    """Metric of each model (name, metric, size in MiB) as bars with the sizes next to them."""
     figure = Figure(figsize=(8, 0.9 + 0.5 * len(rows)), layout="constrained")
     axes = figure.subplots()
     names = [name for name, _, _ in rows]
     colors = [GREY if name.startswith(("float", "uniform")) else BIT_COLORS[5] for name in names]
     axes.barh(range(len(rows)), [metric for _, metric, _ in rows], color=colors)
-    for position, (_, metric, mib) in enumerate(rows):
+    for position, (_, metric, size_mib) in enumerate(rows):
         axes.annotate(
-            f"{metric:.2f}, {mib:.3g} MiB",
+            f"{metric:.2f}, {size_mib:.3g} MiB",
             (metric, position),
             xytext=(4, 0),
             textcoords="offset points",

@@ -19,22 +19,22 @@ from tracequant.run.directory import RunDirectory
 
 def evaluated_plans(sensitivity: Sensitivity, evaluations: Evaluations | None) -> list[tuple[EvaluatedPlan, float]]:
     """Evaluated plans of this run's layers with their Ω by the plan's criterion, by size."""
-    found = []
+    plans = []
     for row in evaluations.plans if evaluations is not None else ():
         known = row.weight_bits.keys() == sensitivity.weight_omega.keys()
         if known and all(b in sensitivity.weight_omega[name] for name, b in row.weight_bits.items()):
             omega = math.fsum(sensitivity.weight_omega[name][b] for name, b in row.weight_bits.items())
-            found.append((row, omega))
-    return sorted(found, key=lambda entry: entry[0].size_bytes)
+            plans.append((row, omega))
+    return sorted(plans, key=lambda entry: entry[0].size_bytes)
 
 
 def frontiers(sensitivity: Sensitivity, plan: BitPlan, settings: PlanSettings | None) -> dict[str, Frontier]:
     """The frontiers at the plan's activations and within its rules: all plans, and what Appendix E finds of them."""
     rules = settings or PlanSettings()
-    found: dict[str, Frontier] = {}
+    fronts: dict[str, Frontier] = {}
     for solver in ("exact", "pareto"):
         with suppress(BudgetError):  # the exact tables may not fit into memory
-            found[solver] = frontier(
+            fronts[solver] = frontier(
                 sensitivity,
                 solver=solver,
                 activation_bits=plan.activation_bits,
@@ -42,17 +42,17 @@ def frontiers(sensitivity: Sensitivity, plan: BitPlan, settings: PlanSettings | 
                 min_bits=rules.min_bits,
                 allowed_bits=rules.allowed_bits,
             )
-    return found
+    return fronts
 
 
 def markers(run: RunDirectory, sensitivity: Sensitivity, plan: BitPlan) -> list[figures.Marker]:
     """The chosen plan, uniform ones, and the best that HAWQ's order of layers allows at the same size."""
-    found = [figures.Marker("this plan", "", plan, "*", "#ffd166")]
+    marked = [figures.Marker("this plan", "", plan, style="*", color="#ffd166")]
     label = "uniform"
     for num_bits in sorted({b for options in sensitivity.weight_omega.values() for b in options}):
         uniform = uniform_plan(sensitivity, num_bits, activation_bits=plan.activation_bits)
         if uniform.omega > 0 and uniform.size_bytes <= 2 * plan.size_bytes:
-            found.append(figures.Marker(label, f"{num_bits} bits", uniform, "s", "#b8bec9"))
+            marked.append(figures.Marker(label, f"{num_bits} bits", uniform, style="s", color="#b8bec9"))
             label = ""
     eigenvalues = run.curvature().top_eigenvalues
     if eigenvalues:
@@ -64,7 +64,8 @@ def markers(run: RunDirectory, sensitivity: Sensitivity, plan: BitPlan) -> list[
                 space="monotone",
                 ranking=ranking,
             )
-            found.append(figures.Marker("best plan in HAWQ's order (λ/n)", "", hawq, "^", "#2a9d8f"))
+            label = "best plan in HAWQ's order (λ/n)"
+            marked.append(figures.Marker(label, "", hawq, style="^", color="#2a9d8f"))
         except BudgetError:
             pass  # no plan in that order is as small
-    return found
+    return marked

@@ -24,12 +24,14 @@ from tracequant.run.stages import stability
 
 # The figures of a report by the names of their files.
 FIGURES = ("layers", "frontier", "check", "convergence", "spectrum", "activations", "accuracy", "loss")
+_SUFFIXES = (".png", ".svg")
 
 
 def write_report(run: RunDirectory | str | Path) -> Path:
     """The path of `report.html`, written with `figures/*.png|svg` into the run directory from what is finished.
 
-    `run` is a run directory or its path. Raises `RunError` where the run has no plan yet. Other files in RUN/figures stay as they are.
+    `run` is a run directory or its path. Raises `RunError` where the run has no plan yet. Other files in RUN/figures
+    stay as they are.
     """
     run = run if isinstance(run, RunDirectory) else RunDirectory(run)
     run.need("plan")
@@ -63,9 +65,11 @@ def write_report(run: RunDirectory | str | Path) -> Path:
     losses = run.finetune_outcome().losses if run.done("finetune") else ()
     if losses:
         pictures["loss"] = figures.loss_figure(losses)
-    for stale in (name for name in FIGURES if name not in pictures):
-        for suffix in (".png", ".svg"):
-            (run.path / "figures" / f"{stale}{suffix}").unlink(missing_ok=True)
+    for name in FIGURES:
+        for suffix in _SUFFIXES:
+            path = run.path / "figures" / f"{name}{suffix}"
+            if name not in pictures and path.is_file():
+                path.unlink()  # of an earlier plan
     embedded = {name: save_figure(figure, run.path / "figures" / name) for name, figure in pictures.items()}
 
     template = jinja2.Environment(
@@ -108,7 +112,7 @@ def write_report(run: RunDirectory | str | Path) -> Path:
 
 def save_figure(figure: Figure, stem: Path) -> str:
     """Write the figure as PNG and SVG; the SVG comes back as a data URI."""
-    for suffix in (".png", ".svg"):
+    for suffix in _SUFFIXES:
         with replace_file(stem.with_suffix(suffix)) as temporary:
             figure.savefig(temporary, dpi=130)
     buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""The paper's figures from a run directory, each as a picture with its data beside it."""
+"""The paper's figures from a run directory, each as a picture with a file of its data."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tracequant.run.directory import RunDirectory
 
 # What the paper took: Figure 6 shows 20 eigenvalues, Section 3.1 finds 50 iterations sufficient.
 EIGENVALUES, PROBES = 20, 50
-# A frontier may have hundreds of thousands of plans, of which so many are written beside its picture.
+# A frontier may have hundreds of thousands of plans, of which so many are written next to its picture.
 _FRONTIER_ROWS = 2000
 
 
@@ -66,8 +66,8 @@ def draw_figures(
 ) -> PaperFigures:
     """Write `figure-N.png` and `figure-N.json` for the given numbers, by default into RUN/paper.
 
-    What a figure needs and the run has not is measured on the first calibration batch and kept in the run. Without
-    numbers all figures are drawn that can be: the others' reasons are in the result. With numbers such a reason is a
+    What the run lacks is measured on the first calibration batch and kept in the run. Without numbers, every figure
+    that can be drawn is drawn, and the result says why the others are not. With numbers such a reason is a
     `RunError`, or the `ModelError` that stands in the way; a number that is no such figure is a `RunError` always.
     """
     if unknown := [number for number in numbers or () if number not in FIGURES]:
@@ -80,8 +80,8 @@ def draw_figures(
     points = run.curvature().points
     # The task names all blocks of its model, the analysis may have left some out.
     blocks = run.blocks(options.blocks)
-    kept = tuple(name for name in blocks if name in options.blocks or matching(name, points.by_name))
-    options = replace(options, blocks=kept)
+    analysed = tuple(name for name in blocks if name in options.blocks or matching(name, points.by_name))
+    options = replace(options, blocks=analysed)
     block_names(points, options.blocks)  # a wrong pattern fails here, and not after an hour
     _matching(run.curvature().points, options.layers)
     folder = out if out is not None else run.path / "paper"
@@ -194,7 +194,7 @@ FIGURES: Mapping[int, Callable[[RunDirectory, FigureOptions], _Drawn]] = {
 def _planned(run: RunDirectory, number: int) -> BitPlan:
     if not run.done("plan"):
         raise RunError(
-            f"Figure {number} shows the plan, and {run.path} has none; run `tracequant plan {run.path} --max-size-mb X`"
+            f"Figure {number} shows the plan, and {run.path} has none; run `tracequant plan {run.path} --max-size-mib X`"
             " first"
         )
     return run.plan()
@@ -226,9 +226,9 @@ def _first_trace(curvature: Curvature, name: str, samples: int | None) -> float:
     return math.fsum(values[:count]) / len(values[:count])
 
 
-def _enough(draws: Mapping[str, Sequence[float]] | None) -> bool:
-    """Whether there are draws to see converge."""
-    return bool(draws) and min(len(row) for row in (draws or {}).values()) > 2
+def _enough(by_probe: Mapping[str, Sequence[float]] | None) -> bool:
+    """Whether there are enough values by probe to see them converge."""
+    return bool(by_probe) and min(len(row) for row in (by_probe or {}).values()) > 2
 
 
 def _block_rows(blocks: Sequence[Block]) -> list[dict[str, Any]]:

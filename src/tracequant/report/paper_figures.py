@@ -45,7 +45,7 @@ def figure_2(blocks: Sequence[Block], landscapes: Landscapes) -> Figure:
 
 def _surface(axes: Any, landscape: Landscape, landscapes: Landscapes) -> None:
     """The loss over both directions, heights and colours alike in all of the figure's landscapes."""
-    every = np.array([own.losses for own in landscapes.layers], dtype=float)
+    every = np.array([layer.losses for layer in landscapes.layers], dtype=float)
     finite = every[np.isfinite(every)]
     low, high = float(finite.min()), float(finite.max())
     losses = np.array(landscape.losses, dtype=float)
@@ -89,7 +89,7 @@ def figure_5(curvature: Curvature, drawn: Mapping[str, Sequence[float]], samples
         means = np.cumsum(row) / counts
         final = abs(means[-1]) or 1.0
         axes.plot(counts, means / final, color=color, label=shortened(name))
-        # The spread of single draws is that of all of them: the first few do not know it.
+        # The spread of single probes comes from all of them: the first few do not show it.
         error = row.std(ddof=1) / np.sqrt(counts) / final
         axes.fill_between(counts, (means / final - error), (means / final + error), color=color, alpha=0.15, lw=0)
     axes.axhline(1, color="black", linewidth=0.6)
@@ -120,9 +120,9 @@ def figure_6(
         values = np.array(eigenvalues[name])
         places = np.arange(1, len(values) + 1)
         for side, color, label in ((1, BIT_COLORS[3], "eigenvalue"), (-1, RED, "negative eigenvalue (magnitude)")):
-            own = values * side > 0
-            if own.any():
-                axes.plot(places[own], np.abs(values[own]), "o", color=color, markersize=4, label=label)
+            chosen = values * side > 0
+            if chosen.any():
+                axes.plot(places[chosen], np.abs(values[chosen]), "o", color=color, markersize=4, label=label)
         average = average_traces[name]
         sign = "" if average >= 0 else ", negative"
         axes.axhline(abs(average), linestyle=":", color="black", label=f"average trace Tr(H)/n{sign}")
@@ -144,7 +144,7 @@ def figure_7(blocks: Sequence[Block]) -> Figure:
     """Average trace of every block's weights, and the bits that the plan gives them."""
     width = _width(len(blocks), 7.0)
     figure = Figure(figsize=(width, 4.9 + _names_height(blocks)), layout="constrained")
-    _traces_and_bits(figure, blocks, width, "Tr(H)/n (loss per weight²)", "weight bits")
+    _traces_and_bits(figure, blocks, width, unit="Tr(H)/n (loss per weight²)", bits_label="weight bits")
     return figure
 
 
@@ -156,11 +156,11 @@ def figure_8(blocks: Sequence[Block], curvature: Curvature) -> Figure:
     figure = Figure(figsize=(width + (4.4 if right else 0), 4.9 + _names_height(blocks)), layout="constrained")
     left: Figure | SubFigure = figure
     if right:
-        left, beside = figure.subfigures(1, 2, width_ratios=(width, 4.4), squeeze=False)[0]
-        axes = beside.subplots()
+        left, right = figure.subfigures(1, 2, width_ratios=(width, 4.4), squeeze=False)[0]
+        axes = right.subplots()
         _samples_axis(axes, curvature.estimator, list(values.values()))
         axes.set_title(f"all {len(values)} activations, by {curvature.estimator}", fontsize=10)
-    below = _traces_and_bits(left, blocks, width, "Tr(H)/|a| (loss per activation²)", "activation bits")
+    below = _traces_and_bits(left, blocks, width, unit="Tr(H)/|a| (loss per activation²)", bits_label="activation bits")
     below.set_xlabel("first reader of the activation")
     return figure
 
@@ -175,7 +175,7 @@ def _samples_axis(axes: Axes, estimator: str, series: Sequence[Sequence[float]])
 
 
 def _traces_and_bits(
-    figure: Figure | SubFigure, blocks: Sequence[Block], width: float, unit: str, bits_label: str
+    figure: Figure | SubFigure, blocks: Sequence[Block], width: float, *, unit: str, bits_label: str
 ) -> Axes:
     """Traces above bits; returns the axes of the bits."""
     panels: list[Axes] = list(figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1.8)))

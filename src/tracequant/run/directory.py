@@ -5,6 +5,7 @@
     RUN/curvature.json       analyze: traces of all layers and activations
     RUN/sensitivity.json     analyze: Ω by layer and bit width
     RUN/plan.json            plan: the bits
+    RUN/stability.json       run or report: how often each layer keeps its bits in resamples of the data
     RUN/quantize.json        quantize: accuracies of the float, uniform and mixed models
     RUN/quantized.safetensors    quantize: the mixed model before fine-tuning, packed (and uniform.safetensors)
     RUN/checkpoint-KEY.pt    finetune, while it runs
@@ -96,10 +97,10 @@ class RunDirectory:
             )
         path = self.path / "settings.json"
         document = read_json(path)
-        if isinstance(document, dict) and document.get("version", 1) < FORMAT_VERSION:
+        if isinstance(document, dict) and document.get("version") != FORMAT_VERSION:
             raise RunError(
-                f"{self.path} was made by an earlier version of tracequant, whose files this version does not read;"
-                " choose another --out, or work on it with the version that made it"
+                f"{self.path} was made by another version of tracequant, whose files this version does not read: choose"
+                " another --out, or work on it with the version that made it"
             )
         return RunSettings.from_json(document, str(path))
 
@@ -250,13 +251,13 @@ class RunDirectory:
             if not (self.path / "perturbation.json").is_file():
                 raise RunError(
                     f"criterion {criterion!r} needs the loss's expansion in the roundings, which {self.path} does not"
-                    f" have: `tracequant check {self.path}` measures it, and so does analyze with --criterion"
-                    f" {criterion}"
+                    f" have; `tracequant check {self.path}` measures it, and so does `tracequant analyze` with"
+                    f" --criterion {criterion}"
                 )
             perturbation = Perturbation.load(self.path / "perturbation.json")
         curvature = self.curvature()
         if criterion.startswith("eigenvalue") and curvature.top_eigenvalues is None:
-            raise RunError(f"criterion {criterion!r} needs eigenvalues; analyze without --no-eigenvalues")
+            raise RunError(f"criterion {criterion!r} needs eigenvalues; analyze with --eigenvalues")
         return combine(
             curvature,
             measured.weight_errors,

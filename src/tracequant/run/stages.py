@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
+import typing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ from tracequant.allocation.uniform import uniform_plan
 from tracequant.core.cost import float_bytes
 from tracequant.core.curvature import Curvature, Perturbation
 from tracequant.core.errors import ModelError, RunError, SecondDerivativeError, TaskError
-from tracequant.core.files import replace_file
+from tracequant.core.files import read_json, replace_file, write_json
 from tracequant.core.plan import BitPlan
 from tracequant.core.sensitivity import Sensitivity
 from tracequant.core.settings import EXPANSIONS, FinetuneSettings, PlanSettings
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from tracequant.core.points import QuantizationPoints
+    from tracequant.model.task import Evaluation
 
 # What belongs to one analysis only: a new analysis deletes it.
 _OF_THE_ANALYSIS = ("perturbation.json", "check.json", "spectrum.json", "hutchinson.json")
@@ -170,9 +172,19 @@ def keep_plan(run: RunDirectory, settings: PlanSettings, plan: BitPlan) -> None:
 
 
 def stability(run: RunDirectory) -> dict[str, float] | None:
-    """Layer name → share of resamples in which it keeps the bits of the run's plan; None where nothing can be drawn."""
-    settings = run.settings().plan
-    return None if settings is None else plan_stability(run.sensitivity(), run.plan(), run.curvature(), settings)
+    """Layer name → share of resamples in which it keeps the bits of the run's plan; None where nothing can be drawn.
+
+    It is computed once for a plan and kept in `stability.json`.
+    """
+    settings = run.settings()
+    if settings.plan is None:
+        return None
+    path, key = run.path / "stability.json", run.key("quantize", settings)  # a hash of the plan and all before it
+    if path.is_file() and (known := dict(read_json(path))).get("key") == key:
+        return typing.cast(dict[str, float] | None, known["shares"])
+    shares = plan_stability(run.sensitivity(), run.plan(), run.curvature(), settings.plan)
+    write_json(path, {"key": key, "shares": shares})
+    return shares
 
 
 def quantize(run: RunDirectory) -> None:
@@ -183,9 +195,9 @@ def quantize(run: RunDirectory) -> None:
     start = run.begin("quantize")
     from tracequant.deploy.pack import pack
 
-    setup, plan, sensitivity = run.setup(), run.plan(), run.sensitivity()
-    evaluation = setup.task.evaluate(setup.model, setup.evaluation, run.progress)
-    float_row = ModelRow("float32", evaluation.metric, evaluation.loss, float_bytes(sensitivity.points), 32.0)
+    plan, sensitivity = run.plan(), run.sensitivity()
+    evaluation = _evaluate(run, run.setup().model)
+    float_row = _row("float32", evaluation, size_bytes=float_bytes(sensitivity.points), average_bits=32.0)
     uniform_bits, uniform = _nearest_uniform(sensitivity, plan)
     rows = []
     for name, candidate, file in (
@@ -194,8 +206,8 @@ def quantize(run: RunDirectory) -> None:
     ):
         quantized = _quantized(run, candidate)
         size = pack(quantized, run.path / file)
-        result = setup.task.evaluate(quantized, setup.evaluation, run.progress)
-        rows.append(ModelRow(name, result.metric, result.loss, size, candidate.average_bits))
+        result = _evaluate(run, quantized)
+        rows.append(_row(name, result, size_bytes=size, average_bits=candidate.average_bits))
     result_row = QuantizeResult(
         evaluation.metric_name, evaluation.samples, float_row, rows[0], uniform_bits=uniform_bits, mixed=rows[1]
     )
@@ -225,12 +237,22 @@ def finetune(run: RunDirectory, recipe: FinetuneSettings) -> None:
             from tracequant.deploy.pack import pack
 
             size = pack(quantized, run.path / "uniform_finetuned.safetensors")
-            uniform_row = _row(run, quantized, uniform, f"uniform {uniform_bits} bits, fine-tuned", size)
+            uniform_row = _row(
+                f"uniform {uniform_bits} bits, fine-tuned",
+                _evaluate(run, quantized),
+                size_bytes=size,
+                average_bits=uniform.average_bits,
+            )
     quantized, losses = _train(run, plan, key)
     if distributed.rank() != 0:
         return
     _save_state(quantized, run.path / "finetuned.safetensors")
-    mixed_row = _row(run, quantized, plan, "mixed, fine-tuned", plan.size_bytes)
+    mixed_row = _row(
+        "mixed, fine-tuned",
+        _evaluate(run, quantized),
+        size_bytes=plan.size_bytes,
+        average_bits=plan.average_bits,
+    )
     outcome = FinetuneOutcome(tuple(losses), time.perf_counter() - began, mixed_row, uniform_row)
     outcome.save(run.path / "finetune.json")
     for leftover in run.path.glob("checkpoint-*.pt"):
@@ -272,22 +294,20 @@ def pack(run: RunDirectory) -> None:
     size = pack_model(quantized, run.path / "model.safetensors")
     loaded = evaluate_file(run, run.path / "model.safetensors")
     name = "packed" if fine_tuned else "packed, not fine-tuned"
-    row = ModelRow(name, loaded.metric, loaded.loss, size, plan.average_bits)
+    row = _row(name, loaded, size_bytes=size, average_bits=plan.average_bits)
     PackResult(plan.size_bytes, size, fine_tuned, row).save(run.path / "pack.json")
     run.finish("pack", start)
 
 
-def evaluate_file(run: RunDirectory, file: str | Path | None = None) -> ModelRow:
-    """Criterion and loss of a packed file (the run's product by default) on the evaluation data."""
+def evaluate_file(run: RunDirectory, file: str | Path | None = None) -> Evaluation:
+    """Metric and loss of a packed file (the run's product by default) on the evaluation data."""
     from tracequant.deploy.pack import load
 
     run.settings()
     path = run.packed_file(file)
     if file is None and (run.path / "pack.json").is_file() and not run.done("pack"):
         run.say(f"{path} is older than the run's present plan or settings; `tracequant pack` makes it anew")
-    setup = run.setup()
-    evaluation = setup.task.evaluate(load(path, setup.model), setup.evaluation, run.progress)
-    return ModelRow(path.name, evaluation.metric, evaluation.loss, path.stat().st_size, average_bits=float("nan"))
+    return _evaluate(run, load(path, run.setup().model))
 
 
 def _begin_finetune(run: RunDirectory, recipe: FinetuneSettings) -> float | None:
@@ -324,10 +344,14 @@ def _train(run: RunDirectory, plan: BitPlan, key: str) -> tuple[nn.Module, list[
     return quantized, result.losses
 
 
-def _row(run: RunDirectory, model: nn.Module, plan: BitPlan, name: str, size: int) -> ModelRow:
+def _evaluate(run: RunDirectory, model: nn.Module) -> Evaluation:
+    """Metric and loss of a model on the run's evaluation data."""
     setup = run.setup()
-    evaluation = setup.task.evaluate(model, setup.evaluation, run.progress)
-    return ModelRow(name, evaluation.metric, evaluation.loss, size, plan.average_bits)
+    return setup.task.evaluate(model, setup.evaluation, run.progress)
+
+
+def _row(name: str, evaluation: Evaluation, *, size_bytes: int, average_bits: float) -> ModelRow:
+    return ModelRow(name, evaluation.metric, evaluation.loss, size_bytes=size_bytes, average_bits=average_bits)
 
 
 def _save_state(model: nn.Module, path: Path) -> None:

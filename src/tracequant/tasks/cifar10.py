@@ -32,19 +32,19 @@ def build(options: TaskOptions) -> TaskSetup:
     """A trained CIFAR ResNet with the 50,000 training images (cropped and mirrored) and 10,000 test images."""
     if options.data_dir is None:
         raise TaskError(
-            "the cifar10 task needs --data-dir: torchvision's folder (holding cifar-10-batches-py) or one of lossless"
+            "the cifar10 task needs data_dir=DIR: torchvision's folder (holding cifar-10-batches-py) or one of lossless"
             " mosaics (test.webp, train_0.webp, ...)"
         )
     if options.weights is None:
         raise TaskError(
-            "the cifar10 task needs --weights: a file with the trained network's state dict (safetensors or .pth)"
+            "the cifar10 task needs weights=FILE: a file with the trained network's state dict (safetensors or .pth)"
         )
     refuse(options, "cifar10", "workers", "image_size", "crop_share")
     name = options.model or _guess_model(options.weights)
     if name not in DEPTHS:
-        raise TaskError(f"unknown model {name!r} for cifar10; choose {', '.join(DEPTHS)} (--model)")
+        raise TaskError(f"unknown model {name!r} for cifar10; choose {', '.join(DEPTHS)}")
     model = SmallResNet(blocks=(DEPTHS[name] - 2) // 6)
-    hint = f"choose the depth with --model ({', '.join(DEPTHS)})"
+    hint = f"choose the depth with model=NAME ({', '.join(DEPTHS)})"
     load_state(model, read_state(options.weights), options.weights, hint)
     folder = Path(options.data_dir)
     train_images, train_labels = load_images(folder, train=True)

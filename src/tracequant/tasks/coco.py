@@ -160,20 +160,20 @@ class CocoImages(Dataset[tuple[Tensor, Target]]):
                 present = set(archive.namelist())
         else:
             raise DataError(f"{self._images} is neither a folder of images nor a zip file")
-        own = f"{self._images.stem}/"
-        found, missing = {}, []
+        folder = f"{self._images.stem}/"
+        paths, missing = {}, []
         for name in (record.file_name for record in self.records):
-            path = next((path for path in (name, own + name, name.removeprefix(own)) if path in present), None)
+            path = next((path for path in (name, folder + name, name.removeprefix(folder)) if path in present), None)
             if path is None:
                 missing.append(name)
             else:
-                found[name] = path
+                paths[name] = path
         if missing:
             raise DataError(
                 f"{self._annotations} names {len(missing)} images that {self._images} does not hold, {missing[0]} for"
                 " one"
             )
-        return found
+        return paths
 
     def _open(self, name: str) -> Any:
         name = self._paths[name]
@@ -245,16 +245,16 @@ def coco_metrics(targets: Sequence[Target], detections: Sequence[Target], classe
         raise TaskError(f"COCO's metrics need pycocotools ({error}); pip install 'tracequant[detection]'") from None
     if not any(int((~_crowds(target).bool()).sum()) for target in targets):
         raise DataError("the evaluation data have no box: there is no mAP; check the annotations")
-    truth, found = COCO(), COCO()
+    truth, detected = COCO(), COCO()
     # Numbers from 1 on: COCOeval takes an annotation 0 for none.
     ids = range(1, len(targets) + 1)
     common = {"images": [{"id": i} for i in ids], "categories": [{"id": c} for c in range(classes)]}
     truth.dataset = common | {"annotations": _annotations(targets)}
-    found.dataset = common | {"annotations": _annotations(detections)}
+    detected.dataset = common | {"annotations": _annotations(detections)}
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
-        found.createIndex()
-        evaluation = COCOeval(truth, found, "bbox")
+        detected.createIndex()
+        evaluation = COCOeval(truth, detected, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -267,14 +267,14 @@ def coco_metrics(targets: Sequence[Target], detections: Sequence[Target], classe
 def _annotations(images: Sequence[Target]) -> list[dict[str, Any]]:
     """COCO's annotations of targets or detections."""
     result: list[dict[str, Any]] = []
-    for image_id, own in enumerate(images, 1):
-        boxes = own["boxes"].detach().cpu().double()
+    for image_id, image in enumerate(images, 1):
+        boxes = image["boxes"].detach().cpu().double()
         sides = boxes[:, 2:] - boxes[:, :2]
-        areas = own["area"].cpu().double() if "area" in own else sides.prod(1)
-        scores = own["scores"].tolist() if "scores" in own else [1.0] * len(boxes)
+        areas = image["area"].cpu().double() if "area" in image else sides.prod(1)
+        scores = image["scores"].tolist() if "scores" in image else [1.0] * len(boxes)
         rows = zip(
-            torch.cat([boxes[:, :2], sides], 1).tolist(), own["labels"].tolist(), areas.tolist(),
-            _crowds(own).tolist(), scores, strict=True,
+            torch.cat([boxes[:, :2], sides], 1).tolist(), image["labels"].tolist(), areas.tolist(),
+            _crowds(image).tolist(), scores, strict=True,
         )  # fmt: skip
         for box, label, area, crowd, score in rows:
             result.append(
@@ -313,7 +313,7 @@ def _within_margins(records: list[Record], path: Path) -> list[Record]:
     for record in records:
         limits = torch.tensor([record.width, record.height] * 2, dtype=torch.float32)
         boxes = torch.minimum(record.boxes.clamp_min(0), limits)
-        inside, whole = ((own[:, 2:] - own[:, :2]).clamp_min(0).prod(1) for own in (boxes, record.boxes))
+        inside, whole = ((corners[:, 2:] - corners[:, :2]).clamp_min(0).prod(1) for corners in (boxes, record.boxes))
         outside += int((inside < whole / 2).sum())
         total += len(boxes)
         cut.append(replace(record, boxes=boxes))
@@ -327,10 +327,10 @@ def _within_margins(records: list[Record], path: Path) -> list[Record]:
 
 def _without_empty_boxes(records: list[Record], path: Path) -> list[Record]:
     keep = [(record.boxes[:, 2:] > record.boxes[:, :2]).all(1) for record in records]
-    empty = sum(int((~own).sum()) for own in keep)
+    empty = sum(int((~mask).sum()) for mask in keep)
     if empty:
         warnings.warn(f"{path}: {empty} boxes without area are left out", stacklevel=4)
     return [
-        replace(r, boxes=r.boxes[own], labels=r.labels[own], areas=r.areas[own], crowds=r.crowds[own])
-        for r, own in zip(records, keep, strict=True)
+        replace(r, boxes=r.boxes[mask], labels=r.labels[mask], areas=r.areas[mask], crowds=r.crowds[mask])
+        for r, mask in zip(records, keep, strict=True)
     ]

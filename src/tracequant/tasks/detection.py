@@ -28,20 +28,20 @@ DEFAULT_SAMPLES, DEFAULT_BATCH_SIZE = 128, 4
 
 
 def build(options: TaskOptions) -> TaskSetup:
-    """The RetinaNet that `--model` names with the weights of `--weights`, and the COCO-format data of `--data-dir`.
+    """The RetinaNet `options.model` with the weights `options.weights`, and the data of `options.data_dir` (COCO format).
 
     Raises `TaskError` where one is missing or they do not fit one another, `DataError` for damaged data.
     """
     require_torchvision()
     if options.data_dir is None:
         raise TaskError(
-            "the detection task needs --data-dir: a folder with instances_train*.json and instances_val*.json (there or"
+            "the detection task needs data_dir=DIR: a folder with instances_train*.json and instances_val*.json (there or"
             " in annotations/), and the images in folders or zip files"
         )
     if options.model is None:
-        raise TaskError(f"the detection task needs --model: {MODELS}")
+        raise TaskError(f"the detection task needs model=NAME: {MODELS}")
     if options.weights is None:
-        raise TaskError("the detection task needs --weights: a file with the trained network's state dict")
+        raise TaskError("the detection task needs weights=FILE: a file with the trained network's state dict")
     refuse(options, "detection", "crop_share")
     state = {n: t for n, t in read_state(options.weights).items() if not n.endswith("num_batches_tracked")}
     head = state.get("head.classification_head.cls_logits.weight")

@@ -34,9 +34,7 @@ EPOCHS = 40
 
 def build(options: TaskOptions) -> TaskSetup:
     """The trained digits network with 1,000 training and 797 test images."""
-    if options.data_dir or options.model:
-        raise TaskError("the digits task has its data and model built in; leave out --data-dir and --model")
-    refuse(options, "digits", "workers", "image_size", "crop_share")
+    refuse(options, "digits", "data_dir", "model", "workers", "image_size", "crop_share")
     images, labels = _images()
     train = TensorDataset(images[:TRAIN_SAMPLES], labels[:TRAIN_SAMPLES])
     test = TensorDataset(images[TRAIN_SAMPLES:], labels[TRAIN_SAMPLES:])

@@ -48,14 +48,14 @@ class Transforms:
 
 
 def build(options: TaskOptions) -> TaskSetup:
-    """The network that `--model` names, trained, and the images of `--data-dir`.
+    """The network `options.model`, trained, and the images of `options.data_dir`.
 
     Raises `TaskError` where a folder, a network or its weights are missing or do not fit one another.
     """
     if options.data_dir is None:
-        raise TaskError("the imagenet task needs --data-dir: a folder that holds train/<class>/ and val/<class>/")
+        raise TaskError("the imagenet task needs data_dir=DIR: a folder that holds train/<class>/ and val/<class>/")
     if options.model is None:
-        raise TaskError(f"the imagenet task needs --model: {KINDS}")
+        raise TaskError(f"the imagenet task needs model=NAME: {KINDS}")
     try:
         import torchvision  # noqa: F401 - all transforms are its
     except ImportError as error:
@@ -113,6 +113,7 @@ def standard_transforms(
     crop_share: float = 0.875,
     mean: Sequence[float] = MEAN,
     deviation: Sequence[float] = DEVIATION,
+    *,
     interpolation: Any = None,
 ) -> Transforms:
     """`size` pixels from the centre, a share of the shorter side; in fine-tuning a random crop, mirrored or not.
@@ -224,7 +225,11 @@ def _torchvision(name: str, options: TaskOptions, classes: int) -> tuple[nn.Modu
         preset = weights.transforms()
     crop, resize = preset.crop_size[0], preset.resize_size[0]
     return model, standard_transforms(
-        options.image_size or crop, options.crop_share or crop / resize, preset.mean, preset.std, preset.interpolation
+        options.image_size or crop,
+        options.crop_share or crop / resize,
+        preset.mean,
+        preset.std,
+        interpolation=preset.interpolation,
     )
 
 
@@ -242,7 +247,7 @@ def _timm(name: str, options: TaskOptions, classes: int) -> tuple[nn.Module, Tra
     elif options.weights is not None:
         raise TaskError(
             f"weights file {options.weights} does not exist; timm's own are chosen by name, such as"
-            " timm:resnet50.a1_in1k, without --weights"
+            " model=timm:resnet50.a1_in1k; leave weights out then"
         )
     else:
         model = _downloaded(lambda: timm.create_model(name, pretrained=True), options)
@@ -255,7 +260,7 @@ def _timm(name: str, options: TaskOptions, classes: int) -> tuple[nn.Module, Tra
     evaluation = timm.data.create_transform(**config, is_training=False)
     mode = timm.data.transforms.str_to_interp_mode(config["interpolation"])
     size = config["input_size"][-1]
-    training = standard_transforms(size, 1.0, config["mean"], config["std"], mode).training
+    training = standard_transforms(size, 1.0, config["mean"], config["std"], interpolation=mode).training
     return cast(nn.Module, model), Transforms(evaluation, training)
 
 
@@ -266,7 +271,7 @@ def _squeezenext(spec: str, options: TaskOptions, classes: int) -> tuple[nn.Modu
     file = _weights_file(options)
     if file is None:
         raise TaskError(
-            f"{spec} has no weights that can be fetched from here; give --weights FILE (the checkpoints of pytorchcv's"
+            f"{spec} has no weights that can be fetched from here; give weights=FILE (the checkpoints of pytorchcv's"
             " sqnxt23_w2 and its like fit)"
         )
     version: squeezenext.Version = "23v5" if kind.endswith("v5") else "23"
@@ -282,12 +287,12 @@ def _try_size(model: nn.Module, size: int, name: str) -> None:
     except (AssertionError, RuntimeError, ValueError) as error:
         raise TaskError(
             f"{name} cannot take images of {size}x{size} pixels ({str(error).splitlines()[0]}); give another"
-            " --image-size, or leave it out for that of the weights"
+            " image_size, or leave it out for that of the weights"
         ) from None
 
 
 def _weights_file(options: TaskOptions) -> str | None:
-    """`--weights` if it is a file or looks like one, None where it is the name of published weights or not given."""
+    """`options.weights` if it is a file or looks like one; None if it is the name of published weights, or absent."""
     weights = options.weights
     if weights is not None and (Path(weights).is_file() or Path(weights).suffix or os.sep in weights):
         return weights
@@ -297,7 +302,7 @@ def _weights_file(options: TaskOptions) -> str | None:
 def _load(model: nn.Module, file: str, options: TaskOptions, classes: int, ignored: Sequence[str] = ()) -> None:
     state = {name: tensor for name, tensor in read_state(file).items() if name.partition(".")[0] not in ignored}
     hint = (
-        f"{options.model} was built for the {classes} classes of {options.data_dir}: see that --model is the network of"
+        f"{options.model} was built for the {classes} classes of {options.data_dir}: see that the model is the network of"
         " these weights, and that the folder, or its classes.txt, has all of their classes"
     )
     load_state(model, state, file, hint)
@@ -309,7 +314,7 @@ def _downloaded(create: Callable[[], Any], options: TaskOptions) -> nn.Module:
     except (OSError, RuntimeError, ValueError) as error:
         raise TaskError(
             f"trained weights of {options.model} cannot be fetched ({str(error).splitlines()[0]}); without a network"
-            " give --weights FILE"
+            " give weights=FILE"
         ) from None
 
 
@@ -317,7 +322,7 @@ def _check_classes(logits: int, options: TaskOptions, classes: int) -> None:
     if logits != classes:
         raise TaskError(
             f"{options.model} has {logits} outputs and {options.data_dir} {classes} classes; name all classes in"
-            " classes.txt, in the network's order, or give --weights FILE of a network for these"
+            " classes.txt, in the network's order, or give weights=FILE of a network for these"
         )
 
 

@@ -26,7 +26,7 @@ TASKS = {
 def load_task(spec: str, options: TaskOptions) -> TaskSetup:
     """The setup of a named task, or of `path/to/file.py:function`.
 
-    A function of a user's file is called with those of the fields of `TaskOptions` that it has parameters for, and
+    A function of a user's file gets the fields of `TaskOptions` that have a value, and must have parameters for them; it
     returns a `TaskSetup`. Raises `TaskError` for names, files and functions that do not exist or return something else.
     """
     if spec in TASKS:
@@ -37,11 +37,11 @@ def load_task(spec: str, options: TaskOptions) -> TaskSetup:
             f"unknown task {spec!r}; choose {', '.join(sorted(TASKS))}, or give path/to/file.py:function for your own"
         )
     function = _load_function(spec)
-    given = {name: value for name, value in asdict(options).items() if value is not None}
+    values = {name: value for name, value in asdict(options).items() if value is not None}
     parameters = inspect.signature(function).parameters
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    arguments = given if takes_all else {name: value for name, value in given.items() if name in parameters}
-    ignored = [f"--{name.replace('_', '-')}" for name in given if name not in arguments and name != "seed"]
+    arguments = values if takes_all else {name: value for name, value in values.items() if name in parameters}
+    ignored = [f"{name}={value!r}" for name, value in values.items() if name not in arguments and name != "seed"]
     if ignored:
         raise TaskError(f"{spec} has no parameter for {', '.join(ignored)}; leave it out, or add it to the function")
     needed = [
@@ -52,7 +52,7 @@ def load_task(spec: str, options: TaskOptions) -> TaskSetup:
         and name not in arguments
     ]
     if needed:
-        raise TaskError(f"{spec} needs a value for {', '.join(needed)}; give it on the command line or a default")
+        raise TaskError(f"{spec} needs a value for {', '.join(needed)}; pass it, or give the parameter a default")
     setup = function(**arguments)
     if not isinstance(setup, TaskSetup):
         raise TaskError(f"{spec} returned a {type(setup).__name__}, expected a tracequant.TaskSetup")
@@ -60,10 +60,10 @@ def load_task(spec: str, options: TaskOptions) -> TaskSetup:
 
 
 def refuse(options: TaskOptions, task: str, *names: str) -> None:
-    """Raise `TaskError` if options were given that the task has no use for."""
-    given = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) is not None]
-    if given:
-        raise TaskError(f"the {task} task has no use for {', '.join(given)}; leave it out")
+    """Raise `TaskError` if one of the options `names` has a value: the task has no use for it."""
+    useless = [f"{name}={getattr(options, name)!r}" for name in names if getattr(options, name) is not None]
+    if useless:
+        raise TaskError(f"the {task} task has no use for {', '.join(useless)}; leave it out")
 
 
 def _load_function(spec: str) -> Callable[..., Any]:
@@ -75,7 +75,7 @@ def _load_function(spec: str) -> Callable[..., Any]:
     if module_spec is None or module_spec.loader is None:
         raise TaskError(f"task file {file} is not a Python file")
     module = importlib.util.module_from_spec(module_spec)
-    # As for a script: modules beside the file can be imported, and the module can be found by its own dataclasses.
+    # As in a script, modules in the same folder can be imported, and dataclasses of the file can find their module.
     sys.modules[module_spec.name] = module
     sys.path.insert(0, str(path.resolve().parent))
     module_spec.loader.exec_module(module)

@@ -77,15 +77,15 @@ class RetinaNetTask(Task):
     def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Logits and box regressions of all anchors, the anchors and their levels."""
         images, _ = _split(batch)
-        found: list[dict[str, Tensor]] = [{}] * len(images)
+        rows: list[dict[str, Tensor]] = [{}] * len(images)
         for group in _by_size(images):
             outputs = self._outputs(as_retinanet(model), [images[i] for i in group])
             for row, i in enumerate(group):
-                found[i] = {name: value[row : row + 1] for name, value in outputs.items()}
+                rows[i] = {name: value[row : row + 1] for name, value in outputs.items()}
             if len(group) == len(images):
                 return outputs
-        anchors = max(own["level"].shape[1] for own in found)
-        return {name: torch.cat([_filled(own[name], anchors, name) for own in found]) for name in found[0]}
+        anchors = max(row["level"].shape[1] for row in rows)
+        return {name: torch.cat([_filled(row[name], anchors, name) for row in rows]) for name in rows[0]}
 
     def loss(self, outputs: Any, batch: Batch) -> dict[str, Tensor]:
         """`classification` and `bbox_regression`, each the mean over the images."""
@@ -116,9 +116,9 @@ class RetinaNetTask(Task):
         return coco_metrics(targets, self._decoded(outputs, images), classes)["AP"]
 
     def evaluate(self, model: nn.Module, batches: Batches, progress: bool = False) -> Evaluation:
-        """COCO's metrics over all of `batches`; `details` holds those beside mAP."""
+        """COCO's metrics over all of `batches`; `details` holds the others than mAP."""
         truths: list[Target] = []
-        found: list[Target] = []
+        detections: list[Target] = []
         total, classes = 0.0, 0
         microbatches = Microbatches(self)
         with measuring(model), torch.no_grad():
@@ -126,13 +126,13 @@ class RetinaNetTask(Task):
                 images, targets = _split(batch)
                 outputs = microbatches.outputs(model, batch)
                 loss = checked_loss(self, outputs, batch)
-                found.extend(self._decoded(outputs, images, as_retinanet(model)))
+                detections.extend(self._decoded(outputs, images, as_retinanet(model)))
                 truths.extend(targets)
                 total += len(images) * loss.item()
                 classes = outputs["cls_logits"].shape[-1]
-        metrics = coco_metrics(truths, found, classes)
+        metrics = coco_metrics(truths, detections, classes)
         details = {name: value for name, value in metrics.items() if not math.isnan(value)}
-        return Evaluation(self.metric_name, metrics["AP"], total / len(truths), len(truths), details)
+        return Evaluation(self.metric_name, metrics["AP"], total / len(truths), len(truths), details=details)
 
     def detect(self, model: nn.Module, images: Sequence[Tensor]) -> list[Target]:
         """`boxes` `[n, 4]`, `scores` `[n]` and `labels` `[n]` found in each image, as the model's own call gives."""
@@ -242,14 +242,16 @@ class RetinaNetTask(Task):
             scores, level = outputs["cls_logits"][n].sigmoid(), outputs["level"][n]
             chosen: list[Tensor] = []
             for number in range(int(level.max()) + 1):
-                own = torch.nonzero((scores > score) & (level == number)[:, None])
-                best = scores[own[:, 0], own[:, 1]].topk(min(candidates, len(own))).indices
-                chosen.append(own[best])
+                above = torch.nonzero((scores > score) & (level == number)[:, None])
+                best = scores[above[:, 0], above[:, 1]].topk(min(candidates, len(above))).indices
+                chosen.append(above[best])
             anchor, label = torch.cat(chosen).unbind(1)
             boxes = self._coder.decode_single(outputs["bbox_regression"][n][anchor], outputs["anchors"][n][anchor])
             boxes = clip_boxes_to_image(boxes, (image.shape[1], image.shape[2]))
-            kept = batched_nms(boxes, scores[anchor, label], label, overlap)[:most]
-            result.append({"boxes": boxes[kept], "scores": scores[anchor, label][kept], "labels": label[kept]})
+            survivors = batched_nms(boxes, scores[anchor, label], label, overlap)[:most]
+            result.append(
+                {"boxes": boxes[survivors], "scores": scores[anchor, label][survivors], "labels": label[survivors]}
+            )
         return result
 
 
@@ -284,7 +286,7 @@ class _ExportedHeads(Exported):
         return (_prepared(self._model, images).tensors,), {}
 
     def replaced(self, runtime: nn.Module) -> nn.Module:
-        """The model with the runtime's heads; its own backbone still tells the sizes of the features."""
+        """The model with the runtime's heads; its own backbone still computes the sizes of the features."""
         backbone = _Remembering(self._model.backbone)
         model: nn.Module = copy.copy(self._model)
         model._modules = self._model._modules | {"backbone": backbone, "head": _HeadsOfImages(runtime, backbone)}
@@ -323,7 +325,7 @@ def _levels(features: Any) -> list[Tensor]:
 
 def _prepared(model: RetinaNet, images: Sequence[Tensor]) -> ImageList:
     """Images scaled, normalised and padded to one tensor."""
-    # In evaluation mode, lest the size be drawn at random, another one for a student than for its teacher.
+    # In evaluation mode: in training mode the size is drawn at random, and a student and its teacher get different ones.
     training = model.transform.training
     prepared, _ = model.transform.eval()(list(images))
     model.transform.train(training)

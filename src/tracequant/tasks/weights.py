@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from tracequant.core.errors import TaskError
 
-# What training scripts keep a state dict under, beside other things.
+# What training scripts keep a state dict under, with other things.
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
     """The state dict in a file: safetensors, or of `torch.save`, of which nothing but tensors is read.
 
-    One inside a training checkpoint is found, and the prefix `module.` of parallel training dropped. Raises
+    A state dict inside a training checkpoint is taken out, and the prefix `module.` of parallel training is dropped. Raises
     `TaskError` for a file that is not there or cannot be read.
     """
     path = Path(path)
@@ -35,20 +35,24 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         except (safetensors.SafetensorError, OSError) as error:
             raise TaskError(f"weights file {path} cannot be read as safetensors: {error}") from None
     try:
-        # The options of a training script, which many keep beside the weights; a class of plain data.
+        # The options of a training script, which many keep with the weights: a class of plain data.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            found: Any = torch.load(path, map_location="cpu", weights_only=True)
+            document: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         raise TaskError(
             f"weights file {path} cannot be read as a state dict ({_reason(error)}); save model.state_dict() with"
             " torch.save, or as safetensors"
         ) from None
     for name in WRAPPERS:
-        if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
-            found = found[name]
-    if not isinstance(found, Mapping) or not found or not all(isinstance(value, Tensor) for value in found.values()):
+        if isinstance(document, Mapping) and isinstance(document.get(name), Mapping):
+            document = document[name]
+    if (
+        not isinstance(document, Mapping)
+        or not document
+        or not all(isinstance(value, Tensor) for value in document.values())
+    ):
         raise TaskError(f"weights file {path} holds no state dict; save model.state_dict()")
-    return _plain_names(found)
+    return _plain_names(document)
 
 
 def _plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -68,12 +72,12 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], path: str | Path, 
 
     Raises `TaskError` that names what does not fit, with the hint what to do about it.
     """
-    own = model.state_dict()
+    present = model.state_dict()
     for name, tensor in state.items():
-        if name in own and own[name].shape != tensor.shape:
+        if name in present and present[name].shape != tensor.shape:
             raise TaskError(
                 f"weights file {path} does not fit this network: {name} has shape {list(tensor.shape)}, expected"
-                f" {list(own[name].shape)}; {hint}"
+                f" {list(present[name].shape)}; {hint}"
             )
     try:
         # By the model itself, which may translate names of older versions.

@@ -39,21 +39,21 @@ def retinanet(name: str, classes: int) -> RetinaNet:
     torchvision's own two, and the first of them on its other residual networks and MobileNets. `torchvision:` in front
     is allowed. Raises `TaskError` for other names.
     """
-    found = re.fullmatch(r"(?:torchvision:)?retinanet_(\w+?)_fpn(_v2)?", name)
-    if not found or (found[2] and found[1] != "resnet50"):
+    name_match = re.fullmatch(r"(?:torchvision:)?retinanet_(\w+?)_fpn(_v2)?", name)
+    if not name_match or (name_match[2] and name_match[1] != "resnet50"):
         raise TaskError(f"unknown model {name!r}; choose {MODELS}")
-    if found[2]:
+    if name_match[2]:
         model: RetinaNet = torchvision.models.get_model(
             "retinanet_resnet50_fpn_v2", weights=None, weights_backbone=None, num_classes=classes
         )
         return model
     extra = LastLevelP6P7(256, 256)
     try:
-        if found[1].startswith("mobilenet"):
-            backbone = mobilenet_backbone(backbone_name=found[1], weights=None, fpn=True, extra_blocks=extra)
+        if name_match[1].startswith("mobilenet"):
+            backbone = mobilenet_backbone(backbone_name=name_match[1], weights=None, fpn=True, extra_blocks=extra)
         else:
             backbone = resnet_fpn_backbone(
-                backbone_name=found[1], weights=None, returned_layers=[2, 3, 4], extra_blocks=extra
+                backbone_name=name_match[1], weights=None, returned_layers=[2, 3, 4], extra_blocks=extra
             )
     except (KeyError, ValueError) as error:
         raise TaskError(f"unknown model {name!r} ({error}); choose {MODELS}") from None
@@ -79,8 +79,8 @@ def retinanet_blocks(model: nn.Module) -> tuple[str, ...]:
     patterns.extend(f"backbone.fpn.*_blocks.{i}" for i in range(len(backbone.fpn.inner_blocks)))
     patterns.extend(["backbone.fpn.extra_blocks", "head.classification_head", "head.regression_head"])
     names = quantizable_names(model)
-    found = [next((p for p in (pattern, f"{pattern}.*") if matching(p, names)), None) for pattern in patterns]
-    return tuple(pattern for pattern in found if pattern is not None)
+    present = [next((p for p in (pattern, f"{pattern}.*") if matching(p, names)), None) for pattern in patterns]
+    return tuple(pattern for pattern in present if pattern is not None)
 
 
 def _is_stage(module: nn.Module) -> bool:
@@ -90,7 +90,7 @@ def _is_stage(module: nn.Module) -> bool:
 
 def load_weights(model: RetinaNet, state: dict[str, Tensor], path: str) -> None:
     """Put a state dict from the file `path` into the model; `TaskError` where the two do not fit."""
-    load_state(model, state, path, f"choose another --model: {MODELS}")
+    load_state(model, state, path, f"choose another model=NAME: {MODELS}")
     if _WITHOUT_EPSILON in Path(path).name:
         overwrite_eps(model, 0.0)
 

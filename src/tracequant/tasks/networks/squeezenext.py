@@ -31,7 +31,7 @@ class ConvNormReLU(nn.Sequential):
 
 
 class Block(nn.Module):
-    """Two 1x1 convolutions that narrow, a 1x3 and a 3x1, and a 1x1 that widens, beside a shortcut.
+    """Two 1x1 convolutions that narrow, a 1x3 and a 3x1, and a 1x1 that widens, with a shortcut.
 
     The first narrows to half of the inputs; not at all in a block that halves the resolution, and to a quarter where
     the block has fewer outputs than inputs. These two kinds have a convolution in the shortcut.
