@@ -22,7 +22,7 @@ from test_cli import ANALYZE, STAGED, TASK, invoke, modified
 from tracequant.cli import app as cli
 from tracequant.cli import commands
 from tracequant.cli.help import PANELS
-from tracequant.cli.options import FieldOption, Without, field_options, with_settings
+from tracequant.cli.options import Without, field_options, with_settings
 from tracequant.cli.reference import options_page
 from tracequant.cli.spelling import in_shell_words
 from tracequant.core import settings as declared
@@ -218,15 +218,11 @@ def test_every_option_of_run_is_in_a_panel() -> None:
 def test_descriptions_of_commands_fit_the_screen(capsys: pytest.CaptureFixture[str]) -> None:
     lines = help_of(capsys, "--help").splitlines()
     listed = lines[lines.index("Commands:") + 1 :]
-    assert len(listed) == len(parameters_of_commands())
+    group: Any = typer.main.get_command(cli.app)
+    assert len(listed) == len(group.commands)
     for line in lines:
         assert len(line) <= 80
     assert not any(line.endswith("...") for line in listed)
-
-
-def parameters_of_commands() -> dict[str, Any]:
-    group: Any = typer.main.get_command(cli.app)
-    return dict(group.commands)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["plan", "--help-all"], ["presets"]])
@@ -349,7 +345,7 @@ def test_where_values_are_computed_makes_no_stage_stale(tmp_path: Path) -> None:
         assert json.loads((out / "stages.json").read_text()) == json.loads(keys)
 
 
-def test_a_new_option_with_its_default_changes_no_key(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_option_with_its_default_changes_no_key(copy: Path) -> None:
     run = RunDirectory(copy)
     settings = run.settings()
     keys = {stage: run.key(stage, settings) for stage in STAGES}
@@ -422,7 +418,7 @@ def build(workers=0, seed=0):
     (tmp_path / "task.py").write_text(source)
     for workers in (0, 1):
         arguments = ("--task", f"{tmp_path}/task.py:build", "--workers", workers, "--out", tmp_path / f"run{workers}")
-        with pytest.raises(FileNotFoundError, match="nowhere.json"):
+        with pytest.raises(FileNotFoundError, match=r"nowhere\.json"):
             invoke("analyze", *arguments, "-q")
 
 
@@ -509,7 +505,17 @@ def test_a_generator_as_calibration_keeps_its_first_batch(tmp_path: Path) -> Non
     assert RunDirectory(tmp_path / "run").curvature().samples == 32
 
 
-def test_flags_of_switches_have_both_sides() -> None:
-    switches = [entry for entry in field_options(FinetuneSettings) if entry.annotation is bool]
-    assert [entry.switches for entry in switches][0] == ("--compile", "--no-compile")
-    assert all(isinstance(entry, FieldOption) for entry in switches)
+def test_every_switch_can_be_turned_off(requests: list[RunSettings], tmp_path: Path) -> None:
+    """A preset may turn a switch on that the user wants off."""
+    kinds = (AnalysisSettings, PlanSettings, FinetuneSettings)
+    switches = [entry.switches for kind in kinds for entry in field_options(kind) if entry.annotation is bool]
+    assert ("--compile", "--no-compile") in switches
+    assert ("--per-channel", "--per-tensor") in switches
+    for side in (0, 1):
+        assert invoke("run", "--task", "digits", "--out", tmp_path / "run", *(flags[side] for flags in switches)) == 0
+    assert len(requests) == 2
+    for asked, value in zip(requests, (True, False), strict=True):
+        assert asked.analysis.eigenvalues is value
+        assert asked.analysis.sensitivity.weight_grid.per_channel is value
+        assert asked.finetune is not None
+        assert asked.finetune.compile is value

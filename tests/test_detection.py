@@ -410,7 +410,15 @@ def test_onnx_has_the_heads_for_images_of_any_size(tmp_path: Path) -> None:
     kernels = {kernel.layer: kernel for kernel in found.kernels}
     assert kernels["backbone.stem"].kernel == "QLinearConv"
     # Another network is noticed.
-    other = verify(tmp_path / "model.onnx", tiny_retinanet(1, torch.float32), model, batches, TASK, 1, repeats=1)
+    other = verify(
+        tiny_retinanet(1, torch.float32),
+        batches,
+        TASK,
+        tmp_path / "model.onnx",
+        float_model=model,
+        promised_bytes=1,
+        repeats=1,
+    )
     assert other.difference > 0.01
 
 

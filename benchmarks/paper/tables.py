@@ -1,4 +1,4 @@
-"""The paper's Tables 1 to 5 as Markdown: its numbers, and beside them what was run here.
+"""The paper's Tables 1 to 5 as Markdown: its numbers, and next to them what was run here.
 
     python benchmarks/paper/tables.py [--run TABLE:ROW=RUN ...] [--results DIR]
 
@@ -8,8 +8,8 @@ paper's own network and data, which no benchmark has: they are filled from run d
 --run 1a:HAWQ-V2=runs/resnet50 (TABLE:ROW is the row's method, or its number from 1 where methods repeat). Other
 networks stand in columns or tables of their own, which say which they are.
 
-Table 4 compares hours of the paper's machines, which cannot be had here: beside them stands how long our analysis takes
-as a multiple of a plain forward and backward pass over the same images.
+Table 4 compares hours of the paper's machines, which are not here. The column next to them shows how long our analysis
+takes, as a multiple of a plain forward and backward pass over the same images.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Cells = dict[str, str]
 
 @dataclass
 class Columns:
-    """Measured columns beside the paper's: `rows` holds the cells of some rows, by the row's number from 0.
+    """Measured columns next to the paper's: `rows` holds the cells of some rows, by the row's number from 0.
 
     `label` stands before the columns' names, `title` says below the table what was measured.
     """

@@ -125,11 +125,10 @@ def _is_ours(error: OSError) -> bool:
     ours = True
     for frame in traceback.extract_tb(error.__traceback__):
         path = Path(frame.filename).resolve()
+        in_library = not path.is_file() or any(library in path.parents for library in libraries)
         if package in path.parents:
             ours = True
-        elif "torch/utils/data" in path.as_posix() or (
-            path.is_file() and not any(library in path.parents for library in libraries)
-        ):
+        elif not in_library or "torch/utils/data" in path.as_posix():
             ours = False
     return ours
 

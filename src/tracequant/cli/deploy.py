@@ -1,4 +1,4 @@
-"""The commands about files that leave the house: export, verify, inspect, latency."""
+"""The commands about files for other programs: export, verify, inspect, latency."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from tracequant.core.tables import read_sensitivity
 from tracequant.run import stages
 from tracequant.run.directory import RunDirectory
 
-# Budgets of weights and of activations: one that is given takes the place of a preset's.
+# Budgets of weights and of activations: one on the command line replaces that of a preset.
 WEIGHT_BUDGETS = (
     "max_size_mib", "compression", "average_bits", "max_bops_g", "max_latency_ms", "max_accuracy_drop",
     "max_loss_increase",
@@ -52,7 +52,7 @@ PresetName = Annotated[
 
 
 def without_replaced_budgets(context: typer.Context, budget: PlanSettings) -> PlanSettings:
-    """The budget without those limits of a preset whose place others have taken."""
+    """The budget without those limits of a preset that a limit on the command line replaces."""
 
     def source(name: str) -> str:
         return getattr(context.get_parameter_source(name), "name", "")

@@ -1,15 +1,15 @@
-"""Named bundles of options for the command line: `--preset NAME`. Options that are given win over them."""
+"""Named bundles of options for the command line: `--preset NAME`. Options on the command line win over them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-# Fine-tuning is ours: the paper says only that it is quantization-aware. With four processes (`torchrun`) of 64 images
-# these are ten passes over ImageNet.
+# The recipe of fine-tuning is ours: the paper says only that it is quantization-aware. With four processes (`torchrun`)
+# of 64 images it is ten passes over ImageNet.
 _FINETUNE = {"finetune_steps": 50_000, "learning_rate": 0.01, "optimizer": "sgd", "distillation": 0.0}
 _ANALYZE = {"task": "imagenet", "samples": 512, "batch_size": 64, "criterion": "trace"}
-# Of mixed activations the paper tells the lowest width, 4 bits; their average it tells for RetinaNet alone (Table 2).
+# The paper states the lowest width of mixed activations, 4 bits. It states their average for RetinaNet alone (Table 2).
 _MIXED_ACTIVATIONS = {"activation_compression": 7.62}
 
 
@@ -28,8 +28,8 @@ class Preset:
         return stages[command] if command in stages else self.analyze | self.plan | self.finetune
 
 
-# Sizes in the paper are W-Comp times smaller than the float checkpoint, scales, biases and BatchNorm not counted, so
-# W-Comp is the budget here. Of the widths on offer it tells the lowest.
+# Sizes in the paper are W-Comp times smaller than the float checkpoint, and do not count scales, biases and BatchNorm.
+# W-Comp is therefore the budget here. The paper states the lowest of the widths on offer.
 PRESETS = {
     "paper-resnet50": Preset(
         "HAWQ-V2, Table 1a: 75.92 % at 7.99 MB, W-Comp 12.24x (float 77.39 % at 97.8 MB)",

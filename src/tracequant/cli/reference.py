@@ -37,9 +37,9 @@ def options_page() -> str:
     lines = [
         "# Options",
         "",
-        "Every option of Python and of the command line, with its default and its range. `make docs` prints this page from",
-        "the declarations in the code. An option of a Python function is a keyword argument. The settings class that names",
-        "a section may be given instead: `tq.solve(sensitivity, tq.PlanSettings(average_bits=3))`.",
+        "Every option of Python and of the command line, with its default and its range. `make docs` prints this page",
+        "from the declarations in the code. An option of a Python function is a keyword argument. An object of the",
+        "class that names the section may be passed instead: `tq.solve(sensitivity, tq.PlanSettings(average_bits=3))`.",
     ]
     for kind, function, commands in _PAGES:
         lines += ["", f"## {kind.__name__}", "", f"Python: {function}. Commands: {commands}.", ""]

@@ -171,7 +171,7 @@ def decisive(settings: Any) -> dict[str, object]:
 
     A new option with its default therefore changes nothing that was recorded before there was one.
     """
-    kind = type(settings)
+    kind: Any = type(settings)
     described, annotations = options(kind), _annotations(kind)
     chosen: dict[str, object] = {}
     for field in dataclasses.fields(kind):

@@ -1,4 +1,4 @@
-"""What several figures draw alike."""
+"""What several figures have in common."""
 
 from __future__ import annotations
 

@@ -194,8 +194,8 @@ FIGURES: Mapping[int, Callable[[RunDirectory, FigureOptions], _Drawn]] = {
 def _planned(run: RunDirectory, number: int) -> BitPlan:
     if not run.done("plan"):
         raise RunError(
-            f"Figure {number} shows the plan, and {run.path} has none; run `tracequant plan {run.path} --max-size-mib X`"
-            " first"
+            f"Figure {number} shows the plan, and {run.path} has none; run"
+            f" `tracequant plan {run.path} --max-size-mib X` first"
         )
     return run.plan()
 

@@ -1,4 +1,4 @@
-"""What leaves a run for other programs: the ONNX file, its verification, and the table of latencies."""
+"""Files of a run for other programs: the ONNX file, its verification, and the table of latencies."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def export(
     from tracequant.deploy.pack import load
 
     setup = run.setup()
-    part = setup.task.exported(load(run.path / "model.safetensors", setup.model))
-    args, kwargs = part.arguments(next(iter(setup.calibration)))
+    exported = setup.task.exported(load(run.path / "model.safetensors", setup.model))
+    args, kwargs = exported.arguments(next(iter(setup.calibration)))
     if args and kwargs:
         raise ModelError(
             "the task calls the model with positional and keyword arguments, ONNX export needs one kind; pass all by"
             " keyword in the task's `outputs`"
         )
     (run.path / "verify.json").unlink(missing_ok=True)  # of an earlier export
-    sizes = part.dynamic_sizes if dynamic_sizes is None else dynamic_sizes
+    sizes = exported.dynamic_sizes if dynamic_sizes is None else dynamic_sizes
     return export_onnx(
-        part.module,
+        exported.module,
         run.path / "model.onnx",
         kwargs or args,
         profile=profile,

@@ -107,7 +107,7 @@ def measure_spectrum(run: RunDirectory, layers: Sequence[str], top: int, densiti
         eigenvalues = top_eigenvalues(
             setup.model, batches, setup.task, _only(points, chosen), k=top, seed=seed, progress=run.progress
         )
-    found = tuple(
+    measured = tuple(
         spectral_density(
             setup.model,
             batches,
@@ -119,7 +119,7 @@ def measure_spectrum(run: RunDirectory, layers: Sequence[str], top: int, densiti
         )
         for name in wanted
     )
-    spectrum = Spectrum(eigenvalues, found, sum(map(setup.task.batch_size, batches)))
+    spectrum = Spectrum(eigenvalues, measured, sum(map(setup.task.batch_size, batches)))
     spectrum.save(run.path / "spectrum.json")
     return spectrum
 

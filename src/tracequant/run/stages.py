@@ -139,7 +139,7 @@ def measure_run_perturbation(run: RunDirectory, points: QuantizationPoints) -> P
 def solve(run: RunDirectory, settings: PlanSettings) -> BitPlan:
     """The plan for a budget, from the sensitivities alone, or by evaluation for a limit on what the plan loses.
 
-    Nothing is written but the evaluations.
+    It writes nothing except the evaluations.
     """
     run.need("analyze")
     sensitivity = run.sensitivity_by(settings.criterion)
@@ -164,7 +164,7 @@ def solve(run: RunDirectory, settings: PlanSettings) -> BitPlan:
 
 
 def keep_plan(run: RunDirectory, settings: PlanSettings, plan: BitPlan) -> None:
-    """Make `plan`, solved for `settings`, the run's plan, also in the place of one that was edited."""
+    """Make `plan`, which was solved for `settings`, the run's plan; it replaces an edited one too."""
     start = run.begin("plan")
     run.ask(replace(run.settings(), plan=settings))
     plan.save(run.path / "plan.json")
@@ -318,7 +318,7 @@ def _begin_finetune(run: RunDirectory, recipe: FinetuneSettings) -> float | None
     run.need("quantize")
     check_recipe(run, recipe)
     run.ask(settings)
-    if run.done("finetune"):  # a recipe of before, asked for again
+    if run.done("finetune"):  # the user has returned to an earlier recipe
         return None
     return run.begin("finetune")
 

@@ -28,15 +28,15 @@ DEFAULT_SAMPLES, DEFAULT_BATCH_SIZE = 128, 4
 
 
 def build(options: TaskOptions) -> TaskSetup:
-    """The RetinaNet `options.model` with the weights `options.weights`, and the data of `options.data_dir` (COCO format).
+    """The RetinaNet `options.model` with the weights `options.weights`, and the COCO-format data of `options.data_dir`.
 
     Raises `TaskError` where one is missing or they do not fit one another, `DataError` for damaged data.
     """
     require_torchvision()
     if options.data_dir is None:
         raise TaskError(
-            "the detection task needs data_dir=DIR: a folder with instances_train*.json and instances_val*.json (there or"
-            " in annotations/), and the images in folders or zip files"
+            "the detection task needs data_dir=DIR: a folder with instances_train*.json and instances_val*.json (there"
+            " or in annotations/), and the images in folders or zip files"
         )
     if options.model is None:
         raise TaskError(f"the detection task needs model=NAME: {MODELS}")

@@ -302,8 +302,8 @@ def _weights_file(options: TaskOptions) -> str | None:
 def _load(model: nn.Module, file: str, options: TaskOptions, classes: int, ignored: Sequence[str] = ()) -> None:
     state = {name: tensor for name, tensor in read_state(file).items() if name.partition(".")[0] not in ignored}
     hint = (
-        f"{options.model} was built for the {classes} classes of {options.data_dir}: see that the model is the network of"
-        " these weights, and that the folder, or its classes.txt, has all of their classes"
+        f"{options.model} was built for the {classes} classes of {options.data_dir}: see that the model is the network"
+        " of these weights, and that the folder, or its classes.txt, has all of their classes"
     )
     load_state(model, state, file, hint)
 

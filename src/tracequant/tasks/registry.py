@@ -26,8 +26,9 @@ TASKS = {
 def load_task(spec: str, options: TaskOptions) -> TaskSetup:
     """The setup of a named task, or of `path/to/file.py:function`.
 
-    A function of a user's file gets the fields of `TaskOptions` that have a value, and must have parameters for them; it
-    returns a `TaskSetup`. Raises `TaskError` for names, files and functions that do not exist or return something else.
+    A function of a user's file gets the fields of `TaskOptions` that have a value, and must have parameters for them.
+    It returns a `TaskSetup`. Raises `TaskError` for names, files and functions that do not exist, and for a function
+    that returns something else.
     """
     if spec in TASKS:
         build: Callable[[TaskOptions], TaskSetup] = importlib.import_module(TASKS[spec]).build

@@ -325,7 +325,7 @@ def _levels(features: Any) -> list[Tensor]:
 
 def _prepared(model: RetinaNet, images: Sequence[Tensor]) -> ImageList:
     """Images scaled, normalised and padded to one tensor."""
-    # In evaluation mode: in training mode the size is drawn at random, and a student and its teacher get different ones.
+    # In evaluation mode: in training mode the size is random, and a student and its teacher would get different ones.
     training = model.transform.training
     prepared, _ = model.transform.eval()(list(images))
     model.transform.train(training)

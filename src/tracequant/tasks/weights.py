@@ -23,8 +23,8 @@ WRAPPERS = ("state_dict", "model_state_dict", "model")
 def read_state(path: str | Path) -> dict[str, Tensor]:
     """The state dict in a file: safetensors, or of `torch.save`, of which nothing but tensors is read.
 
-    A state dict inside a training checkpoint is taken out, and the prefix `module.` of parallel training is dropped. Raises
-    `TaskError` for a file that is not there or cannot be read.
+    A state dict inside a training checkpoint is taken out, and the prefix `module.` of parallel training is dropped.
+    Raises `TaskError` for a file that is not there or cannot be read.
     """
     path = Path(path)
     if not path.is_file():
