@@ -2,8 +2,8 @@
 
     python benchmarks/end_to_end.py [--out DIR]
 
-Runs `tracequant demo`, and where TRACEQUANT_DATA holds CIFAR-10 the ResNet20 run at 12x with 4-bit activations and 400
-fine-tuning steps. Run directories are kept, and a second call only prints.
+Runs `tracequant demo` with three seeds, and where TRACEQUANT_DATA holds CIFAR-10 the ResNet20 run at 12x with 4-bit
+activations and 400 fine-tuning steps. Run directories are kept, and a second call only prints.
 """
 
 from __future__ import annotations
@@ -52,8 +52,10 @@ def main() -> None:
     out = parser.parse_args().out
     threads = torch.get_num_threads()
     print(f"tracequant {__version__}, torch {torch.__version__}, {threads} CPU threads, {platform.machine()}\n")
-    tracequant("demo", "--out", str(out / "demo"), "--quiet")
-    print_table(out / "demo")
+    for seed in range(3):
+        tracequant("demo", "--out", str(out / f"demo-{seed}"), "--seed", str(seed), "--quiet")
+        print(f"Demo, seed {seed}:\n")
+        print_table(out / f"demo-{seed}")
     folder = data_folder("cifar10", "cifar10_weights")
     if folder is None:
         print("ResNet20/CIFAR-10 skipped: TRACEQUANT_DATA does not hold cifar10 and cifar10_weights")
