@@ -39,7 +39,7 @@ def build(options: TaskOptions) -> TaskSetup:
         raise TaskError(
             "the cifar10 task needs weights=FILE: a file with the trained network's state dict (safetensors or .pth)"
         )
-    refuse(options, "cifar10", "workers", "image_size", "crop_share")
+    refuse(options, "cifar10", ("workers", "image_size", "crop_share"))
     name = options.model or _guess_model(options.weights)
     if name not in DEPTHS:
         raise TaskError(f"unknown model {name!r} for cifar10; choose {', '.join(DEPTHS)}")

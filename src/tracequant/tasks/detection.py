@@ -42,7 +42,7 @@ def build(options: TaskOptions) -> TaskSetup:
         raise TaskError(f"the detection task needs model=NAME: {MODELS}")
     if options.weights is None:
         raise TaskError("the detection task needs weights=FILE: a file with the trained network's state dict")
-    refuse(options, "detection", "crop_share")
+    refuse(options, "detection", ("crop_share",))
     state = {n: t for n, t in read_state(options.weights).items() if not n.endswith("num_batches_tracked")}
     head = state.get("head.classification_head.cls_logits.weight")
     if head is None:

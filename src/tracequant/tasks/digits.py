@@ -34,7 +34,7 @@ EPOCHS = 40
 
 def build(options: TaskOptions) -> TaskSetup:
     """The trained digits network with 1,000 training and 797 test images."""
-    refuse(options, "digits", "data_dir", "model", "workers", "image_size", "crop_share")
+    refuse(options, "digits", ("data_dir", "model", "workers", "image_size", "crop_share"))
     images, labels = _images()
     train = TensorDataset(images[:TRAIN_SAMPLES], labels[:TRAIN_SAMPLES])
     test = TensorDataset(images[TRAIN_SAMPLES:], labels[TRAIN_SAMPLES:])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ def load_task(spec: str, options: TaskOptions) -> TaskSetup:
     return setup
 
 
-def refuse(options: TaskOptions, task: str, *names: str) -> None:
+def refuse(options: TaskOptions, task: str, names: Sequence[str]) -> None:
     """Raise `TaskError` if one of the options `names` has a value: the task has no use for it."""
     useless = [f"{name}={getattr(options, name)!r}" for name in names if getattr(options, name) is not None]
     if useless:
