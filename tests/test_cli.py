@@ -7,10 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import tiny_task
 import tracequant as tq
@@ -18,6 +20,8 @@ from tracequant.cli import app as cli
 from tracequant.core import cost
 from tracequant.core.settings import FinetuneSettings
 from tracequant.run.directory import RunDirectory
+
+pytestmark = pytest.mark.usefixtures("blank_figures")
 
 TASK = f"{Path(tiny_task.__file__)}:build"
 ANALYZE = ("--task", TASK, "--num-probes", "2", "--no-eigenvalues", "--activation-bits", "4")
@@ -442,14 +446,18 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert len(capsys.readouterr().out) > 200
 
 
-def test_report_is_self_contained(finished: Path) -> None:
-    page = (finished / "report.html").read_text()
+def test_report_is_self_contained(
+    copy: Path, blank_figures: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Figure, "savefig", blank_figures)
+    assert invoke("report", copy, "-q") == 0
+    page = (copy / "report.html").read_text()
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert page.count("data:image/svg+xml;base64,") == 6
     for name in ("layers", "frontier", "activations", "accuracy", "loss"):
-        assert (finished / "figures" / f"{name}.png").stat().st_size > 5_000
-        assert (finished / "figures" / f"{name}.svg").exists()
-    packed = RunDirectory(finished).pack_result()
+        assert (copy / "figures" / f"{name}.png").stat().st_size > 5_000
+        assert (copy / "figures" / f"{name}.svg").exists()
+    packed = RunDirectory(copy).pack_result()
     for text in (
         f"{packed.promised_bytes:,}",
         f"{packed.evaluation.metric:.2f}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -33,7 +34,7 @@ PER_TENSOR = tq.WeightGrid(per_channel=False, range="minmax")
 
 
 class Widths(nn.Module):
-    """Eight layers of a kind, each reading a tensor of its own; the layer at index k gets k + 1 bits."""
+    """Eight layers or networks of a kind, each reading a tensor of its own; that at index k gets k + 1 bits."""
 
     def __init__(self, layer: Callable[[], nn.Module]) -> None:
         super().__init__()
@@ -256,21 +257,24 @@ def operators(path: Path, optimised: Path) -> list[str]:
     return [node.op_type for node in onnx.load(optimised).graph.node]
 
 
-@pytest.mark.parametrize("weight_bits", range(1, 9))
-def test_convolutions_run_on_int8_kernels(weight_bits: int, tmp_path: Path) -> None:
+def test_convolutions_run_on_int8_kernels(tmp_path: Path) -> None:
     """Codes are unpacked when the file is loaded: at run time nothing is left of the tables, at any width."""
+
+    def network() -> nn.Module:
+        first = normed(nn.Conv2d(8, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16))
+        second = nn.Conv2d(16, 16, 3)
+        return nn.Sequential(first, nn.ReLU(), nn.MaxPool2d(2), second, nn.ReLU(), nn.Flatten(), nn.Linear(64, 4))
+
     torch.manual_seed(0)
-    first = normed(nn.Conv2d(8, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16))
-    model = nn.Sequential(
-        first, nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 4)
-    )
-    inputs = torch.randn(2, 8, 8, 8)
-    points = tq.discover(model.eval(), [(inputs,)], TASK)
-    plan = by_hand({x.name: weight_bits for x in points.layers}, {x.name: 4 for x in points.activations}, SYMMETRIC)
+    model, inputs = Widths(network).eval(), torch.randn(2, 8, 8, 8)
+    points = tq.discover(model, [(inputs,)], TASK)
+    weight_bits = {layer.name: i // 3 + 1 for i, layer in enumerate(points.layers)}
+    assert list(weight_bits.values()).count(8) == 3
+    plan = by_hand(weight_bits, {point.name: 4 for point in points.activations}, SYMMETRIC)
     quantized = tq.quantize(model, [(inputs,)], TASK, plan).eval()
     tq.export_onnx(quantized, tmp_path / "model.onnx", inputs)
     found = operators(tmp_path / "model.onnx", tmp_path / "optimised.onnx")
-    assert found.count("QLinearConv") == 2
+    assert found.count("QLinearConv") == 8 * 2
     assert not {"Conv", "FusedConv", "Gather", "Cast", "BatchNormalization"} & set(found)
 
 
@@ -344,14 +348,13 @@ FUSING: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("name", list(FUSING))
-def test_every_convolution_runs_on_an_int8_kernel(name: str, bits: int, tmp_path: Path) -> None:
+def test_every_convolution_runs_on_an_int8_kernel(name: str, tmp_path: Path) -> None:
     """Those before additions, concatenations and averages too: their outputs are rounded."""
     model, inputs = FUSING[name](), torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
     if name == "ResNet18":
         inputs = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
-    quantized = quantized_with(model, inputs, lambda i: bits)
+    quantized = quantized_with(model, inputs, lambda i: (8, 4)[i % 2])
     tq.export_onnx(quantized, tmp_path / "model.onnx", inputs)
     found = operators(tmp_path / "model.onnx", tmp_path / "optimised.onnx")
     convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
@@ -360,46 +363,53 @@ def test_every_convolution_runs_on_an_int8_kernel(name: str, bits: int, tmp_path
 
 
 @pytest.mark.parametrize("name", ["blocks", "frozen BatchNorm", "Inception", "ShuffleNet"])
-@pytest.mark.parametrize("bits", range(1, 9))
-def test_rounded_outputs_are_the_same_in_the_runtime(name: str, bits: int, tmp_path: Path) -> None:
+def test_rounded_outputs_are_the_same_in_the_runtime(name: str, tmp_path: Path) -> None:
     """Ordinary and saturating inputs, behind trained scales, where clamps no longer end on a code."""
-    model, inputs = FUSING[name](), torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
-    quantized = quantized_with(model, inputs, lambda i: bits)
+    model, inputs = Widths(FUSING[name]).eval(), torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    layers = len(tq.discover(model, [(inputs,)], TASK).layers) // 8
+    quantized = quantized_with(model, inputs, lambda i: i // layers % 8 + 1)
     with torch.no_grad():
         for quantizer in activation_quantizers(quantized).values():
             # With few bits sums lie on a lattice: this keeps them away from the middle between two codes.
             quantizer.scale.mul_(1.0713)
     tq.export_onnx(quantized, tmp_path / "model.onnx", inputs)
     for given in (inputs, 20 * inputs, inputs[:1]):
-        assert difference(run(tmp_path / "model.onnx", given), quantized(given)) <= 1e-5
+        want, got = quantized(given), run(tmp_path / "model.onnx", given)
+        for k in range(8):
+            assert difference(got[k], want[k]) <= 1e-5, f"{k + 1} bits"
 
 
-@pytest.mark.parametrize(
-    ("bits", "grid"), [(4, "symmetric"), (4, "asymmetric"), *((b, "symmetric") for b in (1, 2, 3, 5, 6, 7, 8))]
-)
-def test_weights_only_runs_on_packed_weights(bits: int, grid: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("grid", ["symmetric", "asymmetric"])
+def test_weights_only_runs_on_packed_weights(grid: str, tmp_path: Path) -> None:
     """Activations stay in float; 4-bit weights are multiplied as they are stored, others as 8 bits."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 16)).eval()
+    model = Widths(lambda: nn.Sequential(nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 16))).eval()
     inputs = torch.randn(2, 5, 64)
-    quantized = quantized_with(model, inputs, lambda i: bits, GRIDS[grid])
+    quantized = quantized_with(model, inputs, lambda i: i // 2 % 8 + 1, GRIDS[grid])
     tq.export_onnx(quantized, tmp_path / "model.onnx", inputs, profile="weights-only")
-    assert difference(run(tmp_path / "model.onnx", inputs), tq.to_float(quantized)(inputs)) <= 1e-5
+    want, got = tq.to_float(quantized)(inputs), run(tmp_path / "model.onnx", inputs)
+    for k in range(8):
+        assert difference(got[k], want[k]) <= 1e-5, f"{k + 1} bits"
     found = operators(tmp_path / "model.onnx", tmp_path / "optimised.onnx")
-    assert found.count("MatMulNBits") == 2
+    assert found.count("MatMulNBits") == 8 * 2
     assert "QuantizeLinear" not in found
 
 
-@pytest.mark.parametrize("num_bits", range(1, 9))
-def test_codes_take_their_bits_on_disk(num_bits: int, tmp_path: Path) -> None:
+def test_codes_take_their_bits_on_disk(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model, inputs = nn.Linear(64, 64).eval(), torch.randn(2, 64)
-    plan = by_hand({"weight": num_bits}, {}, SYMMETRIC)
+    model, inputs = Widths(lambda: nn.Linear(64, 64)).eval(), torch.randn(2, 64)
+    plan = by_hand({f"layers.{k}": k + 1 for k in range(8)}, {}, SYMMETRIC)
     file = tq.export_onnx(tq.quantize(model, [(inputs,)], TASK, plan), tmp_path / "model.onnx", inputs)
-    assert file.code_bytes == 64 * 64 * num_bits // 8
+    assert file.code_bytes == 64 * 64 * sum(range(1, 9)) // 8
     assert file.file_bytes == (tmp_path / "model.onnx").stat().st_size
-    # 64 scales and biases, the graph, tables of 16 rows.
-    assert file.other_bytes < 2 * 64 * 4 + 1200
+    sizes: Counter[str] = Counter()
+    for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer:
+        sizes[".".join(tensor.name.split(".")[:2])] += len(tensor.raw_data)
+    for k in range(8):
+        # Codes, and 64 scales and biases in float32.
+        assert sizes[f"layers.{k}"] == 64 * 64 * (k + 1) // 8 + 2 * 64 * 4
+    # Scales and biases, the graph, tables of 16 rows.
+    assert file.other_bytes < 8 * (2 * 64 * 4 + 1200)
 
 
 def test_codes_of_4_bits_are_the_weights(tmp_path: Path) -> None:
