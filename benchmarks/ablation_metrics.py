@@ -48,7 +48,7 @@ def sensitivity_by(
     """Ω by a metric that is a sum over layers: the library's, "inverted" and "random"."""
     errors = (measured.weight_errors, measured.activation_errors, measured.weight_grid)
     if metric not in ("inverted", "random"):
-        return combine(curvature, *errors, metric=metric, perturbation=perturbation)
+        return combine(curvature, *errors, criterion=metric, perturbation=perturbation)
     order = None if metric == "inverted" else random.Random(seed)
     moved = replace(
         curvature,
@@ -56,7 +56,7 @@ def sensitivity_by(
         activations=dealt_out(curvature.activations, order),
     )
     # The layers' own traces stay those that were measured.
-    return replace(combine(moved, *errors, metric="trace"), metric=metric, average_traces=measured.average_traces)
+    return replace(combine(moved, *errors, criterion="trace"), criterion=metric, average_traces=measured.average_traces)
 
 
 def dealt_out(estimates: dict[str, tq.TraceEstimate], order: random.Random | None) -> dict[str, tq.TraceEstimate]:

@@ -75,7 +75,7 @@ def solve(sensitivity: tq.Sensitivity, perturbation: tq.Perturbation, request: P
     return replace(
         plan,
         omega=plan.omega + interaction(perturbation, weight_bits),
-        method=f"{request.method} and local search, {request.space} space",
+        solver=f"{request.solver} and local search, {request.space} space",
         bound=None,
         prices={},
     )

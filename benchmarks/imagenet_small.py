@@ -71,11 +71,13 @@ def measured(name: str, data: Path, images: int, seed: int, cache: Path) -> dict
     traces = kept(cache, "curvature", tq.Curvature, curvature)
     expansion = kept(
         cache, "perturbation", tq.Perturbation,
-        lambda: tq.measure_perturbation(*parts, points, WIDTHS, seed=seed, checkpoint=cache / "batches", progress=True),
+        lambda: tq.measure_perturbation(*parts, points, weight_bits=WIDTHS, seed=seed, checkpoint=cache / "batches", progress=True),
     )  # fmt: skip
     table = kept(
         cache, "sensitivity", tq.Sensitivity,
-        lambda: tq.measure_sensitivity(setup.model, setup.calibration, setup.task, traces, weight_bits=WIDTHS, activation_bits=(8,)),
+        lambda: tq.measure_sensitivity(
+            setup.model, setup.calibration, setup.task, traces, weight_bits=WIDTHS, activation_bits=(8,)
+        ),
     )  # fmt: skip
     plans = {f"uniform {bits} bits": tq.uniform_plan(table, bits) for bits in (8, 4)}
     for metric in ABLATION_METRICS:

@@ -76,9 +76,22 @@ def correlations(setup: tq.TaskSetup, images: int, plans: int, cache: Path | Non
         cache,
         f"curvature-{images}",
         tq.Curvature,
-        lambda: tq.estimate_curvature(*data, method="gauss_newton", draws="exact", points=points, activations=False),
+        lambda: tq.estimate_curvature(
+            *data, estimator="gauss_newton", num_probes="exact", points=points, activations=False
+        ),
     )
-    check = tq.check_criteria(setup.model, setup.calibration, setup.task, curvature, weight_bits=WIDTHS, perturbation=perturbation, plans=plans, offered=GROUPS, cache=None if cache is None else cache / "check", extra_scores=cross_terms.scores(perturbation))  # fmt: skip
+    check = tq.check_criteria(
+        setup.model,
+        setup.calibration,
+        setup.task,
+        curvature,
+        weight_bits=WIDTHS,
+        perturbation=perturbation,
+        plans=plans,
+        offered=GROUPS,
+        cache=None if cache is None else cache / "check",
+        extra_scores=cross_terms.scores(perturbation),
+    )
     return check, perturbation
 
 
@@ -156,11 +169,13 @@ def ablation(setup: tq.TaskSetup, test_images: int, cache: Path | None) -> dict[
         )  # fmt: skip
         perturbation = kept(
             cache, f"perturbation-seed{seed}", tq.Perturbation,
-            lambda data=data, points=points: tq.measure_perturbation(*data, points, WIDTHS),
+            lambda data=data, points=points: tq.measure_perturbation(*data, points, weight_bits=WIDTHS),
         )  # fmt: skip
         table = kept(
             cache, f"sensitivity-seed{seed}", tq.Sensitivity,
-            lambda data=data, c=curvature: tq.measure_sensitivity(setup.model, data[1], setup.task, c, weight_bits=WIDTHS, activation_bits=(8,)),
+            lambda data=data, c=curvature: tq.measure_sensitivity(
+                setup.model, data[1], setup.task, c, weight_bits=WIDTHS, activation_bits=(8,)
+            ),
         )  # fmt: skip
         evaluator = Evaluator(
             setup.model,

@@ -37,7 +37,7 @@ def test_a_metric_that_the_first_batch_has_not(case: tuple[tq.TaskSetup, tq.Sens
 
     setup = case[0]
     batch = next(iter(setup.evaluation))
-    found = accuracy.Evaluator(setup.model, Whole(), setup.calibration, [batch, batch]).results
+    found = accuracy.Evaluator(setup.model, setup.calibration, Whole(), evaluation=[batch, batch]).results
     assert (found.float_metric, found.metric_name) == (50.0, "mAP %")
 
 
@@ -108,9 +108,9 @@ def test_evaluations_are_kept_and_not_repeated(case, tmp_path, monkeypatch) -> N
     calls: list[tq.BitPlan] = []
     quantize = accuracy.quantize
 
-    def counted(model, plan, *rest):
+    def counted(model, batches, task, plan, **options):
         calls.append(plan)
-        return quantize(model, plan, *rest)
+        return quantize(model, batches, task, plan, **options)
 
     monkeypatch.setattr(accuracy, "quantize", counted)
     first = search(case, max_accuracy_drop=2.0, cache=cache)
@@ -170,12 +170,12 @@ def test_an_interrupted_search_goes_on(case, tmp_path, monkeypatch) -> None:
     quantize = accuracy.quantize
     calls = 0
 
-    def power_cut(model, plan, *rest):
+    def power_cut(model, batches, task, plan, **options):
         nonlocal calls
         calls += 1
         if calls == 3:
             raise KeyboardInterrupt
-        return quantize(model, plan, *rest)
+        return quantize(model, batches, task, plan, **options)
 
     monkeypatch.setattr(accuracy, "quantize", power_cut)
     with pytest.raises(KeyboardInterrupt):
@@ -189,14 +189,14 @@ def test_an_interrupted_search_goes_on(case, tmp_path, monkeypatch) -> None:
     ("options", "message"),
     [
         ({}, "give max_accuracy_drop"),
-        ({"max_accuracy_drop": -1.0}, "max_accuracy_drop must be a number from 0, got -1"),
-        ({"max_loss_increase": float("nan")}, "max_loss_increase must be a number"),
-        ({"max_drop": 1.0, "max_size_mib": 2.0}, "max_size_mib besides"),
-        ({"max_drop": 1.0, "method": "pareto"}, "walks the exact frontier"),
-        ({"max_drop": 1.0, "colour": 3}, "no rule colour"),
-        ({"max_drop": 0.0, "max_loss_increase": 0.0, "allowed_bits": {"*": (1,)}}, "even the largest plan"),
+        ({"max_accuracy_drop": -1.0}, "max_accuracy_drop must be a number >= 0"),
+        ({"max_loss_increase": float("nan")}, "max_loss_increase must be a finite number"),
+        ({"max_accuracy_drop": 1.0, "max_size_mib": 2.0}, "max_size_mib besides"),
+        ({"max_accuracy_drop": 1.0, "solver": "pareto"}, "walks the exact frontier"),
+        ({"max_accuracy_drop": 1.0, "colour": 3}, "colour is not an argument here"),
+        ({"max_accuracy_drop": 0.0, "max_loss_increase": 0.0, "allowed_bits": {"*": (1,)}}, "even the largest plan"),
     ],
 )
 def test_what_is_refused(case, options, message) -> None:
-    with pytest.raises(tq.BudgetError, match=message):
+    with pytest.raises((tq.BudgetError, tq.SettingsError), match=message):
         search(case, **options)

@@ -119,7 +119,7 @@ def test_inverted_and_random_deal_the_traces_out() -> None:
 
     def dealt(metric: str, seed: int = 0) -> list[float]:
         table = ablation_metrics.sensitivity_by(metric, curvature=curvature, measured=measured, seed=seed)
-        assert table.metric == metric
+        assert table.criterion == metric
         assert table.average_traces == measured.average_traces
         return [table.weight_omega[n][4] / errors[n][4] for n in errors]
 

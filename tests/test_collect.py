@@ -36,7 +36,7 @@ from models import (
     tied_net,
     token_batch,
 )
-from tracequant import ClassificationTask, Curvature, DataError, ModelError, ResourceError, Task
+from tracequant import ClassificationTask, Curvature, DataError, ModelError, ResourceError, SettingsError, Task
 from tracequant.cli import app as cli
 from tracequant.curvature.batch_loop import MEMORY_SHARE
 from tracequant.curvature.gauss_newton import LEAST_SAMPLES, _GaussNewton
@@ -69,7 +69,15 @@ def assert_close(found: Curvature, expected: Curvature, tolerance: float = 1e-10
         assert list(ours) == list(theirs)
         for name, estimate in theirs.items():
             assert estimate.trace != 0
-            for field in ("trace", "average_trace", "standard_error", "sampling_error", "numel", "draws", "samples"):
+            for field in (
+                "trace",
+                "average_trace",
+                "standard_error",
+                "sampling_error",
+                "numel",
+                "num_probes",
+                "samples",
+            ):
                 assert getattr(ours[name], field) == pytest.approx(getattr(estimate, field), rel=tolerance), (
                     name,
                     field,
@@ -199,7 +207,7 @@ def test_microbatches_of_outputs_with_an_entry_for_each_sample(kind: type, monke
         lambda outputs, batch: F.cross_entropy(torch.stack(list(outputs)), batch[1]),
     )
     model, batches = gelu_mlp(), labelled(6, sizes=(6,))
-    options = {"method": "hutchinson", "draws": 2, "activations": False}
+    options = {"estimator": "hutchinson", "num_probes": 2, "activations": False}
     whole = tq.estimate_curvature(model, batches, task, **options)
     cut_into(3, 6, "hutchinson", monkeypatch)
     assert_close(tq.estimate_curvature(model, batches, task, **options), whole)
@@ -357,7 +365,7 @@ import resource, sys
 import torch
 from torch import nn
 import tracequant as tq
-from tracequant import memory
+from tracequant.model import memory
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -432,7 +440,7 @@ class Failing:
 
 def measure(model: nn.Module, batches: Any, folder: Path | None, **options: Any) -> Curvature:
     points = tq.discover(model, FIVE, TASK)
-    options = {"method": "hutchinson", "draws": 2, "task": TASK} | options
+    options = {"estimator": "hutchinson", "num_probes": 2, "task": TASK} | options
     return tq.estimate_curvature(model, batches, points=points, checkpoint=folder, **options)
 
 
@@ -443,11 +451,11 @@ def test_an_interrupted_analysis_goes_on_to_the_same_result(
     method: str, after: int, cause: str, tmp_path: Path
 ) -> None:
     net = gelu_mlp()
-    undisturbed = measure(Watched(net), FIVE, None, method=method)
+    undisturbed = measure(Watched(net), FIVE, None, estimator=method)
     model = Watched(net)
     if cause == "loader":
         with pytest.raises(KeyboardInterrupt):
-            measure(model, Failing(FIVE, after), tmp_path, method=method)
+            measure(model, Failing(FIVE, after), tmp_path, estimator=method)
     else:
 
         def forward(model: nn.Module, x: Tensor) -> Tensor:
@@ -456,25 +464,25 @@ def test_an_interrupted_analysis_goes_on_to_the_same_result(
             return model(x)
 
         with pytest.raises(ArithmeticError):
-            measure(model, FIVE, tmp_path, method=method, task=ClassificationTask(forward=forward))
+            measure(model, FIVE, tmp_path, estimator=method, task=ClassificationTask(forward=forward))
     assert set(model.seen) == set(MARKS[:after])
     model.seen.clear()
-    assert measure(model, FIVE, tmp_path, method=method) == undisturbed
+    assert measure(model, FIVE, tmp_path, estimator=method) == undisturbed
     assert set(model.seen) == set(MARKS[after:])
     model.seen.clear()
-    assert measure(model, FIVE, tmp_path, method=method) == undisturbed
+    assert measure(model, FIVE, tmp_path, estimator=method) == undisturbed
     assert not model.seen
 
 
 OTHERS: dict[str, dict[str, Any]] = {
     "seed": {"seed": 1},
-    "draws": {"draws": 3},
+    "number of probes": {"num_probes": 3},
     "families": {"activations": False},
     "precision": {"precision": "bfloat16"},
-    "method": {"method": "gauss_newton"},
-    "probes": {"probes": "shared"},
+    "estimator": {"estimator": "gauss_newton"},
+    "scope of probes": {"probe_scope": "shared"},
     "distribution": {"distribution": "gaussian"},
-    "relative error": {"draws": 9, "relative_error": 100.0},
+    "target": {"num_probes": 9, "target_standard_error": 100.0},
     "loss": {"task": ClassificationTask(lambda z, y: 2 * F.cross_entropy(z, y))},
 }
 
@@ -489,7 +497,7 @@ def test_parts_made_under_other_settings_are_left_alone(other: str, tmp_path: Pa
             changed[2].bias[0] += 1
     model = Watched(changed)
     points = tq.discover(model, FIVE, TASK, exclude=["net.0"]) if other == "layers" else tq.discover(model, FIVE, TASK)
-    options = {"method": "hutchinson", "draws": 2, "task": TASK} | options
+    options = {"estimator": "hutchinson", "num_probes": 2, "task": TASK} | options
     expected = tq.estimate_curvature(model, FIVE, points=points, **options)
     model.seen.clear()
     found = tq.estimate_curvature(model, FIVE, points=points, checkpoint=tmp_path, **options)
@@ -503,16 +511,16 @@ def test_parts_made_under_other_settings_are_left_alone(other: str, tmp_path: Pa
 @pytest.mark.parametrize("damage", [b"", b"no safetensors", None], ids=["empty", "garbage", "cut short"])
 def test_a_damaged_part_is_measured_anew(method: str, damage: bytes | None, tmp_path: Path) -> None:
     model = Watched(gelu_mlp())
-    first = measure(model, FIVE, tmp_path, method=method)
+    first = measure(model, FIVE, tmp_path, estimator=method)
     parts = sorted(tmp_path.rglob("*.safetensors"))
     assert len(parts) == len(FIVE)
     whole = parts[2].read_bytes()
     parts[2].write_bytes(whole[: len(whole) - 8] if damage is None else damage)
     model.seen.clear()
-    assert measure(model, FIVE, tmp_path, method=method) == first
+    assert measure(model, FIVE, tmp_path, estimator=method) == first
     assert set(model.seen) == {MARKS[2]}
     model.seen.clear()
-    assert measure(model, FIVE, tmp_path, method=method) == first
+    assert measure(model, FIVE, tmp_path, estimator=method) == first
     assert not model.seen  # the damaged file has been replaced
 
 
@@ -550,7 +558,7 @@ def test_changed_data_are_noticed(difference: str, at: int, tmp_path: Path) -> N
             x[:, :, 2:30, 2:30] = value
             made += [(x, torch.arange(64) % CLASSES)] * 2
     changed[1 - at] = batches[1 - at]
-    options = {"method": "hutchinson", "draws": 1}
+    options = {"estimator": "hutchinson", "num_probes": 1}
     first = tq.estimate_curvature(model, batches, task, checkpoint=tmp_path, **options)
     if at == 0:
         found = tq.estimate_curvature(model, changed, task, checkpoint=tmp_path, **options)
@@ -607,8 +615,8 @@ def test_killed_and_run_again_an_analysis_gives_the_same_file(tmp_path: Path) ->
 def test_gauss_newton_stops_once_the_samples_suffice() -> None:
     """Copies of one batch have a spread that shrinks as the samples grow, which tells where it must stop."""
     model, batches = relu_mlp(), labelled(6, sizes=(8,) * 16)
-    options = {"method": "gauss_newton", "draws": "exact"}
-    found = tq.estimate_curvature(model, batches, TASK, relative_error=0.3, **options)
+    options = {"estimator": "gauss_newton", "num_probes": "exact"}
+    found = tq.estimate_curvature(model, batches, TASK, target_sampling_error=0.3, **options)
     assert LEAST_SAMPLES <= found.samples < 128
     worst = [max(e.sampling_error / e.trace for f in (c.weights, c.activations) for e in f.values()) for c in [found]]
     assert worst[0] <= 0.3
@@ -616,14 +624,14 @@ def test_gauss_newton_stops_once_the_samples_suffice() -> None:
     if found.samples > LEAST_SAMPLES:
         shorter = tq.estimate_curvature(model, batches[: found.samples // 8 - 1], TASK, **options)
         assert max(e.sampling_error / e.trace for f in (shorter.weights, shorter.activations) for e in f.values()) > 0.3
-    least = tq.estimate_curvature(model, batches, TASK, relative_error=1e6, **options)
+    least = tq.estimate_curvature(model, batches, TASK, target_sampling_error=1e6, **options)
     assert least.samples == LEAST_SAMPLES
 
 
 def test_gauss_newton_warns_of_what_it_did_not_reach() -> None:
     with pytest.warns(UserWarning, match=r"relative error of \d traces is above the 0.001 .*give more samples"):
         found = tq.estimate_curvature(
-            relu_mlp(), labelled(6, sizes=(20, 20)), TASK, estimator="gauss_newton", relative_error=1e-3
+            relu_mlp(), labelled(6, sizes=(20, 20)), TASK, estimator="gauss_newton", target_sampling_error=1e-3
         )
     assert found.samples == 40
 
@@ -631,16 +639,16 @@ def test_gauss_newton_warns_of_what_it_did_not_reach() -> None:
 def test_hutchinson_draws_as_often_as_a_layer_needs() -> None:
     """The target is met, by fewer draws where a layer is easier; the first are those of a run of a fixed number."""
     model, batches, target = gelu_mlp(), labelled(6, sizes=(6,)), 0.1
-    found = tq.estimate_curvature(model, batches, TASK, estimator="hutchinson", relative_error=target)
+    found = tq.estimate_curvature(model, batches, TASK, estimator="hutchinson", target_standard_error=target)
     estimates = [*found.weights.values(), *found.activations.values()]
     assert all(estimate.standard_error <= target * abs(estimate.trace) for estimate in estimates)
-    draws = [estimate.num_probes for estimate in estimates]
-    assert min(draws) == LEAST_PROBES
-    assert 100 < max(draws) < 1000
-    looser = tq.estimate_curvature(model, batches, TASK, estimator="hutchinson", relative_error=2 * target)
-    assert max(draws) > 2 * max(e.num_probes for e in [*looser.weights.values(), *looser.activations.values()])
+    counts = [estimate.num_probes for estimate in estimates]
+    assert min(counts) == LEAST_PROBES
+    assert 100 < max(counts) < 1000
+    looser = tq.estimate_curvature(model, batches, TASK, estimator="hutchinson", target_standard_error=2 * target)
+    assert max(counts) > 2 * max(e.num_probes for e in [*looser.weights.values(), *looser.activations.values()])
     fixed = tq.estimate_curvature(model, batches, TASK, num_probes=LEAST_PROBES, estimator="hutchinson")
-    free = tq.estimate_curvature(model, batches, TASK, estimator="hutchinson", relative_error=1e6)
+    free = tq.estimate_curvature(model, batches, TASK, estimator="hutchinson", target_standard_error=1e6)
     assert free.weights == fixed.weights
 
 
@@ -649,9 +657,9 @@ def test_batches_of_different_traces_may_miss_the_target_and_say_so(tmp_path: Pa
     model = build(lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, CLASSES)))
     batches = labelled(6, sizes=(6,) * 4)
     batches = [(x * factor, y) for (x, y), factor in zip(batches, (0.3, 0.3, 0.3, 3), strict=True)]
-    options = {"method": "hutchinson", "activations": False}
+    options = {"estimator": "hutchinson", "activations": False}
     with pytest.warns(UserWarning, match=r"above the 0.06 .* or ask for a smaller error where batches differ much"):
-        found = tq.estimate_curvature(model, batches, TASK, relative_error=0.06, checkpoint=tmp_path, **options)
+        found = tq.estimate_curvature(model, batches, TASK, target_standard_error=0.06, checkpoint=tmp_path, **options)
     assert max(estimate.num_probes for estimate in found.weights.values()) < 1000
     assert max(e.standard_error / e.trace for e in found.weights.values()) > 0.06
     parts = [load_file(path) for path in sorted(tmp_path.rglob("*.safetensors"))]
@@ -661,22 +669,22 @@ def test_batches_of_different_traces_may_miss_the_target_and_say_so(tmp_path: Pa
         assert float(values.std() / len(values) ** 0.5) <= 0.06 * len(batches) ** 0.5 * abs(float(values.mean()))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        closer = tq.estimate_curvature(model, batches, TASK, relative_error=0.03, **options)
+        closer = tq.estimate_curvature(model, batches, TASK, target_standard_error=0.03, **options)
     assert max(e.standard_error / e.trace for e in closer.weights.values()) <= 0.06
 
 
 def test_a_diagonal_hessian_takes_the_least_draws() -> None:
     task = AnyTask(lambda model, batch: model(batch[0]), lambda z, batch: z.pow(4).sum(1).mean())
     model = build(lambda: nn.Sequential(nn.Linear(1, 1, bias=False)))
-    found = tq.estimate_curvature(model, labelled(1), task, estimator="hutchinson", relative_error=1e-6)
+    found = tq.estimate_curvature(model, labelled(1), task, estimator="hutchinson", target_standard_error=1e-6)
     assert found.weights["0"].num_probes == LEAST_PROBES
     assert found.weights["0"].standard_error == pytest.approx(0, abs=1e-9)
 
 
 def test_hutchinson_warns_of_what_it_did_not_reach() -> None:
-    with pytest.warns(UserWarning, match=r"above the 0.001 .*allow more draws"):
+    with pytest.warns(UserWarning, match=r"above the 0.001 .*allow more probes"):
         found = tq.estimate_curvature(
-            gelu_mlp(), labelled(6), TASK, num_probes=10, estimator="hutchinson", relative_error=1e-3
+            gelu_mlp(), labelled(6), TASK, num_probes=10, estimator="hutchinson", target_standard_error=1e-3
         )
     assert {estimate.num_probes for estimate in found.weights.values()} == {10}
 
@@ -684,7 +692,9 @@ def test_hutchinson_warns_of_what_it_did_not_reach() -> None:
 def test_cut_batches_stop_drawing_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole batches here take 8 draws."""
     cut_into(2, 6, "hutchinson", monkeypatch)
-    found = tq.estimate_curvature(gelu_mlp(), labelled(6, sizes=(6,)), TASK, estimator="hutchinson", relative_error=1e6)
+    found = tq.estimate_curvature(
+        gelu_mlp(), labelled(6, sizes=(6,)), TASK, estimator="hutchinson", target_standard_error=1e6
+    )
     assert "batches cut to 3 samples" in found.reason
     assert {e.num_probes for e in [*found.weights.values(), *found.activations.values()]} == {LEAST_PROBES}
 
@@ -692,12 +702,12 @@ def test_cut_batches_stop_drawing_too(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_all_microbatches_of_a_batch_have_the_draws_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each layer as many as it took there, and the whole batch's values by those draws."""
     model, batches = gelu_mlp(), labelled(6, sizes=(6,))
-    options = {"method": "hutchinson"}
+    options = {"estimator": "hutchinson"}
     with monkeypatch.context() as patch:
         cut_into(3, 6, "hutchinson", patch)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = tq.estimate_curvature(model, batches, TASK, relative_error=0.2, **options)
+            found = tq.estimate_curvature(model, batches, TASK, target_standard_error=0.2, **options)
         assert "batches cut to 2 samples" in found.reason
     counts = {e.num_probes for e in found.weights.values()}
     assert len(counts) > 1
@@ -716,7 +726,7 @@ def test_certain_layers_cost_nothing_more() -> None:
     with pytest.MonkeyPatch.context() as patch:
         own = module.draw_probe
         patch.setattr(module, "draw_probe", lambda *args: (drawn.append(1), own(*args))[1])
-        found = tq.estimate_curvature(model, labelled(6), TASK, estimator="hutchinson", relative_error=1e6)
+        found = tq.estimate_curvature(model, labelled(6), TASK, estimator="hutchinson", target_standard_error=1e6)
     assert len(drawn) == LEAST_PROBES * (len(found.weights) + len(found.activations))
 
 
@@ -741,11 +751,16 @@ def test_either_rule_may_stop_gauss_newton() -> None:
     batches = labelled(6, sizes=(16,) * 6)
     with pytest.warns(UserWarning, match="relative error"):
         found = tq.estimate_curvature(
-            relu_mlp(), batches, TASK, estimator="gauss_newton", relative_error=1e-3, stop=lambda c: c.samples >= 64
+            relu_mlp(),
+            batches,
+            TASK,
+            estimator="gauss_newton",
+            target_sampling_error=1e-3,
+            stop=lambda c: c.samples >= 64,
         )
     assert found.samples == 64
     found = tq.estimate_curvature(
-        relu_mlp(), batches, TASK, estimator="gauss_newton", relative_error=1e6, stop=lambda c: c.samples >= 64
+        relu_mlp(), batches, TASK, estimator="gauss_newton", target_sampling_error=1e6, stop=lambda c: c.samples >= 64
     )
     assert found.samples == LEAST_SAMPLES
 
@@ -865,5 +880,5 @@ def test_models_in_half_precision_are_refused(method: str, dtype: torch.dtype) -
 
 @both
 def test_an_unknown_precision_is_refused(method: str) -> None:
-    with pytest.raises(ResourceError, match="unknown precision 'float16'; choose float32, tf32, bfloat16"):
+    with pytest.raises(SettingsError, match="precision must be 'float32', 'tf32' or 'bfloat16', got 'float16'"):
         tq.estimate_curvature(gelu_mlp(), labelled(6), TASK, num_probes=1, estimator=method, precision="float16")

@@ -188,7 +188,7 @@ def measured(batches: Any = FIVE, task: Any = PLAIN, **options: Any) -> Curvatur
 @pytest.mark.parametrize("processes", [2, 3])
 @pytest.mark.parametrize("method", ["gauss_newton", "hutchinson"])
 def test_batches_are_shared_out(method: str, processes: int) -> None:
-    options = {"method": method, "draws": 3}
+    options = {"estimator": method, "num_probes": 3}
     expected = measured(**options)
     found = together(lambda: measured(**options), processes)
     assert found == [expected] * processes
@@ -200,10 +200,10 @@ def test_auto_comes_to_the_same_choice() -> None:
     assert "differs from its Hessian's" in expected.reason
 
 
-@pytest.mark.parametrize(("method", "draws"), [("gauss_newton", 5), ("gauss_newton", "exact"), ("hutchinson", 5)])
-def test_draws_are_shared_out_where_there_are_fewer_batches_than_processes(method: str, draws: Any) -> None:
+@pytest.mark.parametrize(("method", "num_probes"), [("gauss_newton", 5), ("gauss_newton", "exact"), ("hutchinson", 5)])
+def test_draws_are_shared_out_where_there_are_fewer_batches_than_processes(method: str, num_probes: Any) -> None:
     """Three processes for one batch; of the exact sum nothing can be shared out."""
-    options = {"batches": FIVE[:1], "method": method, "draws": draws}
+    options = {"batches": FIVE[:1], "estimator": method, "num_probes": num_probes}
     first, *others = together(lambda: measured(**options), 3)
     assert_same(first, measured(**options))
     assert others == [first] * 2
@@ -244,7 +244,7 @@ def test_an_error_in_one_process_ends_all_and_loses_nothing(stop: Any, tmp_path:
     assert isinstance(second, ArithmeticError)
     kept = {int(path.name[6:12]) for path in tmp_path.rglob("batch-*.safetensors")}
     assert kept >= {0, 1, 2} if stop else kept == {0, 1, 2, 4}
-    options = {"method": "hutchinson", "draws": 1}
+    options = {"estimator": "hutchinson", "num_probes": 1}
     assert together(lambda: measured(checkpoint=tmp_path, **options)) == [measured(**options)] * 2
 
 
@@ -307,7 +307,7 @@ def test_loaders_of_different_length_are_refused() -> None:
 
 def test_all_processes_stop_at_the_same_batch() -> None:
     """The rule is asked after a batch of each process, so that one process may stop a batch earlier."""
-    options = {"method": "hutchinson", "draws": 1, "stop": lambda curvature: curvature.samples >= 10}
+    options = {"estimator": "hutchinson", "num_probes": 1, "stop": lambda curvature: curvature.samples >= 10}
     assert measured(**options).samples == 11
     assert [curvature.samples for curvature in together(lambda: measured(**options))] == [15, 15]
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 import tracequant as tq
 from models import CLASSES, build, gelu_mlp, labelled
 from tracequant.core.errors import GaussNewtonError
-from tracequant.curvature import choose_estimator, estimate
+from tracequant.curvature import estimate
 
 TASK = tq.ClassificationTask()
 
@@ -34,9 +34,9 @@ def once(batches: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]
 @pytest.mark.parametrize("method", ["auto", "gauss_newton", "hutchinson"])
 def test_a_generator_keeps_its_first_batch(method: str) -> None:
     model, batches = relu_mlp(), labelled(6, sizes=(3, 2, 4))
-    found = tq.estimate_curvature(model, once(batches), TASK, method=method, num_probes=2)
+    found = tq.estimate_curvature(model, once(batches), TASK, estimator=method, num_probes=2)
     assert found.samples == 9
-    assert found == tq.estimate_curvature(model, batches, TASK, method=method, num_probes=2)
+    assert found == tq.estimate_curvature(model, batches, TASK, estimator=method, num_probes=2)
 
 
 def test_a_setup_holds_the_batches_of_generators() -> None:
@@ -61,12 +61,24 @@ def test_discover_refuses_an_iterator() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"probes": "pre_layer"}, tq.ModelError, "unknown probes 'pre_layer'; choose shared, per_layer"),
-        ({"distribution": "foo"}, tq.ModelError, "unknown distribution 'foo'; choose rademacher, gaussian"),
-        ({"precision": "float8"}, tq.ResourceError, "unknown precision 'float8'"),
-        ({"relative_error": 0}, tq.ModelError, "relative_error must be a number above 0, got 0"),
-        ({"relative_error": float("nan")}, tq.ModelError, "relative_error must be a number above 0, got nan"),
-        ({"draws": True}, tq.ModelError, "draws must be a whole number from 1"),
+        (
+            {"probe_scope": "pre_layer"},
+            tq.SettingsError,
+            "probe_scope must be 'per_layer' or 'shared', got 'pre_layer'",
+        ),
+        ({"distribution": "foo"}, tq.SettingsError, "distribution must be 'rademacher' or 'gaussian', got 'foo'"),
+        ({"precision": "float8"}, tq.SettingsError, "precision must be .*, got 'float8'"),
+        (
+            {"target_sampling_error": 0},
+            tq.SettingsError,
+            "target_sampling_error must be a finite number > 0 or None, got 0",
+        ),
+        (
+            {"target_standard_error": float("nan")},
+            tq.SettingsError,
+            "target_standard_error must be a finite number .*, got nan",
+        ),
+        ({"num_probes": True}, tq.SettingsError, "num_probes must be an integer >= 1"),
         ({"weights": False, "activations": False}, tq.ModelError, "leave nothing to measure"),
     ],
 )
@@ -74,17 +86,17 @@ def test_values_are_checked_whichever_estimator_would_read_them(
     method: str, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        tq.estimate_curvature(relu_mlp(), [], TASK, method=method, **options)
+        tq.estimate_curvature(relu_mlp(), [], TASK, estimator=method, **options)
 
 
 def test_options_of_hutchinson_are_used_by_auto_and_refused_by_gauss_newton() -> None:
     batches = labelled(6)
     for model, method in ((relu_mlp(), "gauss_newton"), (gelu_mlp(), "hutchinson")):
-        found = tq.estimate_curvature(model, batches, TASK, num_probes=2, probes="shared", distribution="gaussian")
+        found = tq.estimate_curvature(model, batches, TASK, num_probes=2, probe_scope="shared", distribution="gaussian")
         assert found.estimator == method
-        assert ("2 gaussian draws" in found.reason) == ("probes shared" in found.reason) == (method == "hutchinson")
-    for options in ({"probes": "shared"}, {"distribution": "gaussian"}):
-        with pytest.raises(tq.ModelError, match=f"{next(iter(options))} is an option of method='hutchinson'"):
+        assert ("2 gaussian probes" in found.reason) == ("probes shared" in found.reason) == (method == "hutchinson")
+    for options in ({"probe_scope": "shared"}, {"distribution": "gaussian"}):
+        with pytest.raises(tq.SettingsError, match=f"{next(iter(options))} is an option of estimator='hutchinson'"):
             tq.estimate_curvature(relu_mlp(), batches, TASK, estimator="gauss_newton", **options)
 
 
@@ -149,7 +161,7 @@ def test_other_errors_are_raised(stage: str, error: Exception, monkeypatch: pyte
         raise error
 
     if stage == "comparison":
-        monkeypatch.setattr(choose_estimator, "block_differences", fail)
+        monkeypatch.setattr("tracequant.curvature.choose_estimator.block_differences", fail)
     else:
         monkeypatch.setattr(estimate, "gauss_newton", fail)
     with pytest.raises(type(error), match=str(error)):
@@ -179,7 +191,7 @@ class Augmented(Dataset[tuple[Tensor, int]]):
 def test_the_global_random_state_is_left_alone(make: Any, method: str) -> None:
     model, loader = make(), DataLoader(Augmented(), batch_size=4, shuffle=True)
     before = torch.get_rng_state()
-    tq.estimate_curvature(model, loader, TASK, method=method, num_probes=1)
+    tq.estimate_curvature(model, loader, TASK, estimator=method, num_probes=1)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -206,7 +218,7 @@ def test_a_curvature_of_many_layers_prints_on_one_screen() -> None:
     lines = str(many(200, 150)).splitlines()
     assert len(lines) <= 30
     assert max(map(len, lines)) <= 100
-    assert lines[0] == "Curvature by gauss_newton: 6 samples, 2 draws, seed 0"
+    assert lines[0] == "Curvature by gauss_newton: 6 samples, 2 probes, seed 0"
     rows = [line.split() for line in lines if "layer" in line and "Activations" not in line]
     assert [float(row[2]) for row in rows] == [*range(200, 190, -1), *range(10, 0, -1)]
     assert rows[0][0].endswith("encoder.layer199")
@@ -233,5 +245,5 @@ def test_what_is_exact_and_what_is_unknown_is_printed() -> None:
     single = str(
         tq.estimate_curvature(gelu_mlp(), labelled(6), TASK, num_probes=1, estimator="hutchinson", activations=False)
     )
-    assert "1 draw, seed 0" in single
+    assert "1 probe, seed 0" in single
     assert "unknown" in single

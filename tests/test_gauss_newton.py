@@ -305,7 +305,7 @@ def test_chunks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradient_norms, "CHUNK_ELEMENTS", 1)
     pieces = exact(randomized(make()), x, labels(x), F.cross_entropy)
     for name in whole.weights:
-        assert memory.weights[name].trace == pytest.approx(whole.weights[name].trace, rel=1e-12)
+        assert pieces.weights[name].trace == pytest.approx(whole.weights[name].trace, rel=1e-12)
 
 
 def test_batches_and_their_sizes_do_not_matter() -> None:
@@ -578,10 +578,12 @@ def test_factor_of_a_large_coupled_loss_is_refused() -> None:
         factor(tq.ClassificationTask(loss=loss), z, (z, torch.zeros(2)), torch.Generator())
 
 
-@pytest.mark.parametrize("draws", [0, -1, 1.5, "all"])
-def test_draws_are_checked(draws: object) -> None:
+@pytest.mark.parametrize("num_probes", [0, -1, 1.5, "all"])
+def test_num_probes_is_checked(num_probes: object) -> None:
     with pytest.raises(tq.ModelError, match="whole number from 1"):
-        tq.estimate_curvature(build(FunctionalGelu), [(seeded(2, 5), torch.zeros(2).long())], TASK, num_probes=draws)
+        tq.estimate_curvature(
+            build(FunctionalGelu), [(seeded(2, 5), torch.zeros(2).long())], TASK, num_probes=num_probes
+        )
 
 
 class Same(nn.Conv2d):
@@ -669,8 +671,8 @@ def test_auto_without_a_second_derivative_says_what_it_gives() -> None:
 
 def test_options_of_the_other_method_are_refused() -> None:
     model, x = randomized(FunctionalGelu()), seeded(2, 5)
-    with pytest.raises(tq.ModelError, match="probes is an option of method='hutchinson'"):
-        tq.estimate_curvature(model, [(x, labels(x))], TASK, estimator="gauss_newton", probes="shared")
+    with pytest.raises(tq.ModelError, match="probe_scope is an option of estimator='hutchinson'"):
+        tq.estimate_curvature(model, [(x, labels(x))], TASK, estimator="gauss_newton", probe_scope="shared")
     with pytest.raises(tq.ModelError, match="exact"):
         tq.estimate_curvature(model, [(x, labels(x))], TASK, num_probes="exact", estimator="hutchinson")
 

@@ -39,6 +39,7 @@ from tracequant import (
     DataError,
     ModelError,
     QuantizationPoints,
+    SettingsError,
     Task,
     discover,
     top_eigenvalues,
@@ -615,7 +616,7 @@ def test_a_result_survives_a_file(tmp_path):
     curvature.save(tmp_path / "curvature.json")
     assert Curvature.load(tmp_path / "curvature.json") == curvature
     assert curvature.estimator == "hutchinson"
-    assert curvature.reason == "1 rademacher draws for each of 1 batches, probes per layer"
+    assert curvature.reason == "1 rademacher probes for each of 1 batches, probes per layer"
 
 
 class Unused(nn.Module):
@@ -721,8 +722,8 @@ def test_an_operation_without_second_derivative_is_explained():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"draws": 0}, ModelError, "draws must be a whole number from 1"),
-        ({"method": "guess"}, ModelError, "unknown method 'guess'"),
+        ({"num_probes": 0}, SettingsError, "num_probes must be an integer >= 1"),
+        ({"estimator": "guess"}, SettingsError, "estimator must be .*, got 'guess'"),
     ],
 )
 def test_options_are_checked(options, error, message):

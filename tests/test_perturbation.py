@@ -329,7 +329,7 @@ def test_the_model_comes_back_as_it_was_and_the_result_saves(tmp_path) -> None:
 def test_errors_name_what_is_wrong() -> None:
     model = conv_net()
     points = discover(model, images(), TASK)
-    with pytest.raises(ModelError, match="draws must be"):
+    with pytest.raises(ModelError, match="num_probes must be"):
         measure_perturbation(model, images(), TASK, points, weight_bits=BITS, num_probes=0)
     with pytest.raises(ModelError, match="bit widths go from 1 to 8, got 9"):
         measure_perturbation(model, images(), TASK, points, weight_bits=(9,))
@@ -368,7 +368,7 @@ def test_every_metric_is_the_formula_that_is_documented() -> None:
     assert {*want} == set(CRITERIA)
     for metric, formula in want.items():
         table = combine(curvature, errors, activations, WeightGrid(), criterion=metric, perturbation=expansion)
-        assert table.metric == metric
+        assert table.criterion == metric
         assert table.weight_omega == {n: {b: pytest.approx(formula(n, b)) for b in BITS} for n in numel}
         for i, point in enumerate(points.activations):
             rank = 1 + len(numel) + i
@@ -381,7 +381,7 @@ def test_metrics_refuse_what_they_have_no_ingredients_for() -> None:
     points = discover(model, images(), TASK)
     errors = measure_weight_errors(model, points, BITS, WeightGrid())
     curvature = made_up(points)
-    with pytest.raises(ModelError, match="unknown metric 'hessian'; choose trace, l2"):
+    with pytest.raises(ModelError, match="unknown criterion 'hessian'; choose trace, l2"):
         combine(curvature, errors, {}, WeightGrid(), criterion="hessian")
     with pytest.raises(ModelError, match="no eigenvalues"):
         combine(curvature, errors, {}, WeightGrid(), criterion="eigenvalue")

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tracequant as tq
-from tracequant.curvature import choose_estimator
 from tracequant.curvature.choose_estimator import choose_estimator
 from tracequant.model.batches import Batch
 
@@ -179,7 +178,7 @@ def test_lack_of_memory_is_no_reason_for_the_dearer_method(monkeypatch: pytest.M
     def full(*arguments: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(choose_estimator, "block_differences", full)
+    monkeypatch.setattr("tracequant.curvature.choose_estimator.block_differences", full)
     model, batches = nn.Linear(3, 2), [(torch.randn(2, 3), torch.tensor([0, 1]))]
     with pytest.raises(tq.ResourceError, match="memory does not suffice to compare estimators"):
         tq.estimate_curvature(model, batches, tq.ClassificationTask())

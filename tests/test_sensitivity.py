@@ -31,6 +31,7 @@ from tracequant import (
     QuantizationPoints,
     ResourceError,
     Sensitivity,
+    SettingsError,
     TraceEstimate,
     WeightGrid,
     discover,
@@ -244,10 +245,10 @@ def test_the_l2_metric_leaves_the_trace_out():
     model = conv_net()
     curvature = made_up(discover(model, images(), TASK), average_trace=-7.0)
     result = measure_sensitivity(model, images(), TASK, curvature, criterion="l2")
-    assert result.metric == "l2"
+    assert result.criterion == "l2"
     assert result.weight_omega == result.weight_errors
     assert result.activation_omega == result.activation_errors
-    with pytest.raises(ModelError, match="unknown metric 'l1'"):
+    with pytest.raises(SettingsError, match="criterion must be .*, got 'l1'"):
         measure_sensitivity(model, images(), TASK, curvature, criterion="l1")
 
 
@@ -269,7 +270,10 @@ def test_the_models_input_is_offered_8_bits_only():
 def test_bits_outside_1_to_8_are_refused(option, num_bits):
     model = conv_net()
     curvature = made_up(discover(model, images(), TASK))
-    with pytest.raises(ModelError, match=f"bit widths go from 1 to 8, got {num_bits}"):
+    with pytest.raises(
+        SettingsError,
+        match=rf"{option} must be a sequence whose every item is an integer >= 1 and <= 8, got \(4, {num_bits}\)",
+    ):
         measure_sensitivity(model, images(), TASK, curvature, **{option: (4, num_bits)})
 
 
@@ -379,10 +383,10 @@ def test_eigenvalues_on_as_many_samples_as_fit(monkeypatch: pytest.MonkeyPatch) 
     model, batches = gelu_mlp(), labelled(6, sizes=(9,))
     curvature = estimate_curvature(model, batches, TASK, estimator="hutchinson", num_probes=1)
     with pytest.raises(DataError, match="yielded no batches"):
-        sensitivity_module.with_eigenvalues(model, curvature, [], TASK)
+        sensitivity_module.with_eigenvalues(model, [], TASK, curvature)
     monkeypatch.setattr(sensitivity_module, "top_eigenvalues", limited)
     with pytest.warns(UserWarning, match="those of the first 2 samples, because the graph of more does not") as told:
-        found = sensitivity_module.with_eigenvalues(model, curvature, batches, TASK)
+        found = sensitivity_module.with_eigenvalues(model, batches, TASK, curvature)
     assert tried == [9, 4, 2]
     assert len(told) == 1
     few = [tuple(part[:2] for part in batches[0])]
@@ -390,7 +394,7 @@ def test_eigenvalues_on_as_many_samples_as_fit(monkeypatch: pytest.MonkeyPatch) 
     assert found.top_eigenvalues == {name: values[0] for name, values in expected.items()}
     monkeypatch.setattr(sensitivity_module, "top_eigenvalues", lambda *a, **o: limited(model, [(torch.ones(9),)]))
     with pytest.raises(ResourceError, match="memory does not suffice for the graph of one sample"):
-        sensitivity_module.with_eigenvalues(model, curvature, batches, TASK)
+        sensitivity_module.with_eigenvalues(model, batches, TASK, curvature)
 
 
 def test_vectors_that_do_not_fit_are_not_blamed_on_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,11 +410,11 @@ def test_vectors_that_do_not_fit_are_not_blamed_on_the_samples(monkeypatch: pyte
     monkeypatch.setattr(sensitivity_module, "top_eigenvalues", counted)
     monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
     with pytest.warns(UserWarning, match="this analysis has no eigenvalues: the eigenvalues of layer 0 need") as told:
-        found = sensitivity_module.with_eigenvalues(model, curvature, batches, TASK, required=False)
+        found = sensitivity_module.with_eigenvalues(model, batches, TASK, curvature, required=False)
     assert len(told) == 1
     assert found == curvature
     with pytest.raises(ResourceError, match="the eigenvalues of layer 0 need"):
-        measure_sensitivity(model, curvature, batches, TASK, activation_bits=(), metric="eigenvalue")
+        measure_sensitivity(model, batches, TASK, curvature, activation_bits=(), criterion="eigenvalue")
     assert tried == [9, 9]
 
 
@@ -424,4 +428,4 @@ def test_a_gradient_that_praises_coarse_rounding_is_told() -> None:
 
 def table(omega: dict[str, dict[int, float]]) -> Sensitivity:
     """Ω by layer and bits, of the layers of nothing."""
-    return SimpleNamespace(metric="first+quadratic", weight_omega=omega)  # type: ignore[return-value]
+    return SimpleNamespace(criterion="first+quadratic", weight_omega=omega)  # type: ignore[return-value]

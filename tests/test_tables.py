@@ -272,7 +272,7 @@ def test_rules_from_the_command_line(tmp_path: Path) -> None:
     ("options", "message"),
     [
         (("--average-bits", "6", "RUN"), "give a run directory or --sensitivity FILE"),
-        (("--average-bits", "6", "--apply"), "--apply needs a run directory"),
+        (("--average-bits", "6", "--apply"), "--apply and --stability need a run directory"),
         (("--average-bits", "6", "--fixed-bits", "head"), "--fixed-bits takes PATTERN=BITS"),
         (("--average-bits", "6", "--fixed-bits", "head=4,8"), "--fixed-bits takes one bit width for 'head'"),
         (("--average-bits", "6", "--latency", "nowhere.csv"), "nowhere.csv cannot be read"),

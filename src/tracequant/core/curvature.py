@@ -21,8 +21,8 @@ class TraceEstimate:
 
     `trace` is in loss units per squared unit of the tensor; `average_trace` is it divided by `numel`, the number of
     elements (for activations: of one sample, averaged over the samples). `standard_error` is the error of `trace` due
-    to the random probes, on the samples that were used; it is 0 for an exact estimator and infinite where one draw leaves
-    it unknown. `sampling_error` is the spread between batches divided by the square root of their number: how far
+    to the random probes, on the samples that were used; it is 0 for an exact estimator and infinite where one probe
+    leaves it unknown. `sampling_error` is the spread between batches divided by the square root of their number: how far
     another set of samples of this size may lie, probe error included; infinite for a single batch.
     """
 
@@ -46,9 +46,9 @@ class Curvature(Saveable):
 
     `points` are the layers and tensors that were looked at; later stages take them from here.
 
-    `reason` says why `estimator` was chosen. `weight_values` and `activation_values` are the single values that a trace is
-    the mean of, one for each sample (Hutchinson: each batch), for resampling; `weight_probes` and `activation_probes` the
-    trace by each draw alone, to see it converge. `top_eigenvalues` holds the largest eigenvalue of each layer's block
+    `reason` says why `estimator` was chosen. `weight_values` and `activation_values` are the single values that a trace
+    is the mean of, one for each sample (Hutchinson: each batch), for resampling; `weight_probes` and
+    `activation_probes` the trace by each probe alone, to see it converge. `top_eigenvalues` holds the largest eigenvalue of each layer's block
     where it was asked for, HAWQ's older measure; it serves comparison only.
     """
 
@@ -192,8 +192,9 @@ class Landscape:
 
 @dataclass(frozen=True)
 class Landscapes(Saveable):
-    """The loss around the weights of several layers, on one grid: `steps` are the s_i, distances ‖ΔW‖ from the trained weights, 0 in the middle.
+    """The loss around the weights of several layers, on one grid.
 
+    `steps` are the s_i, the distances ‖ΔW‖ from the trained weights, with 0 in the middle.
     The loss is the mean over `samples` samples. `context` identifies the data and the model.
     """
 

@@ -153,14 +153,14 @@ class CurvatureSettings:
     target_sampling_error: float | None = option(
         None,
         "gauss_newton: take no more samples once every trace is known to this share of it",
-        minimum=0,
+        above=0,
         panel=ANALYSIS,
         expert=True,
     )
     target_standard_error: float | None = option(
         None,
         "hutchinson: draw no more vectors once every trace is known to this share of it",
-        minimum=0,
+        above=0,
         panel=ANALYSIS,
         expert=True,
     )

@@ -68,8 +68,8 @@ def gauss_newton(
     that of the samples. Layers of other kinds than Conv, ConvTranspose, Linear and Embedding, or whose weight is also
     used outside their module's call, get a backward pass for each sample; the result's `reason` names them.
 
-    With `target_sampling_error` no more batches are taken once the `sampling_error` of every trace is below that share of it.
-    `checkpoint`, `stop` and `precision` are those of `collect`.
+    With `target_sampling_error` no more batches are taken once the `sampling_error` of every trace is below that share
+    of it. `checkpoint`, `stop` and `precision` are those of `collect`.
 
     Raises `ModelError` naming layers that the loss does not depend on, and where samples cannot be separated.
     """

@@ -80,9 +80,9 @@ def hutchinson(
     Each batch gets probes of its own: for the same work the mean over batches is then less noisy than with one z for
     the whole set. A product differentiates gᵀz backwards, through a graph that is built once for all probes of a batch.
 
-    `num_probes` is 16 by default. With `target_standard_error` a layer is probed until its `standard_error` is below that share of
-    its trace, at most `num_probes` times a batch (default 1,000). `checkpoint`, `stop` and `precision` are those of
-    `collect`. The model is given back as it came.
+    `num_probes` is 16 by default. With `target_standard_error` a layer is probed until its `standard_error` is below
+    that share of its trace, at most `num_probes` times a batch (default 1,000). `checkpoint`, `stop` and `precision`
+    are those of `collect`. The model is given back as it came.
 
     Raises `ModelError` naming layers that the loss does not depend on, or the layer that has no second derivative.
     """

@@ -89,8 +89,8 @@ class OutputHessian:
             p = self._probabilities
             if p.ndim > 2:
                 raise ModelError(
-                    f"num_probes='exact' needs outputs [samples, classes], got {list(p.shape)}: every position would take"
-                    " passes of its own; give a number of probes"
+                    f"num_probes='exact' needs outputs [samples, classes], got {list(p.shape)}: every position would"
+                    " take passes of its own; give a number of probes"
                 )
             # The last column is zero: probabilities add up to one.
             for c in range(p.shape[1] - 1):

@@ -17,9 +17,9 @@ from tracequant.core.curvature import Curvature
 class Part:
     """What was measured on one batch, or with some of the probes on it.
 
-    `values` are float64 `[probes, columns]` by "weights:LAYER" or "activations:POINT", with a column for each sample, or
-    one for the batch. `elements` counts the elements of each activation over the samples. `notes` are remarks for the
-    result's `reason`.
+    `values` are float64 `[probes, columns]` by "weights:LAYER" or "activations:POINT", with a column for each sample,
+    or one for the batch. `elements` counts the elements of each activation over the samples. `notes` are remarks for
+    the result's `reason`.
     """
 
     samples: int

@@ -218,7 +218,8 @@ def _warn_of_flat_layers(curvature: Curvature, criterion: str) -> None:
         warnings.warn(
             f"{len(flat)} of {len(curvature.weights)} layers have a trace of zero or less"
             f" ({', '.join(flat[:3])}{', ...' if len(flat) > 3 else ''})"
-            " and count as insensitive; use more samples or probes, check that the model is trained, or use criterion='l2'",
+            " and count as insensitive; use more samples or probes, check that the model is trained, or use"
+            " criterion='l2'",
             stacklevel=3,
         )
 

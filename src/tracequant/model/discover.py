@@ -59,7 +59,8 @@ def discover(
     kept = set(match_names(request.include, names, "include")) - set(match_names(request.exclude, names, "exclude"))
     if not kept:
         raise ModelError(
-            f"no layer is left: include {list(request.include)}, exclude {list(request.exclude)}, layers {some_names(names)}"
+            f"no layer is left: include {list(request.include)}, exclude {list(request.exclude)},"
+            f" layers {some_names(names)}"
         )
     candidates = {name: sites for name, sites in candidates.items() if name in kept}
 
