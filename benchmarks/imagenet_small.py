@@ -71,7 +71,9 @@ def measured(name: str, data: Path, images: int, seed: int, cache: Path) -> dict
     traces = kept(cache, "curvature", tq.Curvature, curvature)
     expansion = kept(
         cache, "perturbation", tq.Perturbation,
-        lambda: tq.measure_perturbation(*parts, points, weight_bits=WIDTHS, seed=seed, checkpoint=cache / "batches", progress=True),
+        lambda: tq.measure_perturbation(
+            *parts, points, weight_bits=WIDTHS, seed=seed, checkpoint=cache / "batches", progress=True
+        ),
     )  # fmt: skip
     table = kept(
         cache, "sensitivity", tq.Sensitivity,

@@ -612,7 +612,7 @@ def test_impossible_activation_average_names_one_that_works(numel: float) -> Non
     """`numel` is a mean over inputs, which need not be whole."""
     sensitivity = make_sensitivity(activation_numel=numel)
     for bad in (-1.0, math.nan):
-        with pytest.raises(SettingsError, match="average_activation_bits must be a (finite )?number > 0"):
+        with pytest.raises(SettingsError, match=r"average_activation_bits must be a (finite )?number > 0"):
             tq.solve(sensitivity, average_bits=4, average_activation_bits=bad)
     with pytest.raises(BudgetError, match="the model's input keeps 8") as refused:
         tq.solve(sensitivity, average_bits=4, average_activation_bits=0.5)

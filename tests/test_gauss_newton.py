@@ -580,7 +580,7 @@ def test_factor_of_a_large_coupled_loss_is_refused() -> None:
 
 @pytest.mark.parametrize("num_probes", [0, -1, 1.5, "all"])
 def test_num_probes_is_checked(num_probes: object) -> None:
-    with pytest.raises(tq.ModelError, match="whole number from 1"):
+    with pytest.raises(tq.SettingsError, match="num_probes must be an integer >= 1"):
         tq.estimate_curvature(
             build(FunctionalGelu), [(seeded(2, 5), torch.zeros(2).long())], TASK, num_probes=num_probes
         )
@@ -671,9 +671,9 @@ def test_auto_without_a_second_derivative_says_what_it_gives() -> None:
 
 def test_options_of_the_other_method_are_refused() -> None:
     model, x = randomized(FunctionalGelu()), seeded(2, 5)
-    with pytest.raises(tq.ModelError, match="probe_scope is an option of estimator='hutchinson'"):
+    with pytest.raises(tq.SettingsError, match="probe_scope is an option of estimator='hutchinson'"):
         tq.estimate_curvature(model, [(x, labels(x))], TASK, estimator="gauss_newton", probe_scope="shared")
-    with pytest.raises(tq.ModelError, match="exact"):
+    with pytest.raises(tq.SettingsError, match="exact"):
         tq.estimate_curvature(model, [(x, labels(x))], TASK, num_probes="exact", estimator="hutchinson")
 
 

@@ -248,7 +248,7 @@ def test_the_l2_metric_leaves_the_trace_out():
     assert result.criterion == "l2"
     assert result.weight_omega == result.weight_errors
     assert result.activation_omega == result.activation_errors
-    with pytest.raises(SettingsError, match="criterion must be .*, got 'l1'"):
+    with pytest.raises(SettingsError, match=r"criterion must be .*, got 'l1'"):
         measure_sensitivity(model, images(), TASK, curvature, criterion="l1")
 
 

@@ -22,8 +22,8 @@ class TraceEstimate:
     `trace` is in loss units per squared unit of the tensor; `average_trace` is it divided by `numel`, the number of
     elements (for activations: of one sample, averaged over the samples). `standard_error` is the error of `trace` due
     to the random probes, on the samples that were used; it is 0 for an exact estimator and infinite where one probe
-    leaves it unknown. `sampling_error` is the spread between batches divided by the square root of their number: how far
-    another set of samples of this size may lie, probe error included; infinite for a single batch.
+    leaves it unknown. `sampling_error` is the spread between batches divided by the square root of their number: how
+    far another set of samples of this size may lie, probe error included; infinite for a single batch.
     """
 
     trace: float
@@ -48,8 +48,8 @@ class Curvature(Saveable):
 
     `reason` says why `estimator` was chosen. `weight_values` and `activation_values` are the single values that a trace
     is the mean of, one for each sample (Hutchinson: each batch), for resampling; `weight_probes` and
-    `activation_probes` the trace by each probe alone, to see it converge. `top_eigenvalues` holds the largest eigenvalue of each layer's block
-    where it was asked for, HAWQ's older measure; it serves comparison only.
+    `activation_probes` the trace by each probe alone, to see it converge. `top_eigenvalues` holds the largest
+    eigenvalue of each layer's block where it was asked for, HAWQ's older measure; it serves comparison only.
     """
 
     points: QuantizationPoints

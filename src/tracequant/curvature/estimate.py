@@ -61,7 +61,8 @@ def estimate_curvature(
     `points` come from `discover`, which is called if None is given. `weights` and `activations` say what is measured.
     The measurement ends early when every trace is known to the target that `settings` give, or when `stop(curvature)`
     is true. `checkpoint` is a folder where finished batches are saved, and from which a later call resumes. Under
-    "auto" the options of hutchinson alone (`probe_scope`, `distribution`, `target_standard_error`) hold if it is chosen.
+    "auto" the options of hutchinson alone (`probe_scope`, `distribution`, `target_standard_error`) hold if it is
+    chosen.
 
     The model and torch's random state are left exactly as they were. Under `torchrun` all processes share the work.
 

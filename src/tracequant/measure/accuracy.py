@@ -117,7 +117,8 @@ def solve_by_accuracy(
     training and calibration; nothing is fine-tuned. `max_accuracy_drop` is in points of the task's metric, of which
     more must be better; `max_loss_increase` is in units of the loss. With both, both hold. The other fields of
     `PlanSettings` that limit no cost of the weights are rules as in `solve`. `cache` is a file of evaluations. It is
-    read if it is of the same model and data, and written after each evaluation: an interrupted search resumes where it stopped.
+    read if it is of the same model and data, and written after each evaluation: an interrupted search resumes where it
+    stopped.
 
     A bisection over size, to 0.2 % of it, assumes that accuracy falls with size. This does not always hold: plans up to
     4 % smaller than the one found are evaluated too, and the search continues from each that passes.
