@@ -26,7 +26,7 @@ from torch.autograd import forward_ad
 import tracequant as tq
 from data import data_folder
 from tracequant.core.settings import TaskOptions
-from tracequant.curvature.hutchinson import Probes
+from tracequant.curvature.hutchinson import ProbeScope
 from tracequant.curvature.products import draw_probe, first_derivatives, hessian_vector_product, require_grad
 from tracequant.model.batches import Batch
 from tracequant.model.hooks import weight_parameter
@@ -102,7 +102,7 @@ def compare_modes(setup: tq.TaskSetup, points: tq.QuantizationPoints, draws: int
 def measure(name: str, setup: tq.TaskSetup, draws: int) -> None:
     """Print seconds per draw, error per draw and their product for both kinds of probe."""
     points = tq.discover(setup.model, setup.calibration, setup.task)
-    work: dict[Probes, float] = {}
+    work: dict[ProbeScope, float] = {}
     print(f"\n{name}: {len(points.layers)} layers")
     for probes in ("shared", "per_layer"):
         start = time.perf_counter()

@@ -58,7 +58,7 @@ class Estimator(Protocol[ResultOut]):
         """Values of the microbatch's samples for the given probes."""
 
     def add(self, parts: Sequence[Part]) -> Part:
-        """The parts of a batch's microbatchs as one."""
+        """The parts of a batch's microbatches as one."""
 
     def summarize(self, parts: Sequence[Part]) -> ResultOut:
         """The result, from the parts in the order of batches."""
@@ -80,7 +80,7 @@ def collect(
     `checkpoint` is a folder in which every finished batch is saved, and from which a later call goes on. With several
     processes each measures a share of the batches, of the probes where there are fewer batches than processes, and all
     get the whole result; `stop` is then asked after every round of them. A batch that does not fit into memory is
-    measured in microbatchs. The model is left as it was.
+    measured in microbatches. The model is left as it was.
     """
     reduced = {p.dtype for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)}
     if reduced:
@@ -143,7 +143,7 @@ def collect(
 
 
 class _Collector:
-    """Measures batches, in as many microbatchs as memory asks for."""
+    """Measures batches, in as many microbatches as memory asks for."""
 
     def __init__(self, estimator: Estimator[Any], model: nn.Module, task: Task, precision: Precision) -> None:
         self._estimator, self._model, self._task, self._precision = estimator, model, task, precision

@@ -125,7 +125,7 @@ def block_differences(
     if not result:
         raise ModelError(
             "no signal reaches the layers, so that estimators cannot be compared: is the last layer all zeros, the"
-            " model untrained? Name a estimator (estimator='gauss_newton') to measure it all the same"
+            " model untrained? name an estimator (estimator='gauss_newton') to measure it all the same"
         )
     return result
 

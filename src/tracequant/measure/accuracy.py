@@ -67,7 +67,7 @@ class Evaluator:
         self.results = self._load(context)
 
     def of(self, plan: BitPlan) -> EvaluatedPlan:
-        """Criterion and loss of the model quantized by `plan`, measured only where that was not done before."""
+        """Metric and loss of the model quantized by `plan`, measured only where that was not done before."""
         for known in self.results.plans:
             if known.weight_bits == plan.weight_bits and known.activation_bits == plan.activation_bits:
                 return known

@@ -72,8 +72,8 @@ def measure_perturbation(
 
     `batches` are labelled samples. `num_probes` random vectors stand for the columns of L, "exact" takes all of them,
     and None all where the outputs have at most 16 elements for each sample, else 16 probes. The second-order term is
-    the Gauss-Newton one: equal to the Hessian's for each layer alone where `estimate_curvature` finds that its traces are;
-    between two layers, and in networks that bend, it leaves out the outputs' own second derivatives. `checkpoint` and
+    the Gauss-Newton one. For each layer alone it equals the Hessian's where `estimate_curvature` finds that its traces
+    are; between two layers, and in networks that bend, it leaves out the outputs' own second derivatives. `checkpoint` and
     `precision` are those of `collect`; memory grows with the number of bit widths. The model is left as it was.
 
     Raises `ModelError` naming layers that the loss does not depend on, for bits outside 1 to 8, and where samples
@@ -213,7 +213,7 @@ class _Perturbations(Passes):
         size = len(self._parameters) * len(self._widths)
 
         def of_all_processes(name: str, values: Tensor) -> Tensor:
-            # Where several processes shared a batch's probes, each has its rows; the first-order term is in all of them.
+            # Where several processes shared a batch's probes, each has its rows; all have the first-order term.
             if name == "products":
                 return values.view(-1, size, size).sum(0)
             return values.sum(0) if name.startswith("second:") else values[0]

@@ -134,7 +134,7 @@ class Task(abc.ABC):
         return Exported(model, self)
 
     def evaluate(self, model: nn.Module, batches: Batches, progress: bool = False) -> Evaluation:
-        """Criterion and loss of `model` over `batches`, in evaluation mode, the model left as it was."""
+        """Metric and loss of `model` over `batches`, in evaluation mode, the model left as it was."""
         metric_sum = loss_sum = 0.0
         samples = 0
         microbatches = Microbatches(self)
