@@ -100,7 +100,7 @@ def network(blocks: tuple[int, int, int, int], seed: int = 0) -> Sensitivity:
         activation_errors=activation_errors,
         average_traces=traces,
         weight_grid=WeightGrid(),
-        metric="trace",
+        criterion="trace",
     )
 
 

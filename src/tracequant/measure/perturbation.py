@@ -73,8 +73,8 @@ def measure_perturbation(
     `batches` are labelled samples. `num_probes` random vectors stand for the columns of L, "exact" takes all of them,
     and None all where the outputs have at most 16 elements for each sample, else 16 probes. The second-order term is
     the Gauss-Newton one. For each layer alone it equals the Hessian's where `estimate_curvature` finds that its traces
-    are; between two layers, and in networks that bend, it leaves out the outputs' own second derivatives. `checkpoint` and
-    `precision` are those of `collect`; memory grows with the number of bit widths. The model is left as it was.
+    are; between two layers, and in networks that bend, it leaves out the outputs' own second derivatives. `checkpoint`
+    and `precision` are those of `collect`; memory grows with the number of bit widths. The model is left as it was.
 
     Raises `ModelError` naming layers that the loss does not depend on, for bits outside 1 to 8, and where samples
     cannot be separated.

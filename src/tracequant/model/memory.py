@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import psutil
 import torch
@@ -20,19 +20,26 @@ from tracequant.model.batches import Batch, join
 if sys.platform != "win32":
     import resource
 
-if TYPE_CHECKING:
-    from tracequant.model.task import Task
-
 Result = TypeVar("Result")
 
 # Where Linux keeps the limits of the control group that a container runs in.
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
+class Divisible(Protocol):
+    """What must be known of a task to divide its batches."""
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Any: ...
+
+    def batch_size(self, batch: Batch) -> int: ...
+
+    def select(self, batch: Batch, start: int, stop: int) -> Batch: ...
+
+
 class Microbatches:
     """Runs batches in as many microbatches as memory asks for; later batches get as many as the one before needed."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Divisible) -> None:
         self._task = task
         self._count = 1
 
