@@ -239,9 +239,16 @@ def analyze(model: RetinaNet, images: Images, out: Path, settings: Settings) -> 
     for metric in CRITERIA:
         path = out / f"sensitivity-{metric}-{suffix}"
         if not path.is_file():
-            bits = (WEIGHT_BITS, ACTIVATION_BITS)
-            expansion = tq.Perturbation.load(expanded)
-            tq.measure_sensitivity(model, curvature, batches, task, *bits, metric, perturbation=expansion).save(path)
+            tq.measure_sensitivity(
+                model,
+                batches,
+                task,
+                curvature,
+                weight_bits=WEIGHT_BITS,
+                activation_bits=ACTIVATION_BITS,
+                criterion=metric,
+                perturbation=tq.Perturbation.load(expanded),
+            ).save(path)
         tables[metric] = tq.Sensitivity.load(path)
     return curvature, tables
 

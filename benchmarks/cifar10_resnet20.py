@@ -106,15 +106,19 @@ class Measured:
         data = (self.setup.model, self.setup.calibration, self.setup.task)
         if not (work / "curvature.json").is_file():
             curvature = tq.estimate_curvature(*data)
-            with_eigenvalues(self.setup.model, curvature, *data[1:]).save(work / "curvature.json")
+            with_eigenvalues(*data, curvature).save(work / "curvature.json")
         self.curvature = tq.Curvature.load(work / "curvature.json")
         self.points = self.curvature.points
         if not (work / "perturbation.json").is_file():
-            tq.measure_perturbation(*data, self.points, WEIGHT_BITS).save(work / "perturbation.json")
+            tq.measure_perturbation(*data, self.points, weight_bits=WEIGHT_BITS).save(work / "perturbation.json")
         if not (work / "sensitivity.json").is_file():
             errors = measure_weight_errors(self.setup.model, self.points, WEIGHT_BITS, tq.WeightGrid())
             measured = tq.measure_sensitivity(
-                data[0], self.curvature, *data[1:], WEIGHT_BITS, ACTIVATION_BITS, weight_errors=errors
+                *data,
+                self.curvature,
+                weight_bits=WEIGHT_BITS,
+                activation_bits=ACTIVATION_BITS,
+                weight_errors=errors,
             )
             measured.save(work / "sensitivity.json")
         self.measured = tq.Sensitivity.load(work / "sensitivity.json")
@@ -210,7 +214,12 @@ def deploy(found: Measured, file: Path) -> dict[str, Any]:
     (images, _), *_ = setup.calibration
     exported = tq.export_onnx(quantized, file.with_suffix(".onnx"), images)
     result = verify(
-        exported.path, quantized, setup.model, setup.evaluation, setup.task, promised_bytes=file.stat().st_size
+        quantized,
+        setup.evaluation,
+        setup.task,
+        exported.path,
+        float_model=setup.model,
+        promised_bytes=file.stat().st_size,
     )
     convolutions = [kernel for kernel in result.kernels if "Conv" in kernel.kernel]
     (runtime, *_) = result.runtimes

@@ -73,7 +73,9 @@ def measure(name: str, size: int, activation_bits: int, repeats: int) -> dict[st
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         file = tq.export_onnx(quantized, path, batches[0][0], profile)
-        found = verify(path, quantized, model, batches, task, plan.size_bytes, repeats)
+        found = verify(
+            quantized, batches, task, path, float_model=model, promised_bytes=plan.size_bytes, repeats=repeats
+        )
     convolutions = {kernel.layer: kernel for kernel in found.kernels if "Conv" in kernel.kernel}
     integer = [kernel.layer for kernel in found.kernels if not kernel.reason]
     return {

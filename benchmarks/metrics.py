@@ -70,7 +70,10 @@ def correlations(setup: tq.TaskSetup, images: int, plans: int, cache: Path | Non
     points = tq.discover(setup.model, setup.calibration, setup.task)
     data = (setup.model, setup.calibration, setup.task)
     perturbation = kept(
-        cache, f"perturbation-{images}", tq.Perturbation, lambda: tq.measure_perturbation(*data, points, WIDTHS)
+        cache,
+        f"perturbation-{images}",
+        tq.Perturbation,
+        lambda: tq.measure_perturbation(*data, points, weight_bits=WIDTHS),
     )
     curvature = kept(
         cache,

@@ -278,7 +278,14 @@ def plans(setup: tq.TaskSetup) -> Iterator[tuple[str, tq.BitPlan]]:
     print(f"{curvature.estimator}: {curvature.reason}")
     eight = {"*": (8,)}
     for metric in ("trace", "l2", "quadratic", "first+quadratic"):
-        sensitivity = tq.measure_sensitivity(setup.model, curvature, *data, (2, 3, 4, 5, 6, 8), (4, 5, 6, 8), metric)
+        sensitivity = tq.measure_sensitivity(
+            setup.model,
+            *data,
+            curvature,
+            weight_bits=(2, 3, 4, 5, 6, 8),
+            activation_bits=(4, 5, 6, 8),
+            criterion=metric,
+        )
         if metric == "trace":
             for bits in (8, 6, 5, 4):
                 plan = tq.uniform_plan(sensitivity, bits, activation_bits=uniform_activations(curvature.points, 8))
