@@ -589,7 +589,7 @@ def test_killed_and_run_again_an_analysis_gives_the_same_file(tmp_path: Path) ->
     killed, straight = tmp_path / "killed", tmp_path / "straight"
 
     def arguments(out: Path) -> list[str]:
-        return ["analyze", "--task", f"{file}:build", "--out", str(out), "--probes", "2", "--no-eigenvalues", "-q"]
+        return ["analyze", "--task", f"{file}:build", "--out", str(out), "--num-probes", "2", "--no-eigenvalues", "-q"]
 
     program = [sys.executable, "-m", "tracequant", *arguments(killed)]
     process = subprocess.Popen(program, env=environment | {"SLOW": "0.1"})

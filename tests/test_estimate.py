@@ -71,7 +71,7 @@ def test_discover_refuses_an_iterator() -> None:
         (
             {"target_sampling_error": 0},
             tq.SettingsError,
-            "target_sampling_error must be a finite number > 0 or None, got 0",
+            "target_sampling_error must be a number > 0 or None, got 0",
         ),
         (
             {"target_standard_error": float("nan")},
