@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ os.environ.update({f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "
 import pytest
 import torch
 from matplotlib.figure import Figure
+
+from cli_runs import STAGED, invoke
 
 torch.set_num_threads(1)
 
@@ -43,3 +46,17 @@ def blank_figures() -> Iterator[Callable[..., None]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", save)
         yield drawn
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with all stages done; tests that change it work on a copy."""
+    path = tmp_path_factory.mktemp("runs") / "finished"
+    assert invoke(*STAGED, "--out", path) == 0
+    return path
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run that a test may change."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))

@@ -16,46 +16,13 @@ from matplotlib.figure import Figure
 
 import tiny_task
 import tracequant as tq
-from tracequant.cli import app as cli
+from cli_runs import ANALYZE, STAGED, TASK, invoke, modified
 from tracequant.core import cost
 from tracequant.core.settings import FinetuneSettings
 from tracequant.run import stages
 from tracequant.run.directory import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
-
-TASK = f"{Path(tiny_task.__file__)}:build"
-ANALYZE = ("--task", TASK, "--num-probes", "2", "--no-eigenvalues", "--activation-bits", "4")
-STAGED = ("run", *ANALYZE, "--average-bits", "3", "--finetune-steps", "60", "-q")
-
-
-def invoke(*arguments: object) -> int:
-    """Exit code of `tracequant` with these arguments."""
-    return cli.run_guarded(lambda: cli.app([str(argument) for argument in arguments]))
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with all stages done; tests that change it work on a copy."""
-    path = tmp_path_factory.mktemp("runs") / "finished"
-    assert invoke(*STAGED, "--out", path) == 0
-    return path
-
-
-@pytest.fixture
-def copy(finished: Path, tmp_path: Path) -> Path:
-    """A copy of the finished run that a test may change."""
-    return Path(shutil.copytree(finished, tmp_path / "run"))
-
-
-def modified(path: Path) -> dict[str, int]:
-    """Time of last change of every file of a run, but those that every call rewrites."""
-    skipped = ("settings.json", "stages.json", "report.html")
-    return {
-        str(file.relative_to(path)): file.stat().st_mtime_ns
-        for file in path.rglob("*")
-        if file.is_file() and file.name not in skipped and file.parent.name != "figures"
-    }
 
 
 def test_run_leaves_every_artifact(finished: Path) -> None:

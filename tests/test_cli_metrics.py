@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import tracequant as tq
-from test_cli import TASK, invoke, modified
+from cli_runs import TASK, invoke, modified
 from tracequant.measure import accuracy, check
 from tracequant.run.directory import RunDirectory
 

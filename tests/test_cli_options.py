@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -18,7 +17,7 @@ import typer
 
 import tiny_task
 import tracequant as tq
-from test_cli import ANALYZE, STAGED, TASK, invoke, modified
+from cli_runs import ANALYZE, STAGED, TASK, invoke, modified
 from tracequant.cli import app as cli
 from tracequant.cli import commands
 from tracequant.cli.help import PANELS
@@ -56,20 +55,6 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[RunSettings]:
 
     monkeypatch.setattr(commands, "_run_stages", record)
     return recorded
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with all stages done."""
-    path = tmp_path_factory.mktemp("runs") / "finished"
-    assert invoke(*STAGED, "--out", path) == 0
-    return path
-
-
-@pytest.fixture
-def copy(finished: Path, tmp_path: Path) -> Path:
-    """A copy of the finished run that a test may change."""
-    return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 # One field is one option

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from test_cli import invoke
+from cli_runs import invoke
 from tracequant.core.errors import DataError, TaskError
 from tracequant.core.match import match_names
 from tracequant.core.settings import TaskOptions

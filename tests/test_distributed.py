@@ -343,7 +343,7 @@ def test_processes_meet_where_they_are_told_to_work(device: str, backend: str, m
         assert seen == [backend]
     assert chosen == ([] if device == "cpu" else [1])
     with (
-        pytest.raises(tq.RunError, match="--device cuda:0 would put all processes on one GPU"),
+        pytest.raises(tq.RunError, match="device='cuda:0' would put all processes on one GPU"),
         distributed.process_group("cuda:0"),
     ):
         pass

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import tiny_task
+from cli_runs import TASK, invoke
 from image_tree import make_tree
 from tracequant.cli import app as cli
 from tracequant.cli import commands
@@ -20,13 +21,6 @@ from tracequant.core.settings import RunSettings
 from tracequant.run.directory import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
-
-TASK = f"{Path(tiny_task.__file__)}:build"
-
-
-def invoke(*arguments: object) -> int:
-    """Exit code of `tracequant` with these arguments."""
-    return cli.run_guarded(lambda: cli.app([str(argument) for argument in arguments]))
 
 
 @pytest.fixture

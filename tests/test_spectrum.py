@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny_task
 import tracequant as tq
-from tracequant.cli import app as cli
+from cli_runs import invoke
 from tracequant.curvature import spectrum
 from tracequant.curvature.products import exact_block
 from tracequant.curvature.spectrum import BASIS, WORK_VECTORS, _Search
@@ -204,11 +204,6 @@ def test_a_density_survives_a_file(tmp_path: Path) -> None:
     assert tq.Spectrum.load(tmp_path / "spectrum.json") == spectrum
     with pytest.raises(tq.ModelError, match="no layer 'nowhere'"):
         tq.spectral_density(model, batches, TASK, points, layer="nowhere")
-
-
-def invoke(*arguments: object) -> int:
-    """Exit code of `tracequant` with these arguments."""
-    return cli.run_guarded(lambda: cli.app([str(argument) for argument in arguments]))
 
 
 def test_the_command_writes_eigenvalues_and_figure_which_the_report_takes_in(

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import tracequant as tq
-from tracequant.cli import app as cli
+from cli_runs import invoke
 from tracequant.core import cost
 from tracequant.core.errors import ArtifactError, BudgetError
 from tracequant.core.plan import MIB
@@ -230,10 +230,6 @@ def test_published_frontier_is_that_of_brute_force() -> None:
 
 
 # The command line
-
-
-def invoke(*arguments: object) -> int:
-    return cli.run_guarded(lambda: cli.app([str(argument) for argument in arguments], standalone_mode=True))
 
 
 def test_plan_from_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,8 @@ def in_shell_words(text: str, argument: str | None = None) -> str:
 
     >>> in_shell_words("try average_bits=3, or a smaller max_size_mib")
     'try --average-bits 3, or a smaller --max-size-mib'
+    >>> in_shell_words("for instance with exclude=['aux.*', 'head']")
+    "for instance with --exclude 'aux.*' --exclude 'head'"
     >>> in_shell_words("steps must be an integer >= 0, got -1", "steps")
     '--finetune-steps must be an integer >= 0, got -1'
     """
@@ -24,7 +26,7 @@ def in_shell_words(text: str, argument: str | None = None) -> str:
     if argument in entries and re.match(rf"{argument}\b", text):
         text = _bare(entries[argument]) + text.removeprefix(argument)
     with_value, alone = _patterns()
-    text = with_value.sub(lambda match: _with_value(entries[match[1]], match[2].strip("'\"")), text)
+    text = with_value.sub(lambda match: _with_value(entries[match[1]], match[2]), text)
     return alone.sub(lambda match: _bare(entries[match[1]]), text)
 
 
@@ -40,7 +42,7 @@ def _patterns() -> tuple[re.Pattern[str], re.Pattern[str]]:
     """What finds `name=value`, and a name alone."""
     names = sorted(_entries(), key=len, reverse=True)
     long_names = [name for name in names if "_" in name]
-    value = r"'[^']*'|\"[^\"]*\"|[\w.+-]*\w"
+    value = r"\[[^\]]*\]|'[^']*'|\"[^\"]*\"|[\w.+-]*\w"
     return (
         re.compile(rf"(?<![\w./'\"-])({'|'.join(names)})=({value})"),
         re.compile(rf"(?<![\w./'\"=-])({'|'.join(long_names)})(?![\w=(/'\"]|\.\w)"),
@@ -55,4 +57,7 @@ def _with_value(entry: FieldOption, value: str) -> str:
     if entry.annotation is bool:
         on, off = entry.switches
         return on if value == "True" else off
+    if value.startswith("["):  # a repeatable option
+        return " ".join(f"{entry.flag} {item}" for item in value[1:-1].split(", "))
+    value = value.strip("'\"")
     return f"{entry.flag} {value}"

@@ -61,9 +61,7 @@ def choose_estimator(
             " which may differ from it"
         )
     except GaussNewtonError as error:
-        why = f"gauss_newton cannot take this model ({error})"
-        warnings.warn(f"{why}; hutchinson, which takes longer, is used instead", stacklevel=3)
-        return "hutchinson", why
+        return "hutchinson", fall_back(error)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
@@ -76,6 +74,13 @@ def choose_estimator(
         return "gauss_newton", f"Hessian and Gauss-Newton products agree to {max(defects[name], 1e-7):.0e}"
     share = f"{defects[name]:.1%}" if defects[name] < 1 else "more than 100%"
     return "hutchinson", f"the Gauss-Newton block of {name} differs from its Hessian's by {share}{_cause(model)}"
+
+
+def fall_back(error: GaussNewtonError) -> str:
+    """Why Hutchinson takes over from Gauss-Newton, which raised this error; a warning says it too."""
+    why = f"gauss_newton cannot take this model ({error})"
+    warnings.warn(f"{why}; hutchinson, which takes longer, is used instead", stacklevel=3)
+    return why
 
 
 def _defects(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -16,7 +15,7 @@ from tracequant.core.options import resolve, takes
 from tracequant.core.points import QuantizationPoints
 from tracequant.core.settings import CurvatureSettings
 from tracequant.curvature.batch_loop import Stop
-from tracequant.curvature.choose_estimator import choose_estimator
+from tracequant.curvature.choose_estimator import choose_estimator, fall_back
 from tracequant.curvature.gauss_newton import gauss_newton
 from tracequant.curvature.hutchinson import hutchinson
 from tracequant.model import distributed
@@ -104,8 +103,7 @@ def estimate_curvature(
             except GaussNewtonError as error:
                 if not why:  # the user's own choice
                     raise
-                why = f"gauss_newton cannot take this model ({error})"
-            warnings.warn(f"{why}; hutchinson, which takes longer, is used instead", stacklevel=2)
+                why = fall_back(error)
         result = hutchinson(
             model,
             batches,

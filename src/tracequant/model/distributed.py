@@ -136,7 +136,7 @@ def process_group(device: str = "auto") -> Iterator[None]:
     cuda = torch.cuda.is_available() and device.partition(":")[0] in ("auto", "cuda")
     if cuda:
         if ":" in device:
-            raise RunError(f"--device {device} would put all processes on one GPU; give --device cuda, or none")
+            raise RunError(f"device={device!r} would put all processes on one GPU; use device='cuda' or device='auto'")
         local, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if local >= devices:
             raise ResourceError(

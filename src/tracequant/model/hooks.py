@@ -21,10 +21,9 @@ def idle_layers(names: Sequence[str]) -> ModelError:
     for name in names:
         groups[name.split(".")[0]].append(name)
     patterns = [f"{top}.*" if len(members) > 1 else members[0] for top, members in groups.items()]
-    flags = " ".join(f"--exclude '{pattern}'" for pattern in patterns)
     return ModelError(
         f"the loss of a batch does not depend on layer {', '.join(names[:4])}{' and others' if len(names) > 4 else ''};"
-        f" leave out what the task does not use, for instance with exclude={patterns} ({flags})"
+        f" leave out what the task does not use, for instance with exclude={patterns}"
     )
 
 

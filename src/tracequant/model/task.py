@@ -193,8 +193,8 @@ class TaskSetup:
 
     `calibration` (a few hundred inputs) serves curvature and activation ranges; `train` is iterated again and again by
     fine-tuning; `evaluation` measures every accuracy that is reported. `blocks` are patterns of the names of layers
-    that `--tie blocks` ties together, one for each block of the model. Batches that can be read only once are held in a
-    list, because several stages read them.
+    that `ties=("blocks",)` ties together, one for each block of the model. Batches that can be read only once are held
+    in a list, because several stages read them.
     """
 
     model: nn.Module

@@ -10,6 +10,7 @@
     RUN/quantized.safetensors    quantize: the mixed model before fine-tuning, packed (and uniform.safetensors)
     RUN/checkpoint-KEY.pt    finetune, while it runs
     RUN/finetuned.safetensors    finetune: the trained state
+    RUN/uniform_finetuned.safetensors    finetune: the uniform model trained in the same way, packed, where asked for
     RUN/finetune.json        finetune: losses and accuracies
     RUN/model.safetensors    pack: the product
     RUN/pack.json            pack: its size and accuracy
