@@ -31,11 +31,11 @@ from torch import Tensor, nn
 from tracequant.core.curvature import Curvature, TraceEstimate
 from tracequant.core.points import QuantizationPoints
 from tracequant.curvature.batch_loop import Stop, collect
+from tracequant.curvature.gradient_norms import Call, squared_norms
 from tracequant.curvature.microbatch import Microbatch
-from tracequant.curvature.output_hessian import Factored
+from tracequant.curvature.output_hessian import Cotangents
 from tracequant.curvature.parts import Part, exceeded, together, warn_of_error
-from tracequant.curvature.passes import Passes
-from tracequant.curvature.sweep import Squares, Sweep
+from tracequant.curvature.passes import Opened, Passes, dense
 from tracequant.model.batches import Batches
 from tracequant.model.device import Precision
 from tracequant.model.hooks import idle_layers
@@ -137,8 +137,9 @@ class _GaussNewton(Passes):
 
     def measure(self, microbatch: Microbatch, probes: Sequence[int]) -> Part:
         """Squared gradient norms `[probes, samples]`, each sample's own value of ‖J_nᵀ L v‖²."""
-        sweep, hessian, _, variables = self.open(microbatch, self._weights)
-        rows = self._passes(sweep, hessian, microbatch.index, probes)
+        opened = self.open(microbatch, self._weights)
+        rows = self._squares(microbatch, opened, probes)
+        variables = opened.sweep.variables
         if missing := [name for name in self._parameters if self._weights and f"weights:{name}" not in rows]:
             raise idle_layers(missing)
         nothing = torch.zeros_like(next(iter(rows.values())))
@@ -149,7 +150,7 @@ class _GaussNewton(Passes):
             # batch never reached counts as zero.
             {name: rows.get(name, nothing) * microbatch.size for name in names},
             {name: sum(tensor.numel() for tensor in tensors) for name, tensors in variables.items()},
-            self.notes(sweep, hessian),
+            self.notes(opened),
         )
 
     def add(self, parts: Sequence[Part]) -> Part:
@@ -195,19 +196,56 @@ class _GaussNewton(Passes):
             if key.startswith(family)
         }
 
-    def _passes(self, sweep: Sweep, hessian: Factored, index: int, probes: Sequence[int]) -> Squares:
+    def _squares(self, microbatch: Microbatch, opened: Opened, probes: Sequence[int]) -> dict[str, Tensor]:
         """Name → values `[probes, samples]` (one row, the sum over all columns, for the exact sum)."""
-        rows: dict[str, list[Tensor]] = {}
-        upcoming = self.cotangents(hessian, index, probes)
+        values: dict[str, Tensor] = {}
+        sweep, samples = opened.sweep, microbatch.samples
+
+        def add(key: str, row: int, squares: Tensor, sample: int | slice = slice(None)) -> None:
+            if key not in values:
+                values[key] = torch.zeros(len(probes), samples, dtype=torch.float64)
+            values[key][row, sample] += squares.double().cpu()
+
+        alone: list[tuple[int, Cotangents]] = []
+        upcoming = self.cotangents(opened.hessian, microbatch.index, probes)
         current = next(upcoming, None)
         while current is not None:
             following = next(upcoming, None)
-            row, cotangents = current
-            for name, values in sweep.run(cotangents, keep=following is not None).items():
-                own = rows.setdefault(name, [torch.zeros_like(values) for _ in probes])
-                own[row] = own[row] + values
+            row, (vectors, sign) = current
+
+            def on_layer(name: str, parts: list[list[Call]], row: int = row, sign: float = sign) -> None:
+                dtype = self._parameters[name].dtype
+                for calls in parts:
+                    add(f"weights:{name}", row, sign * squared_norms(calls, dtype))
+
+            def on_activation(name: str, _: int, gradient: Tensor, row: int = row, sign: float = sign) -> None:
+                add(f"activations:{name}", row, sign * _row_norms(gradient))
+
+            slow = sweep.run(
+                vectors,
+                keep=following is not None,
+                on_layer=on_layer if self._weights else None,
+                on_activation=on_activation,
+            )
+            if sweep.axes.slow and samples > 1:
+                alone.append(current)
+            else:
+                for name, gradient in slow.items():
+                    add(f"weights:{name}", row, sign * dense(gradient).double().square().sum())
             current = following
-        return {name: torch.stack(values).cpu() for name, values in rows.items()}
+        if alone:
+            passes = [vectors for _, (vectors, _) in alone]
+            for sample, gradients in enumerate(self.alone(microbatch, opened, passes)):
+                for (row, (_, sign)), found in zip(alone, gradients, strict=True):
+                    for name, gradient in found.items():
+                        add(f"weights:{name}", row, sign * gradient.double().square().sum(), sample)
+        return values
+
+
+def _row_norms(gradient: Tensor) -> Tensor:
+    """Squared norms of the rows, float64."""
+    norms: Tensor = torch.linalg.vector_norm(gradient, dim=1)
+    return norms.double().square()
 
 
 def _estimate(values: Tensor, numel: float, num_probes: int | Literal["exact"]) -> TraceEstimate:

@@ -48,10 +48,19 @@ class Microbatch:
         """Number of samples that have a graph."""
         return self.stop - self.start
 
+    def sample(self, task: Task, row: int) -> Microbatch:
+        """One sample of the batch, as a batch of its own."""
+        batch = self.batch if self.size == 1 else task.select(self.batch, row, row + 1)
+        return Microbatch(batch, self.index, 0, 1, 1, self.precision)
+
+    def outputs(self, model: nn.Module, task: Task) -> Any:
+        """The outputs of the microbatch's samples."""
+        samples = self.batch if self.others is None else task.select(self.batch, self.start, self.stop)
+        return _outputs(model, task, samples, self.precision)
+
     def forward(self, model: nn.Module, task: Task) -> tuple[Any, Tensor]:
         """Outputs and loss of the whole batch, in which only the microbatch's outputs depend on the model."""
-        own = self.batch if self.others is None else task.select(self.batch, self.start, self.stop)
-        outputs = _outputs(model, task, own, self.precision)
+        outputs = self.outputs(model, task)
         if self.others is not None:
             before, after = self.others
             parts = ((before, self.start), (outputs, self.samples), (after, self.size - self.stop))

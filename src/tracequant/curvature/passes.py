@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
+from tracequant.core.match import some_names
 from tracequant.core.points import QuantizationPoints
 from tracequant.curvature.microbatch import Microbatch
 from tracequant.curvature.output_hessian import GROUP, Cotangents, Factored, differentiable, factor
-from tracequant.curvature.products import generator, require_grad
-from tracequant.curvature.sweep import Sweep
+from tracequant.curvature.products import generator, reading_variables, require_grad
+from tracequant.curvature.sweep import Rows, SampleAxes, Sweep, mixed_samples
 from tracequant.model.device import model_device
 from tracequant.model.task import Task
 
-# Samples that serve to check what the model's graph is like.
+# Samples that serve to find where samples lie inside the model.
 CHECK_SAMPLES = 4
+# Relative difference that rounding may leave between the outputs of a sample alone and in its batch.
+ALONE = {"float32": 1e-3, "tf32": 2e-2, "bfloat16": 0.2}
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A microbatch's graph: the factored Hessian of its outputs, its loss, the outputs' places among all outputs."""
+
+    sweep: Sweep
+    hessian: Factored
+    loss: Tensor
+    places: tuple[int, ...]
 
 
 class Passes:
-    """One forward pass over a microbatch, checked and factored, and the cotangents to send back through it."""
+    """One forward pass over a microbatch, its factored Hessian, and the cotangents to send back through it."""
 
     def __init__(
         self,
@@ -36,34 +51,34 @@ class Passes:
     ) -> None:
         self._model, self._task, self._seed = model, task, seed
         self._points, self._activations = points, activations
+        self._read = points if activations else replace(points, activations=())
         self._exact = num_probes == "exact"
         self.num_probes = 1 if num_probes == "exact" else num_probes
-        # What `_check` finds on the first batch.
-        self._slow: list[str] | None = None
-        self._samples_checked = False
+        # What was found on the first batch of every structure.
+        self._axes: dict[Any, SampleAxes] = {}
+        self._announced = False
 
     def prepare(self) -> None:
         """Let the layers' weights, and nothing else, require gradients."""
         self._parameters = require_grad(self._model, self._points)
 
-    def open(
-        self, microbatch: Microbatch, weights: bool = True
-    ) -> tuple[Sweep, Factored, Tensor, dict[str, list[Tensor]]]:
-        """A microbatch's graph, the factored Hessian of its outputs, its loss and the activation variables by point."""
-        if self._slow is None or (microbatch.samples > 1 and not self._samples_checked):
-            self._slow = self._check(microbatch)
-            self._samples_checked = microbatch.samples > 1
-        sweep = self._sweep(microbatch.samples, microbatch.start, microbatch.size)
-        with sweep.recording() as variables:
+    def open(self, microbatch: Microbatch, weights: bool = True) -> Opened:
+        """A microbatch's graph, with the places of its samples inside the model."""
+        with reading_variables(self._model, self._read) as variables:
             outputs, loss = microbatch.forward(self._model, self._task)
         device = model_device(self._model)
-        hessian = factor(
-            self._task, outputs, microbatch.batch, generator(self._seed, microbatch.index, 0, device=device)
-        )
-        sweep.outputs = hessian.tensors
-        sweep.measure_weights = weights
-        sweep.set_slow(self._slow)
-        return sweep, hessian, loss, variables
+        random = generator(self._seed, microbatch.index, 0, device=device)
+        hessian = factor(self._task, outputs, microbatch.batch, random)
+        numbers = {id(tensor): number for number, tensor in enumerate(differentiable(outputs))}
+        places = tuple(numbers[id(tensor)] for tensor in hessian.tensors)
+        rows = Rows(microbatch.samples, microbatch.start, microbatch.size)
+        sweep = Sweep(hessian.tensors, rows, self._parameters if weights else {}, variables)
+        if microbatch.samples > 1:
+            if sweep.signature not in self._axes:
+                self._axes[sweep.signature] = self._located(microbatch, sweep, places)
+            sweep.set_axes(self._axes[sweep.signature])
+            self._announce(sweep)
+        return Opened(sweep, hessian, loss, places)
 
     def cotangents(self, hessian: Factored, index: int, probes: Sequence[int]) -> Iterator[tuple[int, Cotangents]]:
         """Position in `probes` and cotangents of every backward pass; position 0 for all columns of the exact sum."""
@@ -74,30 +89,72 @@ class Passes:
             random = generator(self._seed, index, 1 + probe // GROUP, device=model_device(self._model))
             yield from ((row, vector) for vector in hessian.draw(random, probe))
 
-    def notes(self, sweep: Sweep, hessian: Factored) -> tuple[str, ...]:
-        """What the result should say of a batch: the shape of H_L, and layers that took a pass for each sample."""
-        slow = ", ".join(layer.name for layer in sweep.slow)
-        return (f"{hessian.kind} output Hessian", *([f"a backward pass for each sample for {slow}"] if slow else []))
+    def alone(
+        self, microbatch: Microbatch, opened: Opened, passes: Sequence[list[Tensor]]
+    ) -> Iterator[list[dict[str, Tensor]]]:
+        """For every sample, the gradients of slow layers in each of the passes, from a graph of that sample alone.
 
-    def _sweep(self, samples: int, offset: int, size: int) -> Sweep:
-        points = self._points if self._activations else replace(self._points, activations=())
-        return Sweep(self._model, points, self._parameters, samples, offset, size)
-
-    def _check(self, microbatch: Microbatch) -> list[str]:
-        """Names of layers that need a pass for each sample; `ModelError` where samples interact.
-
-        A few samples are enough, unless the batch cannot be cut, a layer is not reached or samples seem to interact.
+        Raises `GaussNewtonError` if its outputs differ from those that it has in the batch.
         """
-        microbatch = replace(microbatch, precision="float32")  # bfloat16 rounds by more than the tolerance
+        weights = {name: self._parameters[name] for name in opened.sweep.axes.slow}
+        for number in range(microbatch.samples):
+            row = microbatch.start + number
+            sample = microbatch.sample(self._task, row)
+            outputs = sample.outputs(self._model, self._task)
+            tensors = [differentiable(outputs)[place] for place in opened.places]
+            for tensor, whole in zip(tensors, opened.hessian.tensors, strict=True):
+                difference = torch.linalg.vector_norm((tensor - whole[row : row + 1]).detach())
+                if float(difference) > ALONE[microbatch.precision] * float(
+                    torch.linalg.vector_norm(whole[row].detach())
+                ):
+                    raise mixed_samples(next(iter(weights)))
+            gradients = []
+            for position, vectors in enumerate(passes):
+                last = position == len(passes) - 1
+                cotangents = [vector[row : row + 1] for vector in vectors]
+                found = torch.autograd.grad(
+                    tensors, list(weights.values()), cotangents, retain_graph=not last, allow_unused=True
+                )
+                gradients.append({n: dense(g) for n, g in zip(weights, found, strict=True) if g is not None})
+            yield gradients
+
+    def notes(self, opened: Opened) -> tuple[str, ...]:
+        """What the result should say of a batch: the shape of H_L, and layers that took a pass for each sample."""
+        slow = ", ".join(layer.name for layer in self._points.layers if layer.name in opened.sweep.axes.slow)
+        return (
+            f"{opened.hessian.kind} output Hessian",
+            *([f"a pass for each sample alone for {slow}"] if slow else []),
+        )
+
+    def _located(self, microbatch: Microbatch, sweep: Sweep, places: tuple[int, ...]) -> SampleAxes:
+        """Where samples lie inside the model: found with a few samples, unless the batch or the model resists that."""
         if microbatch.whole and microbatch.size > CHECK_SAMPLES:
             with suppress(Exception):  # a batch or a model that knows one size only
                 few = self._task.select(microbatch.batch, 0, CHECK_SAMPLES)
-                sweep = self._sweep(CHECK_SAMPLES, 0, CHECK_SAMPLES)
-                with sweep.recording():
+                with reading_variables(self._model, self._read) as variables:
                     outputs = self._task.outputs(self._model, few)
-                return sweep.check(differentiable(outputs), all_layers=True)
-        sweep = self._sweep(microbatch.samples, microbatch.start, microbatch.size)
-        with sweep.recording():
-            outputs, _ = microbatch.forward(self._model, self._task)
-        random = generator(self._seed, microbatch.index, 0, device=model_device(self._model))
-        return sweep.check(factor(self._task, outputs, microbatch.batch, random).tensors)
+                tensors = [differentiable(outputs)[place] for place in places]
+                rows = Rows(CHECK_SAMPLES, 0, CHECK_SAMPLES)
+                small = Sweep(tensors, rows, sweep.weights, variables)
+                if small.signature == sweep.signature:
+                    return small.locate_samples()
+        return sweep.locate_samples()
+
+    def _announce(self, sweep: Sweep) -> None:
+        """Say once, before it begins, what layers cost whose gradient cannot be had for all samples together."""
+        if not sweep.axes.slow or self._announced:
+            return
+        self._announced = True
+        samples = sweep.rows.samples
+        passes = "a backward pass for each output" if self._exact else f"{self.num_probes * samples} backward passes"
+        warnings.warn(
+            f"layers {some_names(sweep.axes.slow)} are read by operations whose samples cannot be told apart in a"
+            f" batch: for these, a batch of {samples} samples costs {samples} forward passes and {passes} of one sample"
+            " more",
+            stacklevel=2,
+        )
+
+
+def dense(gradient: Tensor) -> Tensor:
+    """The gradient, where a lookup has left it sparse as an ordinary tensor."""
+    return gradient.to_dense() if gradient.is_sparse else gradient

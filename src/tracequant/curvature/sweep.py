@@ -1,336 +1,289 @@
-"""Backward passes over one batch's graph: squared gradient norms of every layer for each sample."""
+"""Backward passes over one batch's graph: each operation that reads a weight, and its output's gradient by sample."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch import Tensor
 
 from tracequant.core.errors import GaussNewtonError
-from tracequant.core.points import Layer, QuantizationPoints
-from tracequant.curvature import gradient_norms
-from tracequant.curvature.output_hessian import Cotangents
-from tracequant.curvature.products import reading_variables
-from tracequant.model.hooks import idle_layers, replace_inputs
+from tracequant.curvature.gradient_norms import Call
+from tracequant.curvature.operations import Convolution, Graph, Lookup, Operation
+from tracequant.curvature.sample_axis import Outer, by_sample, divisible, find_outer, flat_rows, nothing
 
-# Relative difference that rounding in float32 may leave between two ways to one gradient.
-CHECK_TOLERANCE = 1e-3
-# Units of rounding, of the sum of the terms' sizes, that a difference between the two may be.
-CHECK_ROUNDING = 64
-
-# Squared norms of one pass: layer or activation name → one value for each sample.
-Squares = dict[str, Tensor]
+# What a pass hands on: a layer's calls, by the part of its weight that they read; an activation's gradient
+# `[samples, elements]` and which of the point's tensors it belongs to.
+OnLayer = Callable[[str, list[list[Call]]], None]
+OnActivation = Callable[[str, int, Tensor], None]
 
 
-class _Call(NamedTuple):
-    """One call of a layer: what it read, where the gradient of its output passes in the graph, the output's shape.
+class Rows(NamedTuple):
+    """The rows of the outputs that have a graph: `samples` of `size`, from `offset` on."""
 
-    `source` says that nothing before the call can be differentiated.
+    samples: int
+    offset: int
+    size: int
+
+
+@dataclass
+class SampleAxes:
+    """Where samples lie in what every operation and activation has, by name and number.
+
+    `slow` are the layers whose gradient must be taken for each sample alone, since they have rows that belong to
+    several samples or an operation that is not known.
     """
 
-    read: Tensor
-    edge: GradientEdge
-    shape: torch.Size
-    source: bool
-
-
-# Layer name → its calls, in their order.
-_Calls = dict[str, list[_Call]]
+    operations: dict[tuple[str, int], Outer] = field(default_factory=dict)
+    activations: dict[tuple[str, int], Outer] = field(default_factory=dict)
+    slow: list[str] = field(default_factory=list)
 
 
 class Sweep:
-    """One batch's graph: which layer calls and activation variables it has, and backward passes over it."""
+    """One batch's graph: which operations and activation variables it has, and backward passes over it."""
 
     def __init__(
         self,
-        model: nn.Module,
-        points: QuantizationPoints,
-        parameters: dict[str, Tensor],
-        samples: int,
-        offset: int,
-        size: int,
+        outputs: list[Tensor],
+        rows: Rows,
+        weights: dict[str, Tensor],
+        variables: dict[str, list[Tensor]],
     ) -> None:
-        self._model, self._points, self._parameters = model, points, parameters
-        # Rows of the outputs that have a graph: `samples` of `size`, from `offset` on.
-        self.samples, self._offset, self._size = samples, offset, size
-        self._calls: _Calls = {}
-        self._variables: dict[str, list[Tensor]] = {}
-        self.outputs: list[Tensor] = []
-        self.slow: list[Layer] = []
-        self.measure_weights = True
+        self.outputs, self.rows = outputs, rows
+        self.weights, self.variables = weights, variables
+        self.operations, unknown = Graph(outputs, rows.samples).find_operations(weights) if weights else ({}, [])
+        self.axes = SampleAxes(slow=unknown)
 
-    def set_slow(self, names: list[str]) -> None:
-        """Give the layers `names`, and those whose rows belong to no single sample here, a pass for each sample."""
-        irregular = {name for name in self._calls if not self.regular(name)} if self.measure_weights else set()
-        self.slow = [layer for layer in self._points.layers if layer.name in irregular or layer.name in names]
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """What the places of samples depend on, but for the lengths of axes: two batches of one have the same."""
+        operations = tuple((name, len(found)) for name, found in self.operations.items())
+        return operations, tuple((name, len(found)) for name, found in self.variables.items())
 
-    def recording(self) -> Any:
-        """A context for the forward pass; yields the activation variables by point."""
-        return _recording(self._model, self._points, self._calls, self._variables)
+    def locate_samples(self) -> SampleAxes:
+        """Where samples lie, by two backward passes: one as it is, and one in which only the first sample counts."""
+        if self.rows.samples == 1:
+            return self.axes
+        vectors = self._random_vectors()
+        everything = self._gradients(vectors)
+        if any(vector.ndim == 0 or len(vector) != self.rows.size for vector in vectors):
+            raise GaussNewtonError(
+                f"outputs of shape {[list(v.shape) for v in vectors]} do not have the batch's {self.rows.size} samples"
+                " along their first axis, so that samples cannot be told apart; use batches of one sample"
+            )
+        alone = self._gradients(self.masked(vectors, 0))
+        for key, gradient in everything.items():
+            family, name, number = key
+            rows = self._rows(key, gradient)
+            outer: Outer | None = 1
+            if len(rows) % self.rows.samples or not nothing(rows):
+                outer = find_outer(rows, self._rows(key, alone.get(key, torch.zeros_like(gradient))), self.rows.samples)
+            if outer is not None:
+                (self.axes.operations if family == "weights" else self.axes.activations)[name, number] = outer
+            elif family == "weights":
+                self.axes.slow.append(name)
+            else:
+                raise mixed_samples(name)
+        return self.axes
 
-    def run(self, cotangents: Cotangents, keep: bool, each_sample: bool = True) -> Squares:
-        """Squared norms of one backward pass, "weights:layer" and "activations:point" → `[samples]`.
+    def set_axes(self, axes: SampleAxes) -> None:
+        """Take the places that were found on another batch of the same model."""
+        samples = self.rows.samples
+        slow = {name for name, _ in axes.operations if self._undivided(name, axes)} if samples > 1 else set()
+        self.axes = SampleAxes(axes.operations, axes.activations, [*dict.fromkeys([*axes.slow, *slow])])
 
-        `keep` the graph for further passes. `each_sample` adds the slow layers, by passes of their own.
+    def masked(self, vectors: Sequence[Tensor], sample: int) -> list[Tensor]:
+        """Vectors of the outputs' shapes, zero for all samples but one."""
+        masked = [torch.zeros_like(vector) for vector in vectors]
+        for target, vector in zip(masked, vectors, strict=True):
+            row = self.rows.offset + sample if self.rows.size > 1 else slice(None)
+            target[row] = vector[row]
+        return masked
+
+    def run(
+        self,
+        vectors: Sequence[Tensor],
+        *,
+        keep: bool,
+        on_layer: OnLayer | None,
+        on_activation: OnActivation,
+    ) -> dict[str, Tensor]:
+        """One backward pass, `keep` the graph for further passes; the gradients of slow layers if there is one sample.
+
+        Layers are handed on as soon as the gradients of all their operations are there, so that none need be kept.
         """
-        slow = self.slow if each_sample else []
-        vectors, sign = cotangents
-        squares: Squares = {}
-        gradients: dict[str, list[Tensor | None]] = {name: [None] * len(calls) for name, calls in self._calls.items()}
-        inputs: list[Any] = []  # tensors and edges, which autograd.grad takes mixed
-        receive: list[Callable[[Tensor], None]] = []
-        handles = []
+        slow = [name for name in self.weights if name in self.axes.slow]
+        waiting = {name: len(found) for name, found in self.operations.items() if name not in slow}
+        arrived: dict[str, list[tuple[Operation, int, Tensor]]] = {}
 
-        def add(key: str, values: Tensor) -> None:
-            squares[key] = squares.get(key, 0) + sign * values
+        def on_operation(name: str, number: int, gradient: Tensor) -> None:
+            if on_layer is None or name not in waiting:
+                return
+            arrived.setdefault(name, []).append((self.operations[name][number], number, gradient))
+            if len(arrived[name]) == waiting[name]:
+                on_layer(name, self._calls(name, arrived.pop(name)))
 
-        def on_call(name: str, position: int) -> Callable[[Tensor], None]:
-            def received(gradient: Tensor) -> None:
-                gradient = gradient.reshape(self._calls[name][position].shape)
-                gradients[name][position] = gradient
-                # A layer's only call is used at once, so that its gradient need not be kept.
-                if len(gradients[name]) == 1:
-                    add(f"weights:{name}", self._weight_squares(name, [gradient]))
-                    gradients[name] = []
+        def on_variable(name: str, number: int, gradient: Tensor) -> None:
+            on_activation(name, number, self.activation_rows(name, number, gradient))
 
-            return received
-
-        def on_variable(name: str) -> Callable[[Tensor], None]:
-            return lambda gradient: add(f"activations:{name}", self._activation_squares(name, gradient))
-
-        irregular = {layer.name for layer in self.slow}
-        for name in irregular:
-            # The pass must go through these weights too, to meet layers that only they connect to the input.
-            inputs.append(self._parameters[name])
-            receive.append(lambda gradient: None)
-        for name, calls in self._calls.items():
-            measured = self.measure_weights and name not in irregular
-            for position, call in enumerate(calls):
-                received, edge = on_call(name, position), call.edge
-                if call.source:
-                    # Also where its gradient is not wanted: a pass must reach the input to meet all layers.
-                    inputs.append(edge)
-                    receive.append(received if measured else lambda gradient: None)
-                elif measured:
-                    handles.append(edge.node.register_prehook(_prehook(received, edge.output_nr)))
-        for name, tensors in self._variables.items():
-            for tensor in tensors:
-                if tensor.is_leaf:
-                    inputs.append(tensor)
-                    receive.append(on_variable(name))
-                else:
-                    handles.append(tensor.register_hook(on_variable(name)))  # type: ignore[no-untyped-call]
         try:
-            if not inputs:
+            extra = [self.weights[name] for name in slow]
+            gradients = self._backward(vectors, keep, on_operation, on_variable, extra)
+            # Of operations that this pass never reached nothing more will come.
+            for name, found in list(arrived.items()):
+                on_layer(name, self._calls(name, found))  # type: ignore[misc]
+        finally:
+            arrived.clear()
+        return {name: g for name, g in zip(slow, gradients, strict=True) if g is not None}
+
+    def activation_rows(self, name: str, number: int, tensor: Tensor) -> Tensor:
+        """A tensor of an activation point, or its gradient, as `[samples, elements]`."""
+        samples = self.rows.samples
+        if samples == 1:
+            return tensor.reshape(1, -1)
+        rows, outer = flat_rows(tensor), self.axes.activations.get((name, number), 1)
+        if not divisible(len(rows), samples, outer):
+            raise mixed_samples(name)
+        return by_sample(rows, samples, outer).flatten(1)
+
+    def _backward(
+        self,
+        vectors: Sequence[Tensor],
+        keep: bool,
+        on_operation: Callable[[str, int, Tensor], None],
+        on_variable: Callable[[str, int, Tensor], None],
+        extra: Sequence[Tensor],
+    ) -> list[Tensor | None]:
+        """One pass that calls back with every gradient; returns those of `extra` tensors."""
+        # What a pass must reach: tensors and edges, which autograd.grad takes mixed.
+        targets: list[Any] = list(extra)
+        receivers: list[Callable[[Tensor], None]] = []
+        handles = []
+        for name, operations in self.operations.items():
+            for number, operation in enumerate(operations):
+                receive = _bound(on_operation, name, number)
+                if operation.source:
+                    targets.append(operation.edge)
+                    receivers.append(receive)
+                else:
+                    handles.append(operation.edge.node.register_prehook(_prehook(receive)))
+        for name, tensors in self.variables.items():
+            for number, tensor in enumerate(tensors):
+                receive = _bound(on_variable, name, number)
+                if tensor.is_leaf:
+                    targets.append(tensor)
+                    receivers.append(receive)
+                else:
+                    handles.append(tensor.register_hook(receive))  # type: ignore[no-untyped-call]
+        try:
+            if not targets:
                 raise GaussNewtonError("no layer reads an input of the model; nothing can be differentiated")
-            outputs = self.outputs
-            found = torch.autograd.grad(outputs, inputs, vectors, retain_graph=keep or bool(slow), allow_unused=True)
-            for function, gradient in zip(receive, found, strict=True):
-                if gradient is not None:
-                    function(gradient)
+            found = torch.autograd.grad(self.outputs, targets, vectors, retain_graph=keep, allow_unused=True)
         finally:
             for handle in handles:
                 handle.remove()
-        for name, own in gradients.items():
-            if own and any(gradient is not None for gradient in own):
-                add(f"weights:{name}", self._weight_squares(name, own))
-        for number, layer in enumerate(slow):
-            last = number == len(slow) - 1
-            add(f"weights:{layer.name}", self._slow_squares(layer.name, vectors, keep or not last))
-        return squares
+        for receive, gradient in zip(receivers, found[len(extra) :], strict=True):
+            if gradient is not None:
+                receive(gradient)
+        return list(found[: len(extra)])
 
-    def check(self, outputs: list[Tensor], all_layers: bool = False) -> list[str]:
-        """Names of layers whose calls do not explain their whole gradient; `ModelError` where samples interact.
+    def _gradients(self, vectors: Sequence[Tensor]) -> dict[tuple[str, str, int], Tensor]:
+        """All gradients of one pass: ("weights", layer, operation) and ("activations", point, tensor)."""
+        found: dict[tuple[str, str, int], Tensor] = {}
 
-        Two backward passes: one gives every weight's gradient, to compare with the sum that the calls give; in the
-        other only the first sample has a cotangent, and no other sample may then receive anything. `all_layers` raises
-        `ModelError` too if a layer was not reached.
-        """
-        self.outputs = outputs
-        device = outputs[0].device
-        random = torch.Generator(device).manual_seed(0)
-        vectors = [torch.randn(z.shape, generator=random, dtype=z.dtype, device=device) for z in outputs]
-        total = torch.autograd.grad(
-            outputs, list(self._parameters.values()), vectors, retain_graph=True, allow_unused=True
+        def keep(family: str) -> Callable[[str, int, Tensor], None]:
+            return lambda name, number, gradient: found.__setitem__((family, name, number), gradient)
+
+        slow = [weight for name, weight in self.weights.items() if name in self.axes.slow]
+        self._backward(vectors, True, keep("weights"), keep("activations"), slow)
+        return found
+
+    def _calls(self, name: str, arrived: Sequence[tuple[Operation, int, Tensor]]) -> list[list[Call]]:
+        """A layer's calls with samples along the first axis, by the part of the weight that they read."""
+        parts: dict[Any, list[Call]] = {}
+        # In the order of the graph, whatever the order in which gradients came.
+        for operation, number, gradient in sorted(arrived, key=lambda entry: entry[1]):
+            outer = self.axes.operations.get((name, number), 1)
+            parts.setdefault(operation.part, []).extend(_arranged(operation, gradient, self.rows.samples, outer))
+        return list(parts.values())
+
+    def _rows(self, key: tuple[str, str, int], gradient: Tensor) -> Tensor:
+        """The gradient of an operation or activation as rows `[R, F]`, in which samples are looked for."""
+        family, name, number = key
+        if family == "activations":
+            return flat_rows(gradient)
+        geometry = self.operations[name][number].geometry
+        if isinstance(geometry, Convolution):
+            return gradient.flatten(1)
+        if isinstance(geometry, Lookup):
+            return gradient.flatten(0, -2)
+        return _product_rows(self.operations[name][number], gradient).transpose(0, 1).flatten(1)
+
+    def _undivided(self, name: str, axes: SampleAxes) -> bool:
+        """Whether some operation of a layer has rows that cannot be those of this batch's samples."""
+        return any(
+            not divisible(_number_of_rows(operation), self.rows.samples, axes.operations.get((name, number), 1))
+            for number, operation in enumerate(self.operations.get(name, []))
         )
-        calls = self.collect(vectors)
-        slow = []
-        for (name, parameter), gradient in zip(self._parameters.items(), total, strict=True):
-            if gradient is None:
-                if all_layers:
-                    raise idle_layers([name])
-                continue
-            explained = calls.get(name)
-            if explained is None or not self.regular(name):
-                slow.append(name)
-                continue
-            module = self.module(name)
-            if gradient.is_sparse:
-                gradient = gradient.to_dense()
-            difference = gradient_norms.total_gradient(module, explained, self.samples).view_as(parameter) - gradient
-            size = float(difference.norm())
-            if size > CHECK_TOLERANCE * float(gradient.norm()) and size > _rounding(module, explained, self.samples):
-                slow.append(name)
-        self.set_slow(slow)
-        if self.samples > 1:
-            self._check_samples(vectors)
-        return slow
 
-    def _check_samples(self, vectors: list[Tensor]) -> None:
-        if any(vector.ndim == 0 or len(vector) != self._size for vector in vectors):
-            raise GaussNewtonError(
-                f"outputs of shape {[list(v.shape) for v in vectors]} do not have the batch's {self._size} samples"
-                " along their first axis, so that samples cannot be told apart; use batches of one sample"
-            )
-        first = [torch.zeros_like(vector) for vector in vectors]
-        for masked, vector in zip(first, vectors, strict=True):
-            masked[self._offset] = vector[self._offset]
-        for key, values in self.run((first, 1.0), keep=True, each_sample=False).items():
-            if float(values[1:].sum()) > CHECK_TOLERANCE**2 * float(values.sum()):
-                name = key.split(":", 1)[1]
-                raise GaussNewtonError(
-                    f"at layer {name} samples of a batch interact, or do not lie along the first axis; use batches of"
-                    " one sample, or estimator='hutchinson'"
-                )
-
-    def collect(self, vectors: list[Tensor]) -> dict[str, list[gradient_norms.Call]]:
-        """(input, output gradient) of all calls of every layer."""
-        return self.collect_with(vectors, [])[0]
-
-    def collect_with(
-        self, vectors: list[Tensor], tensors: Sequence[Tensor]
-    ) -> tuple[dict[str, list[gradient_norms.Call]], list[Tensor | None]]:
-        """The same, and the gradients of `tensors`, from one pass."""
-        named = [(name, call) for name, calls in self._calls.items() for call in calls]
-        inputs: list[Any] = [*(call.edge for _, call in named), *tensors]
-        if not inputs:
-            return {}, []
-        found = torch.autograd.grad(self.outputs, inputs, vectors, retain_graph=True, allow_unused=True)
-        collected: dict[str, list[gradient_norms.Call]] = {}
-        for (name, call), d in zip(named, found, strict=False):
-            if d is not None:
-                collected.setdefault(name, []).append((call.read, d.reshape(call.shape)))
-        return collected, list(found[len(named) :])
-
-    def by_sample(self, name: str, tensor: Tensor) -> Tensor:
-        """A tensor of an activation point, or its gradient, as `[samples, elements]`."""
-        if len(tensor) % self.samples:
-            raise GaussNewtonError(
-                f"the input of layer {name} has {len(tensor)} rows for {self.samples} samples; use batches of one"
-                " sample"
-            )
-        return tensor.reshape(self.samples, -1)
-
-    def regular(self, name: str) -> bool:
-        """Whether rows of every call belong to samples, and all sites of the weight are of one supported kind."""
-        layer = self._points.by_name[name]
-        modules = [self._model.get_submodule(site[0]) for site in layer.sites]
-        if not all(
-            gradient_norms.supported(module) and site[1] == "weight"
-            for module, site in zip(modules, layer.sites, strict=True)
-        ):
-            return False
-        if len(modules) > 1 and not all(isinstance(module, nn.Linear) for module in modules):
-            return False
-        # An unbatched input has one axis less.
-        axes = _least_axes(modules[0])
-        return all(len(call.read) % self.samples == 0 and call.read.ndim >= axes for call in self._calls[name])
-
-    def module(self, name: str) -> nn.Module:
-        """The module that holds a layer's weight, the first of them where it is tied."""
-        return self._model.get_submodule(self._points.by_name[name].sites[0][0])
-
-    def _weight_squares(self, name: str, gradients: list[Tensor | None]) -> Tensor:
-        calls = [(call.read, d) for call, d in zip(self._calls[name], gradients, strict=True) if d is not None]
-        return gradient_norms.squared_norms(self.module(name), calls, self.samples)
-
-    def _activation_squares(self, name: str, gradient: Tensor) -> Tensor:
-        norms: Tensor = torch.linalg.vector_norm(self.by_sample(name, gradient), dim=1)
-        return norms.double().square()
-
-    def _slow_squares(self, name: str, vectors: list[Tensor], keep: bool) -> Tensor:
-        return torch.stack([g.double().square().sum() for g in self.slow_gradients(name, vectors, keep)])
-
-    def slow_gradients(self, name: str, vectors: list[Tensor], keep: bool) -> Iterator[Tensor]:
-        """Each sample's own gradient of a layer's weight, by a backward pass for each."""
-        for n in range(self.samples):
-            own = [torch.zeros_like(vector) for vector in vectors]
-            for masked, vector in zip(own, vectors, strict=True):
-                row = self._offset + n if self._size > 1 else slice(None)
-                masked[row] = vector[row]
-            last = n == self.samples - 1
-            (gradient,) = torch.autograd.grad(
-                self.outputs, [self._parameters[name]], own, retain_graph=keep or not last
-            )
-            yield gradient.to_dense() if gradient.is_sparse else gradient
+    def _random_vectors(self) -> list[Tensor]:
+        device = self.outputs[0].device
+        random = torch.Generator(device).manual_seed(0)
+        return [torch.randn(z.shape, generator=random, dtype=z.dtype, device=device) for z in self.outputs]
 
 
-def _rounding(module: nn.Module, calls: list[gradient_norms.Call], samples: int) -> float:
-    """How far rounding alone may take two sums of a layer's calls apart.
-
-    It goes by the size of the terms: where they cancel, nothing but rounding may be left of their sum.
-    """
-    sizes = [(a.abs(), d.abs()) for a, d in calls]
-    terms = gradient_norms.total_gradient(module, sizes, samples)
-    return CHECK_ROUNDING * torch.finfo(terms.dtype).eps * float(terms.norm())
+def mixed_samples(name: str) -> GaussNewtonError:
+    """The error for samples that cannot be told apart inside the model."""
+    return GaussNewtonError(
+        f"at layer {name} samples of a batch interact, or lie along no axis of their own; use batches of one sample, or"
+        " estimator='hutchinson'"
+    )
 
 
-def _least_axes(module: nn.Module) -> int:
-    """The least number of axes of an input that has samples along the first."""
-    kernel = getattr(module, "kernel_size", None)
-    return 1 if kernel is None else len(kernel) + 2
+def _arranged(operation: Operation, gradient: Tensor, samples: int, outer: Outer) -> list[Call]:
+    """An operation's input and gradient with samples along the first axis; several calls for several rows each."""
+    geometry, read = operation.geometry, operation.read
+    if isinstance(geometry, Convolution):
+        pairs = zip(
+            by_sample(read, samples, outer).unbind(1), by_sample(gradient, samples, outer).unbind(1), strict=True
+        )
+        return [Call(geometry, a, d, operation.operand) for a, d in pairs]
+    if isinstance(geometry, Lookup):
+        rows = by_sample(gradient.flatten(0, -2), samples, outer)
+        return [Call(geometry, by_sample(read.flatten(), samples, outer), rows, operation.operand)]
+
+    def turned(x: Tensor) -> Tensor:
+        """`[g, R, m]` as `[samples, g, m, T]`."""
+        return by_sample(x.transpose(0, 1), samples, outer).permute(0, 2, 3, 1)
+
+    return [Call(geometry, turned(read), turned(_product_rows(operation, gradient)), operation.operand)]
 
 
-@contextmanager
-def _recording(
-    model: nn.Module, points: QuantizationPoints, calls: _Calls, variables: dict[str, list[Tensor]]
-) -> Iterator[dict[str, list[Tensor]]]:
-    """Record every layer call, and the activation variables by point, during a forward pass."""
-    with ExitStack() as stack:
-        for layer in points.layers:
-            for module_name, _ in layer.sites:
-                module = model.get_submodule(module_name)
-                if gradient_norms.supported(module):
-                    handle = module.register_forward_hook(_on_forward(layer.name, calls), with_kwargs=True)
-                    stack.callback(handle.remove)
-        variables.update(stack.enter_context(reading_variables(model, points)))
-        yield variables
+def _product_rows(operation: Operation, gradient: Tensor) -> Tensor:
+    """The gradient of a product's output as `[g, R, o]`."""
+    if gradient.ndim != 3 or len(gradient) != len(operation.read):
+        gradient = gradient.flatten(0, -2)[None]
+    first = operation.geometry.first  # type: ignore[union-attr]
+    return gradient.mT if first else gradient
 
 
-def _on_forward(name: str, calls: _Calls) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if isinstance(module, nn.Embedding):
-            read = [args[0] if args else kwargs["input"]]
-        else:
-            read = []
-            replace_inputs(module, args, kwargs, lambda tensor: read.append(tensor))
-        if read and isinstance(output, Tensor) and output.requires_grad:
-            call = _Call(read[0].detach(), _edge(output), output.shape, not read[0].requires_grad)
-            calls.setdefault(name, []).append(call)
-
-    return hook
+def _number_of_rows(operation: Operation) -> int:
+    if isinstance(operation.geometry, Convolution):
+        return len(operation.read)
+    if isinstance(operation.geometry, Lookup):
+        return operation.read.numel()
+    return operation.read.shape[1]
 
 
-def _edge(output: Tensor) -> GradientEdge:
-    """Where an output's gradient passes, elements in their order: not the tensor, which may be overwritten in place.
-
-    A linear layer's output over positions is a view of a matrix. Overwriting a view gives it another place in the
-    graph, and the one that it had before is never reached; the place of the matrix stays.
-    """
-    base = output._base
-    if base is None or base.grad_fn is None or base.numel() != output.numel():
-        return get_gradient_edge(output)
-    return get_gradient_edge(base if base.is_contiguous() and output.is_contiguous() else output)
+def _bound(receive: Callable[[str, int, Tensor], None], name: str, number: int) -> Callable[[Tensor], None]:
+    return lambda gradient: receive(name, number, gradient)
 
 
-def _prehook(receive: Callable[[Tensor], None], position: int) -> Callable[[tuple[Tensor | None, ...]], None]:
+def _prehook(receive: Callable[[Tensor], None]) -> Callable[[tuple[Tensor | None, ...]], None]:
     def hook(gradients: tuple[Tensor | None, ...]) -> None:
-        gradient = gradients[position]
-        if gradient is not None:
-            receive(gradient)
+        if gradients[0] is not None:
+            receive(gradients[0])
 
     return hook

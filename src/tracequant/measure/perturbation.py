@@ -10,9 +10,9 @@ trace, which is right on average over directions of ΔW (Lemma 1), and leaves th
 minimum. For a plan the terms of all layers are added up before squaring: ½ E[(Σ_i u_i · ΔW_i)²], products between
 layers included.
 
-u_n · ΔW takes no gradient of a sample: it is the gradient at the layer's output times what the layer makes of its input
-with ΔW as its weight (`gradient_norms.responses`). The latter is the same for all columns, so that a batch costs a
-forward pass, a backward pass for each column, and a layer's forward pass for each layer and bit width.
+u_n · ΔW is taken for all bit widths from one gradient of each sample, which is as much work as the weights' gradient in
+an ordinary backward pass. A batch costs a forward pass, an ordinary backward pass for the first term, and another for
+each random vector or column.
 
 Activations are expanded in the same way, each alone: u_n · Δa_n is the gradient at the tensor times its own rounding,
 another one for every sample. What this knows and the trace does not is that rounding is no random direction: values
@@ -33,12 +33,12 @@ from tracequant.core.curvature import Perturbation
 from tracequant.core.errors import ModelError
 from tracequant.core.points import QuantizationPoints
 from tracequant.core.settings import WeightGrid
-from tracequant.curvature import gradient_norms
 from tracequant.curvature.batch_loop import collect
+from tracequant.curvature.gradient_norms import Call, inner_products
 from tracequant.curvature.microbatch import Microbatch
-from tracequant.curvature.output_hessian import Factored
+from tracequant.curvature.output_hessian import Cotangents, Factored
 from tracequant.curvature.parts import Part, together
-from tracequant.curvature.passes import Passes
+from tracequant.curvature.passes import Opened, Passes, dense
 from tracequant.curvature.sweep import Sweep
 from tracequant.model.batches import Batches, reusable
 from tracequant.model.device import Precision
@@ -129,8 +129,8 @@ class _Perturbations(Passes):
         )
         self._widths, self._grid, self._activation_grids = weight_bits, weight_grid, activation_grids
         self._choose = num_probes is None
-        # The pass itself keeps 2. Every layer's response and every activation's rounding come on top, for each width.
-        self.memory = 2.0 + len(weight_bits) + max((len(own) for own in activation_grids.values()), default=0)
+        # The pass itself keeps 2. Every activation's rounding comes on top, for each width.
+        self.memory = 2.0 + max((len(own) for own in activation_grids.values()), default=0)
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -154,21 +154,29 @@ class _Perturbations(Passes):
 
     def measure(self, microbatch: Microbatch, probes: Sequence[int]) -> Part:
         """Sums over the microbatch's samples, in units of the batch's mean loss times its size."""
-        sweep, hessian, loss, variables = self.open(microbatch)
+        opened = self.open(microbatch)
+        sweep, hessian = opened.sweep, opened.hessian
         names = list(self._parameters)
-        parameters = list(self._parameters.values())
-        moved = self._moved(sweep, variables)
-        targets = [*parameters, *(move.tensor for move in moved)]
-        found = torch.autograd.grad(loss, targets, retain_graph=True, allow_unused=True)
-        slopes, activation_slopes = found[: len(parameters)], found[len(parameters) :]
+        moved = self._moved(sweep)
+        targets = [*self._parameters.values(), *(move.tensor for move in moved.values())]
+        found = torch.autograd.grad(opened.loss, targets, retain_graph=True, allow_unused=True)
+        slopes, activation_slopes = found[: len(names)], found[len(names) :]
         if idle := [name for name, slope in zip(names, slopes, strict=True) if slope is None]:
             raise idle_layers(idle)
         first = [
-            (slope.to_dense() if slope.is_sparse else slope).double().mul(move).sum()
+            dense(slope).double().mul(move).sum()
             for name, slope in zip(names, slopes, strict=True)
             if slope is not None
             for move in self._moves[name]
         ]
+        slope = self._zeros()
+        rows = {
+            key: sweep.activation_rows(*key, gradient)
+            for key, gradient in zip(moved, activation_slopes, strict=True)
+            if gradient is not None
+        }
+        for name, own in _activation_products(moved, rows).items():
+            slope[name] += own.sum(0).cpu()
         exact = self._exact or (self._choose and _few_columns(hessian))
         # A process that is given some of the probes, and takes all columns instead, has the others' share as well.
         share = len(probes) / self.num_probes if exact else 1 / self.num_probes
@@ -177,20 +185,8 @@ class _Perturbations(Passes):
             if exact
             else self.cotangents(hessian, microbatch.index, probes)
         )
-        products: Tensor | None = None
-        second = {name: torch.zeros(len(own), dtype=torch.float64) for name, own in self._activation_grids.items()}
-        seen: dict[str, list[Tensor]] = {}
-        for _, (vectors, sign) in passes:
-            calls, gradients = sweep.collect_with(vectors, [move.tensor for move in moved])
-            inner = self._inner_products(sweep, vectors, calls, seen)
-            product = sign * share * inner.T @ inner
-            products = product if products is None else products + product
-            for name, own in _activation_products(sweep, moved, gradients).items():
-                second[name] += (0.5 * sign * share * own.square().sum(0)).cpu()
-        assert products is not None
-        slope = {name: torch.zeros_like(values) for name, values in second.items()}
-        for name, own in _activation_products(sweep, moved, activation_slopes).items():
-            slope[name] += own.sum(0).cpu()
+        products, second = self._second_order(microbatch, opened, moved, [cotangents for _, cotangents in passes])
+        products, second = share * products, {name: 0.5 * share * values for name, values in second.items()}
         text = "exact sum over outputs" if exact else f"{self.num_probes} probes for each sample"
         return Part(
             microbatch.samples,
@@ -201,7 +197,7 @@ class _Perturbations(Passes):
                 **{f"second:{name}": values[None] * microbatch.size for name, values in second.items()},
             },
             {},
-            (text, *self.notes(sweep, hessian)),
+            (text, *self.notes(opened)),
         )
 
     def add(self, parts: Sequence[Part]) -> Part:
@@ -240,60 +236,90 @@ class _Perturbations(Passes):
             for name, grids in self._activation_grids.items()
         }
 
-    def _moved(self, sweep: Sweep, variables: dict[str, list[Tensor]]) -> list[_Move]:
-        """The activations of a batch that are to be rounded, and where to."""
-        found = []
-        for name, tensors in variables.items():
-            for tensor in tensors if name in self._activation_grids else ():
-                values = tensor.detach().float() if tensor.dtype == torch.bfloat16 else tensor.detach()
-                moves = [sweep.by_sample(name, g.round(values) - values) for g in self._activation_grids[name].values()]
-                found.append(_Move(name, tensor, torch.stack(moves, 1)))
-        return found
-
-    def _inner_products(
+    def _second_order(
         self,
-        sweep: Sweep,
-        vectors: list[Tensor],
-        calls: dict[str, list[gradient_norms.Call]],
-        seen: dict[str, list[Tensor]],
-    ) -> Tensor:
-        """u_n · ΔW of every layer and width, float64 `[samples, layers · widths]`; `seen` keeps the responses."""
-        slow = {layer.name for layer in sweep.slow}
-        columns = []
-        for name, moves in self._moves.items():
-            if name in slow:
-                own = sweep.slow_gradients(name, vectors, keep=True)
-                columns.append(torch.stack([torch.stack([(g * move).double().sum() for move in moves]) for g in own]))
-                continue
-            total = torch.zeros(sweep.samples, len(moves), dtype=torch.float64, device=vectors[0].device)
-            for number, (a, d) in enumerate(calls.get(name, [])):
-                kept = seen.setdefault(name, [])
-                if number == len(kept):
-                    found = gradient_norms.responses(sweep.module(name), (a, d), moves)
-                    kept.append(torch.stack([x.reshape(sweep.samples, -1) for x in found], 1))
-                gradient = d.to(kept[number].dtype).reshape(sweep.samples, -1, 1)
-                total += torch.matmul(kept[number], gradient)[:, :, 0].double()
-            columns.append(total)
-        return torch.cat(columns, 1)
+        microbatch: Microbatch,
+        opened: Opened,
+        moved: dict[tuple[str, int], _Move],
+        passes: list[Cotangents],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Σ s (u_n · ΔW)(u_n · ΔW)ᵀ over samples and passes, `[layers · widths]` squared, and Σ s (u_n · Δa_n)²."""
+        sweep, samples = opened.sweep, microbatch.samples
+        columns = {name: number * len(self._widths) for number, name in enumerate(self._parameters)}
+        size = len(columns) * len(self._widths)
+        inner = [torch.zeros(samples, size, dtype=torch.float64) for _ in passes]
+        second = self._zeros()
+
+        def add(row: int, name: str, values: Tensor, sample: slice = slice(None)) -> None:
+            inner[row][sample, columns[name] : columns[name] + len(self._widths)] += values.double().cpu()
+
+        for row, (vectors, sign) in enumerate(passes):
+            gradients: dict[tuple[str, int], Tensor] = {}
+
+            def on_layer(name: str, parts: list[list[Call]], row: int = row) -> None:
+                for calls in parts:
+                    add(row, name, inner_products(calls, self._moves[name]))
+
+            def on_activation(
+                name: str, number: int, gradient: Tensor, gradients: dict[tuple[str, int], Tensor] = gradients
+            ) -> None:
+                gradients[name, number] = gradient
+
+            slow = sweep.run(vectors, keep=row < len(passes) - 1, on_layer=on_layer, on_activation=on_activation)
+            for name, own in _activation_products(moved, gradients).items():
+                second[name] += (sign * own.square().sum(0)).cpu()
+            if samples == 1:
+                for name, gradient in slow.items():
+                    add(row, name, self._along(name, gradient))
+        if sweep.axes.slow and samples > 1:
+            for sample, found in enumerate(self.alone(microbatch, opened, [vectors for vectors, _ in passes])):
+                for row, by_layer in enumerate(found):
+                    for name, gradient in by_layer.items():
+                        add(row, name, self._along(name, gradient), slice(sample, sample + 1))
+        products = torch.zeros(size, size, dtype=torch.float64)
+        for own, (_, sign) in zip(inner, passes, strict=True):
+            products += sign * own.T @ own
+        return products, second
+
+    def _zeros(self) -> dict[str, Tensor]:
+        """A sum for every activation and width."""
+        return {name: torch.zeros(len(own), dtype=torch.float64) for name, own in self._activation_grids.items()}
+
+    def _along(self, name: str, gradient: Tensor) -> Tensor:
+        """The gradient of one sample along every move of its layer, `[1, widths]`."""
+        return torch.stack([(dense(gradient) * move).double().sum() for move in self._moves[name]])[None]
+
+    def _moved(self, sweep: Sweep) -> dict[tuple[str, int], _Move]:
+        """The activations of a batch that are to be rounded, and where to, by point and number."""
+        moved = {}
+        for name, tensors in sweep.variables.items():
+            for number, tensor in enumerate(tensors) if name in self._activation_grids else ():
+                values = tensor.detach().float() if tensor.dtype == torch.bfloat16 else tensor.detach()
+                moves = [
+                    sweep.activation_rows(name, number, grid.round(values) - values)
+                    for grid in self._activation_grids[name].values()
+                ]
+                moved[name, number] = _Move(tensor, torch.stack(moves, 1))
+        return moved
 
 
 @dataclass(frozen=True)
 class _Move:
     """A tensor that consumers of an activation point read, and its rounding `[samples, widths, elements]`."""
 
-    name: str
     tensor: Tensor
     moves: Tensor
 
 
-def _activation_products(sweep: Sweep, moved: Sequence[_Move], gradients: Sequence[Tensor | None]) -> dict[str, Tensor]:
+def _activation_products(
+    moved: dict[tuple[str, int], _Move], gradients: dict[tuple[str, int], Tensor]
+) -> dict[str, Tensor]:
     """u_n · Δa_n by activation, float64 `[samples, widths]`; several tensors of a point move together."""
     products: dict[str, Tensor] = {}
-    for move, gradient in zip(moved, gradients, strict=True):
-        if gradient is not None:
-            rows = sweep.by_sample(move.name, gradient).to(move.moves.dtype)
-            product = torch.matmul(move.moves, rows[:, :, None])[:, :, 0].double()
-            products[move.name] = products.get(move.name, 0) + product
+    for (name, number), gradient in gradients.items():
+        moves = moved[name, number].moves
+        product = torch.matmul(moves, gradient.to(moves.dtype)[:, :, None])[:, :, 0].double()
+        products[name] = products.get(name, 0) + product
     return products
 
 
