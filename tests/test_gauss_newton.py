@@ -23,8 +23,9 @@ from models import (
     tied_net,
     token_batch,
 )
-from tracequant.curvature import gradient_norms
+from tracequant.curvature import gradient_norms, matrix_norms
 from tracequant.curvature.output_hessian import factor
+from tracequant.curvature.sweep import Rows, Sweep
 
 CLASSES = 4
 TASK = tq.ClassificationTask()
@@ -296,7 +297,7 @@ def test_both_forms_of_the_squared_norm(form: str, monkeypatch: pytest.MonkeyPat
     else:
         a, d = a.repeat(1, 1, 8, 1), d.repeat(1, 1, 8, 1)
         expected = 64 * expected
-    assert torch.allclose(gradient_norms._norms(a, d), expected, rtol=1e-12)
+    assert torch.allclose(matrix_norms.product_norms(a, d), expected, rtol=1e-12)
 
 
 def test_chunks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,12 +387,12 @@ def test_random_relu_networks(data: st.DataObject) -> None:
     assert "a backward pass for each sample" not in found.reason
 
 
-def test_weights_used_outside_their_module_get_a_pass_for_each_sample() -> None:
-    """Attention's projections, whose weights no module call explains; here against Gauss-Newton by Jacobians."""
+def test_attention_projections_are_layers_like_others() -> None:
+    """The function reads the weights itself, positions first; here against Gauss-Newton by Jacobians."""
     model = attention_net()
     batch = (seeded(2, 3, 3), torch.tensor([0, 1]))
     curvature = tq.estimate_curvature(model, [batch], TASK, num_probes="exact", estimator="gauss_newton")
-    assert "a backward pass for each sample" in curvature.reason
+    assert "a backward pass for each sample" not in curvature.reason
     for name, _ in model.named_parameters():
         layer = name.removesuffix(".weight")
         if layer in curvature.weights:
@@ -537,11 +538,23 @@ class SequenceFirst(nn.Module):
         return self.b(F.relu(self.a(x.transpose(0, 1)))).sum(0)
 
 
-@pytest.mark.parametrize("model", [BatchCoupled, SequenceFirst])
-def test_samples_that_cannot_be_told_apart_are_refused(model: type[nn.Module]) -> None:
-    x = seeded(3, 5) if model is BatchCoupled else seeded(3, 3, 5)
+def test_samples_that_interact_are_refused() -> None:
+    x = seeded(3, 5)
     with pytest.raises(tq.ModelError, match="one sample"):
-        exact(randomized(model()), x, labels(x), F.cross_entropy)
+        exact(randomized(BatchCoupled()), x, labels(x), F.cross_entropy)
+
+
+@pytest.mark.parametrize("positions", [1, 2, 3, 6])
+def test_positions_may_come_before_samples(positions: int) -> None:
+    model, x = randomized(SequenceFirst()), seeded(3, positions, 5)
+    curvature = exact(model, x, labels(x), F.cross_entropy)
+    expected = exact_weight_traces(model, x, labels(x), F.cross_entropy)
+    assert {name: e.trace for name, e in curvature.weights.items()} == pytest.approx(expected, rel=1e-9)
+    one = [(x[n : n + 1], labels(x)[n : n + 1]) for n in range(3)]
+    alone = tq.estimate_curvature(model, one, TASK, num_probes="exact", estimator="gauss_newton")
+    for family in ("weight_values", "activation_values"):
+        for name, values in getattr(alone, family).items():
+            assert getattr(curvature, family)[name] == pytest.approx(values, rel=1e-9)
 
 
 def test_one_sample_at_a_time_serves_any_layout() -> None:
@@ -604,18 +617,177 @@ class FunctionalFirst(nn.Module):
         return self.second(F.relu(F.linear(x, self.first.weight)))
 
 
+class Written(nn.Module):
+    """One inner layer `weight` [4, 5], read in the way that is given, between a ReLU and the last layer."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.first, self.inner, self.last = nn.Linear(5, 5), nn.Linear(5, 4, bias=False), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, w = F.relu(self.first(x)), self.inner.weight
+        if self.way == "tied to its transpose":
+            return self.last(F.relu(F.linear(F.relu(F.linear(h, w)) @ w, w)).sum(1))
+        y = WAYS[self.way](h, w)
+        return self.last(F.relu(y).sum(1))
+
+
+# Positions [N, T, 5] and a weight [4, 5] to [N, T, 4].
+WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "linear": F.linear,
+    "matmul": lambda h, w: h @ w.T,
+    "weight first": lambda h, w: (w @ h.mT).mT,
+    "weight first, one matrix": lambda h, w: (w @ h.flatten(0, 1).T).T.view(*h.shape[:2], 4),
+    "addmm": lambda h, w: torch.addmm(torch.ones(4, dtype=h.dtype), h.flatten(0, 1), w.t(), alpha=0.5).view(
+        *h.shape[:2], 4
+    ),
+    "einsum": lambda h, w: torch.einsum("ntk,ok->nto", h, w),
+    "bmm": lambda h, w: torch.bmm(h.flatten(0, 1)[None], w.T[None])[0].view(*h.shape[:2], 4),
+    "baddbmm": lambda h, w: torch.baddbmm(
+        torch.ones(1, 1, 4, dtype=h.dtype), h.flatten(0, 1)[None], w.T[None], alpha=2
+    )[0].view(*h.shape[:2], 4),
+    "grouped": lambda h, w: torch.einsum(
+        "ntgk,gok->ntgo", h[..., :4].unflatten(2, (2, 2)), w[:, :4].reshape(2, 2, 4)[:, :, :2]
+    ).flatten(2),
+    "convolution of width one": lambda h, w: F.conv1d(h.mT, w[:, :, None]).mT,
+    "convolution over rows": lambda h, w: F.conv2d(h.unsqueeze(1), w.view(4, 1, 1, 5)).squeeze(3).mT,
+    "convolution padded by hand": lambda h, w: F.conv2d(F.pad(h, (1, 0)).unsqueeze(1), w.view(4, 1, 1, 5))[..., 0].mT,
+    "in pieces": lambda h, w: torch.cat([F.linear(h, piece) for piece in w.split([1, 3])], 2),
+    "in chunks of columns": lambda h, w: sum(F.linear(a, b) for a, b in zip(h.split(3, 2), w.split(3, 1), strict=True)),
+    "positions first": lambda h, w: F.linear(h.transpose(0, 1).contiguous(), w).transpose(0, 1),
+    "called twice": lambda h, w: F.linear(h[:, :1], w) + F.linear(h[:, 1:], w),
+    "copied": lambda h, w: F.linear(h, w.clone().contiguous()),
+}
+
+
+def traces_agree(model: nn.Module, x: Tensor, loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy) -> str:
+    """Compare with exact Hessians; returns the reason."""
+    curvature = exact(model, x, labels(x), loss)
+    expected = exact_weight_traces(model, x, labels(x), loss)
+    assert {name: e.trace for name, e in curvature.weights.items()} == pytest.approx(expected, rel=1e-8)
+    return curvature.reason
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(
+    st.sampled_from([way for way in WAYS if way != "grouped"]),
+    st.sampled_from(list(LOSSES)),
+    st.integers(2, 3),
+    st.integers(2, 4),
+    st.integers(0, 99),
+)
+def test_a_layer_however_it_is_written(way: str, loss: str, samples: int, positions: int, seed: int) -> None:
+    x = seeded(samples, positions, 5, seed=seed)
+    reason = traces_agree(randomized(Written(way)), x, LOSSES[loss])
+    assert "a backward pass for each sample" not in reason
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_write_a_layer(way: str) -> None:
+    if way == "grouped":  # reads a part of the weight, by a slice: a pass for each sample
+        with pytest.warns(UserWarning, match="layers inner are read by operations"):
+            reason = traces_agree(randomized(Written(way)), seeded(3, 2, 5))
+        assert "a backward pass for each sample for inner" in reason
+        return
+    assert "a backward pass for each sample" not in traces_agree(randomized(Written(way)), seeded(3, 2, 5))
+
+
+def test_a_weight_tied_to_its_transpose() -> None:
+    """An autoencoder whose decoder is its encoder's transpose bends in the weight: here against Jacobians."""
+    model, x = randomized(Written("tied to its transpose")), seeded(3, 2, 5)
+    curvature = exact(model, x, labels(x), F.cross_entropy)
+    assert "a backward pass for each sample" not in curvature.reason
+    expected = jacobian_trace(model, "inner.weight", x, labels(x))
+    assert curvature.weights["inner"].trace == pytest.approx(expected, rel=1e-9)
+
+
+class LanguageModel(nn.Module):
+    """Tokens and positions looked up, the output tied to the tokens' weight, attention to a memory between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(7, 4, padding_idx=2), nn.Embedding(6, 4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.out = nn.Linear(4, 7, bias=False)
+        self.out.weight = self.tokens.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        place = torch.arange(tokens.shape[1])[None]
+        x = self.tokens(tokens) + self.positions(place)
+        x = x + self.attention(x, x.flip(1), x.flip(1), need_weights=False)[0]
+        return self.out(x).transpose(1, 2)
+
+
+def test_tied_and_shared_lookups() -> None:
+    """The position's gradient is summed over samples, except behind the sum that spreads it over them."""
+    model = randomized(LanguageModel())
+    tokens = torch.tensor([[0, 2, 2, 6], [1, 1, 5, 2], [3, 4, 5, 0]])
+    names = ("tokens.weight", "positions.weight", "attention.in_proj_weight", "attention.out_proj.weight")
+    weights = {name: model.get_parameter(name) for name in names}
+    outputs = model(tokens)
+    sweep = Sweep([outputs], Rows(3, 0, 3), weights, {})
+    assert not sweep.locate_samples().slow
+    vector = seeded(*outputs.shape)
+    found: dict[str, Tensor] = {}
+
+    def on_layer(name: str, parts: list[list[gradient_norms.Call]]) -> None:
+        found[name] = sum(gradient_norms.squared_norms(calls, torch.float64) for calls in parts)
+
+    sweep.run([vector], keep=True, on_layer=on_layer, on_activation=lambda *_: None)
+    for n in range(3):
+        gradients = torch.autograd.grad(outputs, list(weights.values()), sweep.masked([vector], n), retain_graph=True)
+        for name, gradient in zip(names, gradients, strict=True):
+            assert float(found[name][n]) == pytest.approx(float(gradient.square().sum()), rel=1e-12)
+
+
+class Masked(nn.Module):
+    """A weight that is multiplied by a mask before it is read, beside a convolution that pads by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.inner = Same(2, 3, 3, stride=2), nn.Linear(12, 6)
+        self.last = nn.Linear(6, CLASSES)
+        self.register_buffer("mask", (torch.arange(72) % 3 > 0).view(6, 12).double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.conv(x)).flatten(1)
+        return self.last(F.relu(F.linear(h, self.inner.weight * self.mask)))
+
+
+def test_what_cannot_be_recorded_takes_a_pass_of_each_sample_alone() -> None:
+    """Announced before it starts, and the same however the batch is divided."""
+    model, x = randomized(Masked()), seeded(3, 2, 4, 4)
+    with pytest.warns(UserWarning, match="a batch of 3 samples costs 3 forward passes"):
+        assert "a backward pass for each sample for inner" in traces_agree(model, x)
+    batches = [(x[:1], labels(x)[:1]), (x[1:], labels(x)[1:])]
+    with pytest.warns(UserWarning, match="layers inner are read by operations"):
+        split = tq.estimate_curvature(model, batches, TASK, num_probes="exact", estimator="gauss_newton")
+    expected = exact_weight_traces(model, x, labels(x), F.cross_entropy)
+    assert {name: e.trace for name, e in split.weights.items()} == pytest.approx(expected, rel=1e-9)
+
+
+class MaskedCoupled(Masked):
+    """The same, whose samples interact."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + super().forward(x).mean(0)
+
+
+def test_samples_that_interact_behind_such_a_layer_are_refused() -> None:
+    x = seeded(3, 2, 4, 4)
+    with pytest.raises(tq.ModelError, match="one sample"):
+        exact(randomized(MaskedCoupled()), x, labels(x), F.cross_entropy)
+
+
 @pytest.mark.parametrize("case", ["own padding", "functional first layer"])
-def test_layers_whose_calls_do_not_explain_their_gradient(case: str) -> None:
+def test_layers_whose_modules_are_not_called_as_usual(case: str) -> None:
     if case == "own padding":
         model = nn.Sequential(Same(2, 3, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(12, CLASSES))
         x = seeded(2, 2, 4, 4)
     else:
         model, x = FunctionalFirst(), seeded(3, 5)
-    model = randomized(model)
-    curvature = exact(model, x, labels(x), F.cross_entropy)
-    expected = exact_weight_traces(model, x, labels(x), F.cross_entropy)
-    assert {name: e.trace for name, e in curvature.weights.items()} == pytest.approx(expected, rel=1e-9)
-    assert "a backward pass for each sample" in curvature.reason
+    assert "a backward pass for each sample" not in traces_agree(randomized(model), x)
 
 
 class ManyOutputs(nn.Module):

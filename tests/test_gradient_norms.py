@@ -1,5 +1,6 @@
 """Squared norms of each sample's weight gradient against `torch.func`'s per-sample gradients, in float64."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -10,17 +11,20 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from tracequant.curvature import gradient_norms
-from tracequant.curvature.gradient_norms import squared_norms, supported, total_gradient
+from tracequant.curvature import convolution_norms, gradient_norms
+from tracequant.curvature.gradient_norms import Call, inner_products, squared_norms
+from tracequant.curvature.operations import Convolution
+from tracequant.curvature.sweep import Rows, Sweep
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 SAMPLES = 3
 Calls = list[tuple[Tensor, Tensor]]
-# What makes each form the cheapest one, whatever the geometry; `_pixel_norms` is not offered for every geometry.
+# What makes each form the cheapest one, whatever the geometry; the last two are not offered for every geometry.
 COSTS = {
-    "_unfolded_norms": {"UNFOLD": 0, "WRITE": 1e18, "ADD": 1e18},
-    "_grouped_norms": {"UNFOLD": 1e18, "WRITE": 0, "ADD": 1e18},
-    "_pixel_norms": {"UNFOLD": 1e18, "WRITE": 1e18, "ADD": -1e6},
+    "_unfolded_norms": {"UNFOLD": 0, "WRITE": 1e18, "ADD": 1e18, "SHIFT": 1e18},
+    "_grouped_norms": {"UNFOLD": 1e18, "WRITE": 0, "ADD": 1e18, "SHIFT": 1e18},
+    "_pixel_norms": {"UNFOLD": 1e18, "WRITE": 1e18, "ADD": -1e6, "SHIFT": 1e18},
+    "_shifted_norms": {"UNFOLD": 1e18, "WRITE": 1e18, "ADD": 1e18, "SHIFT": -1e6},
 }
 
 
@@ -37,27 +41,45 @@ def calls_of(module: nn.Module, shapes: list[tuple[int, ...]], seed: int = 0) ->
     return calls
 
 
-def by_func(module: nn.Module, calls: Calls, samples: int = SAMPLES) -> tuple[Tensor, Tensor]:
-    """‖G_n‖² and Σ_n G_n from the gradient of Σ ⟨module(x_n), d_n⟩, one sample at a time."""
+def by_func(module: nn.Module, calls: Calls, samples: int = SAMPLES) -> Tensor:
+    """G_n `[samples, ...]`: the gradient of Σ ⟨module(x_n), d_n⟩, one sample at a time."""
     rows = [(a.unflatten(0, (samples, -1)), d.unflatten(0, (samples, -1))) for a, d in calls]
     others = {name: p.detach() for name, p in module.named_parameters() if name != "weight"}
 
     def value(weight: Tensor, own: Calls) -> Tensor:
         return sum((functional_call(module, {"weight": weight, **others}, (a,)) * d).sum() for a, d in own)
 
-    found = vmap(grad(value), (None, 0))(module.weight.detach(), rows)
-    return found.flatten(1).square().sum(1), found.sum(0)
+    return vmap(grad(value), (None, 0))(module.weight.detach(), rows)
+
+
+def recorded(module: nn.Module, calls: Calls, samples: int = SAMPLES) -> list[Call]:
+    """The calls as a pass over the graph hands them on."""
+    weight = module.weight.requires_grad_()
+    outputs = [module(a) for a, _ in calls]
+    sweep = Sweep(outputs, Rows(samples, 0, samples), {"layer": weight}, {})
+    assert not sweep.axes.slow
+    arrived: list[Call] = []
+
+    def on_layer(name: str, parts: list[list[Call]]) -> None:
+        (part,) = parts
+        arrived.extend(part)
+
+    sweep.run([d for _, d in calls], keep=False, on_layer=on_layer, on_activation=lambda *_: None)
+    return arrived
 
 
 def agree(module: nn.Module, calls: Calls, samples: int = SAMPLES) -> None:
+    """Norms, and products with two directions, are those of `torch.func`'s gradients."""
     module = module.double()
-    assert supported(module)
-    expected, total = by_func(module, calls, samples)
-    assert expected.min() > 0
-    found = squared_norms(module, calls, samples)
-    assert found.dtype == torch.float64
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
-    torch.testing.assert_close(total_gradient(module, calls, samples), total, rtol=1e-10, atol=1e-12)
+    expected = by_func(module, calls, samples)
+    assert expected.flatten(1).square().sum(1).min() > 0
+    found = recorded(module, calls, samples)
+    norms = squared_norms(found, torch.float64)
+    assert norms.dtype == torch.float64
+    torch.testing.assert_close(norms, expected.flatten(1).square().sum(1), rtol=1e-10, atol=0)
+    directions = [random(*module.weight.shape, seed=s) for s in (7, 8)]
+    products = torch.stack([(expected * v).flatten(1).sum(1) for v in directions], 1)
+    torch.testing.assert_close(inner_products(found, directions), products, rtol=1e-9, atol=1e-11)
 
 
 # Module, and the shape of its input without samples.
@@ -94,7 +116,8 @@ def test_convolutions(geometry: str, form: str, monkeypatch: pytest.MonkeyPatch)
     module = make().double()
     taken = force(form, monkeypatch)
     agree(module, calls_of(module, [(SAMPLES, *shape)]))
-    if taken is not None and math.prod(module.kernel_size) > 1 and (form != "_pixel_norms" or module.groups == 1):
+    offered = {"_pixel_norms": module.groups == 1, "_shifted_norms": module.weight.shape[1] == 1}.get(form, True)
+    if taken is not None and math.prod(module.kernel_size) > 1 and offered:
         assert taken == [form]
 
 
@@ -110,10 +133,12 @@ def force(form: str, monkeypatch: pytest.MonkeyPatch) -> list[str] | None:
         return None
     taken: list[str] = []
     for name, value in COSTS[form].items():
-        monkeypatch.setattr(gradient_norms, name, value)
+        monkeypatch.setattr(convolution_norms, name, value)
     for name in COSTS:
-        own = getattr(gradient_norms, name)
-        monkeypatch.setattr(gradient_norms, name, lambda c, own=own, name=name: (taken.append(name), own(c))[1])
+        norms = getattr(convolution_norms, name)
+        monkeypatch.setattr(
+            convolution_norms, name, lambda c, norms=norms, name=name: (taken.append(name), norms(c))[1]
+        )
     return taken
 
 
@@ -151,16 +176,15 @@ def test_embedding(padding: int | None) -> None:
     calls = [(index, random(*index.shape, 3, seed=i)) for i, index in enumerate(indices)]
     expected = torch.zeros(SAMPLES, 6, 3, dtype=torch.float64)
     for index, d in calls:
-        for n, (own, rows) in enumerate(zip(index.view(SAMPLES, -1), d.view(SAMPLES, -1, 3), strict=True)):
-            for i, row in zip(own.tolist(), rows, strict=True):
+        for n, (entries, rows) in enumerate(zip(index.view(SAMPLES, -1), d.view(SAMPLES, -1, 3), strict=True)):
+            for i, row in zip(entries.tolist(), rows, strict=True):
                 if i != (padding if padding != -1 else 5):
                     expected[n, i] += row
-    found = squared_norms(module, calls, SAMPLES)
-    torch.testing.assert_close(found, expected.flatten(1).square().sum(1), rtol=1e-10, atol=0)
-    torch.testing.assert_close(total_gradient(module, calls, SAMPLES), expected.sum(0), rtol=1e-10, atol=1e-12)
-    weight = module.weight.detach().requires_grad_()
-    value = sum((nn.functional.embedding(i, weight, module.padding_idx) * d).sum() for i, d in calls)
-    torch.testing.assert_close(torch.autograd.grad(value, weight)[0], expected.sum(0))
+    found = recorded(module, calls)
+    norms = expected.flatten(1).square().sum(1)
+    torch.testing.assert_close(squared_norms(found, torch.float64), norms, rtol=1e-10, atol=0)
+    direction = random(6, 3, seed=9)
+    torch.testing.assert_close(inner_products(found, [direction])[:, 0], (expected * direction).sum((1, 2)))
 
 
 @hypothesis.settings(max_examples=60, deadline=None)
@@ -192,16 +216,20 @@ def test_random_geometry(data: st.DataObject) -> None:
     except RuntimeError:
         hypothesis.reject()  # an output of no size
     hypothesis.assume(all(d.numel() for _, d in calls))
-    expected, total = by_func(module, calls)
+    expected = by_func(module, calls)
+    found = recorded(module, calls)
     with pytest.MonkeyPatch.context() as patch:
         force(form, patch)
-        torch.testing.assert_close(squared_norms(module, calls, SAMPLES), expected, rtol=1e-10, atol=1e-20)
-    torch.testing.assert_close(total_gradient(module, calls, SAMPLES), total, rtol=1e-10, atol=1e-11)
+        norms = expected.flatten(1).square().sum(1)
+        torch.testing.assert_close(squared_norms(found, torch.float64), norms, rtol=1e-10, atol=1e-20)
+    direction = random(*module.weight.shape, seed=9)
+    products = (expected * direction).flatten(1).sum(1)
+    torch.testing.assert_close(inner_products(found, [direction])[:, 0], products, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("form", COSTS)
 def test_samples_taken_one_at_a_time_give_the_same(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = nn.Conv2d(2, 3, 3, padding=1).double()
+    module = nn.Conv2d(2, 4, 3, padding=1, groups=2 if form == "_shifted_norms" else 1).double()
     monkeypatch.setattr(gradient_norms, "CHUNK_ELEMENTS", 1)
     taken = force(form, monkeypatch)
     agree(module, calls_of(module, [(SAMPLES, 2, 4, 5)]))
@@ -211,38 +239,27 @@ def test_samples_taken_one_at_a_time_give_the_same(form: str, monkeypatch: pytes
 def test_the_form_follows_the_cost() -> None:
     """Many pixels and few weights: a gradient; few pixels and many channels: the Gram form over pixels."""
 
-    def cheapest(module: nn.Module, size: int) -> str:
+    def cheapest(module: nn.Conv2d, size: int) -> str:
         x = torch.empty(1, module.in_channels, size, size)
-        call = gradient_norms._as_convolution(module, x, module(x))
-        return gradient_norms._cheapest([call])[0].__name__
+        geometry = Convolution(
+            tuple(module.weight.shape), module.stride, module.padding, module.dilation, (0, 0), module.groups, False
+        )
+        return convolution_norms._cheapest([convolution_norms.pair(geometry, x, module(x))])[0].__name__
 
     assert cheapest(nn.Conv2d(8, 8, 3, padding=1), 32) == "_grouped_norms"
     assert cheapest(nn.Conv2d(256, 256, 3, padding=1), 4) == "_pixel_norms"
     assert cheapest(nn.Conv2d(64, 64, 1), 8) == "_unfolded_norms"
+    assert cheapest(nn.Conv2d(64, 64, 3, padding=1, groups=64), 56) == "_shifted_norms"
+    assert cheapest(nn.Conv2d(64, 64, 3, padding=1, groups=64), 7) == "_grouped_norms"
 
 
 def test_half_precision_calls_are_taken_in_the_weights() -> None:
     """As autocast leaves them: inputs and gradients in bfloat16, the norms of the gradient in float32 and not above."""
-    module = nn.Conv2d(2, 3, 3)
-    calls = [(a.bfloat16(), d.bfloat16()) for a, d in calls_of(module.double(), [(SAMPLES, 2, 5, 5)])]
-    expected, total = by_func(module, [(a.double(), d.double()) for a, d in calls])
-    module.float()
-    torch.testing.assert_close(squared_norms(module, calls, SAMPLES), expected, rtol=1e-5, atol=0)
-    torch.testing.assert_close(total_gradient(module, calls, SAMPLES), total.float(), rtol=1e-4, atol=1e-4)
-
-
-class Doubling(nn.Conv2d):
-    """A convolution whose forward is its own."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
-
-
-def test_what_is_not_supported() -> None:
-    """A forward of one's own, and embeddings that scale or renormalise; a subclass that changes nothing is."""
-    assert not supported(Doubling(1, 1, 1))
-    assert supported(type("Renamed", (nn.Conv2d,), {})(1, 1, 1))
-    for option in ({"max_norm": 1.0}, {"scale_grad_by_freq": True}, {"sparse": True}):
-        assert not supported(nn.Embedding(3, 2, **option))
-    assert not supported(nn.LSTM(2, 2))
-    assert not supported(nn.Bilinear(2, 2, 2))
+    module = nn.Conv2d(2, 3, 3).double()
+    calls = [(a.bfloat16().double(), d.bfloat16().double()) for a, d in calls_of(module, [(SAMPLES, 2, 5, 5)])]
+    expected = by_func(module, calls).flatten(1).square().sum(1)
+    halves = [
+        dataclasses.replace(call, read=call.read.bfloat16(), gradient=call.gradient.bfloat16())
+        for call in recorded(module, calls)
+    ]
+    torch.testing.assert_close(squared_norms(halves, torch.float32), expected, rtol=1e-5, atol=0)

@@ -35,7 +35,7 @@ UNFOLD, WRITE, ADD = 150, 400, 100
 # every shift costs.
 SHIFT_PIXEL, SHIFT = 0.75, 450
 # Shifted images stay in a processor's cache where they are taken so many elements at a time, not `CHUNK_ELEMENTS`.
-CACHE_SHARE = 20
+CACHE_SHARE = 10
 # By how much the grouped form is slower than its multiplications where a group has only a few channels.
 FEW_CHANNELS = 10
 

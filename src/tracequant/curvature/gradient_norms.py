@@ -20,7 +20,7 @@ from tracequant.curvature.matrix_norms import Factors, product_norms, side_by_si
 from tracequant.curvature.operations import Convolution, Geometry, Lookup, Product, View
 
 # Elements of the largest intermediate: samples are taken in chunks that stay below it.
-CHUNK_ELEMENTS = 1 << 23
+CHUNK_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)

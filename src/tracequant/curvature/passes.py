@@ -21,7 +21,7 @@ from tracequant.model.device import model_device
 from tracequant.model.task import Task
 
 # Samples that serve to find where samples lie inside the model.
-CHECK_SAMPLES = 4
+CHECK_SAMPLES = 2
 # Relative difference that rounding may leave between the outputs of a sample alone and in its batch.
 ALONE = {"float32": 1e-3, "tf32": 2e-2, "bfloat16": 0.2}
 
@@ -54,7 +54,7 @@ class Passes:
         self._read = points if activations else replace(points, activations=())
         self._exact = num_probes == "exact"
         self.num_probes = 1 if num_probes == "exact" else num_probes
-        # What was found on the first batch of every structure.
+        # Where samples lie inside the model, for every structure of its graph.
         self._axes: dict[Any, SampleAxes] = {}
         self._announced = False
 
@@ -64,21 +64,16 @@ class Passes:
 
     def open(self, microbatch: Microbatch, weights: bool = True) -> Opened:
         """A microbatch's graph, with the places of its samples inside the model."""
-        with reading_variables(self._model, self._read) as variables:
-            outputs, loss = microbatch.forward(self._model, self._task)
-        device = model_device(self._model)
-        random = generator(self._seed, microbatch.index, 0, device=device)
-        hessian = factor(self._task, outputs, microbatch.batch, random)
-        numbers = {id(tensor): number for number, tensor in enumerate(differentiable(outputs))}
-        places = tuple(numbers[id(tensor)] for tensor in hessian.tensors)
-        rows = Rows(microbatch.samples, microbatch.start, microbatch.size)
-        sweep = Sweep(hessian.tensors, rows, self._parameters if weights else {}, variables)
+        if not self._axes and microbatch.whole and microbatch.size > CHECK_SAMPLES:
+            with suppress(Exception):  # a batch, a loss or a model that knows one size only
+                few = self._task.select(microbatch.batch, 0, CHECK_SAMPLES)
+                self._locate(self._forward(Microbatch(few, microbatch.index, 0, CHECK_SAMPLES, CHECK_SAMPLES), weights))
+        opened = self._forward(microbatch, weights)
         if microbatch.samples > 1:
-            if sweep.signature not in self._axes:
-                self._axes[sweep.signature] = self._located(microbatch, sweep, places)
-            sweep.set_axes(self._axes[sweep.signature])
-            self._announce(sweep)
-        return Opened(sweep, hessian, loss, places)
+            self._locate(opened)
+            opened.sweep.set_axes(self._axes[opened.sweep.signature])
+            self._announce(opened.sweep)
+        return opened
 
     def cotangents(self, hessian: Factored, index: int, probes: Sequence[int]) -> Iterator[tuple[int, Cotangents]]:
         """Position in `probes` and cotangents of every backward pass; position 0 for all columns of the exact sum."""
@@ -123,22 +118,23 @@ class Passes:
         slow = ", ".join(layer.name for layer in self._points.layers if layer.name in opened.sweep.axes.slow)
         return (
             f"{opened.hessian.kind} output Hessian",
-            *([f"a pass for each sample alone for {slow}"] if slow else []),
+            *([f"a backward pass for each sample for {slow}"] if slow else []),
         )
 
-    def _located(self, microbatch: Microbatch, sweep: Sweep, places: tuple[int, ...]) -> SampleAxes:
-        """Where samples lie inside the model: found with a few samples, unless the batch or the model resists that."""
-        if microbatch.whole and microbatch.size > CHECK_SAMPLES:
-            with suppress(Exception):  # a batch or a model that knows one size only
-                few = self._task.select(microbatch.batch, 0, CHECK_SAMPLES)
-                with reading_variables(self._model, self._read) as variables:
-                    outputs = self._task.outputs(self._model, few)
-                tensors = [differentiable(outputs)[place] for place in places]
-                rows = Rows(CHECK_SAMPLES, 0, CHECK_SAMPLES)
-                small = Sweep(tensors, rows, sweep.weights, variables)
-                if small.signature == sweep.signature:
-                    return small.locate_samples()
-        return sweep.locate_samples()
+    def _forward(self, microbatch: Microbatch, weights: bool) -> Opened:
+        with reading_variables(self._model, self._read) as variables:
+            outputs, loss = microbatch.forward(self._model, self._task)
+        random = generator(self._seed, microbatch.index, 0, device=model_device(self._model))
+        hessian = factor(self._task, outputs, microbatch.batch, random)
+        numbers = {id(tensor): number for number, tensor in enumerate(differentiable(outputs))}
+        rows = Rows(microbatch.samples, microbatch.start, microbatch.size)
+        sweep = Sweep(hessian.tensors, rows, self._parameters if weights else {}, variables)
+        return Opened(sweep, hessian, loss, tuple(numbers[id(tensor)] for tensor in hessian.tensors))
+
+    def _locate(self, opened: Opened) -> None:
+        """Find where samples lie inside the model, once for all batches of one structure."""
+        if opened.sweep.signature not in self._axes:
+            self._axes[opened.sweep.signature] = opened.sweep.locate_samples()
 
     def _announce(self, sweep: Sweep) -> None:
         """Say once, before it begins, what layers cost whose gradient cannot be had for all samples together."""
