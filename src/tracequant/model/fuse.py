@@ -1,0 +1,95 @@
+"""Weights that are computed before each call, made parameters of their own."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+# Where a parametrized module keeps the order of the parameters that it had before.
+_ORDER = "_parameter_order"
+
+
+def fuse_weight_norm(model: nn.Module) -> nn.Module:
+    """A copy of `model` whose weights are plain parameters, with the same outputs in evaluation mode.
+
+    Weights under `torch.nn.utils.parametrizations.weight_norm` or the older `torch.nn.utils.weight_norm` get the values
+    that the normalisation computes. So do weights under spectral normalisation, pruning masks and any other
+    parametrization. `model` itself is untouched. A model without such weights is copied as it is.
+    """
+    # A weight that a hook has computed is no leaf of its graph, which torch does not copy.
+    computed = [weight for module in model.modules() for weight in vars(module).values() if isinstance(weight, Tensor)]
+    memo: dict[int, Any] = {id(weight): weight.detach().clone() for weight in computed if not weight.is_leaf}
+    fused = copy.deepcopy(model, memo)
+    modes = {module: module.training for module in fused.modules()}
+    fused.eval()  # spectral normalisation changes its vectors in training
+    for module in list(fused.modules()):
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if _hooked(hook):
+                cast(Any, hook).remove(module)
+                del module._forward_pre_hooks[key]
+                # Weights come before biases, as they did.
+                parameters = dict(module._parameters)
+                module._parameters.clear()
+                module._parameters.update({name: parameters.pop(name) for name in _hooked(hook)} | parameters)
+        if parametrize.is_parametrized(module):
+            make_plain(module)
+    for module, training in modes.items():
+        module.training = training
+    return fused
+
+
+def computes_weights(module: nn.Module) -> list[str]:
+    """Names of the parameters that a module computes from others before each call."""
+    names = list(cast(nn.ModuleDict, module.parametrizations)) if parametrize.is_parametrized(module) else []
+    for hook in module._forward_pre_hooks.values():
+        names.extend(_hooked(hook))
+    return names
+
+
+def _hooked(hook: Any) -> list[str]:
+    """The parameter that a hook of torch's older kind computes."""
+    if isinstance(hook, BasePruningMethod):
+        return [hook._tensor_name]
+    return [hook.name] if isinstance(hook, (WeightNorm, SpectralNorm)) else []
+
+
+def keep_order(module: nn.Module) -> None:
+    """Note the order of a module's parameters before one of them is parametrized, for `make_plain` to restore."""
+    vars(module).setdefault(_ORDER, tuple(module._parameters))
+
+
+@torch.no_grad()
+def make_plain(module: nn.Module) -> None:
+    """Replace the parametrized weights of a module, which must be a copy, by parameters of the same values.
+
+    Not by `remove_parametrizations`, which takes the weight from the class too, and the copy shares it with the model.
+    """
+    chains = cast(nn.ModuleDict, module.parametrizations)
+    weights: dict[str, nn.Parameter | None] = {}
+    for name in chains:
+        chain = cast(parametrize.ParametrizationList, chains[name])
+        values = getattr(module, name).detach()
+        original = getattr(chain, "original", None)
+        if isinstance(original, nn.Parameter) and original.shape == values.shape:
+            # Of tied weights every site writes the same values: rounding twice is rounding once.
+            weights[name] = original
+            original.copy_(values)
+        else:
+            trained = any(parameter.requires_grad for parameter in chain.parameters(recurse=False))
+            weights[name] = nn.Parameter(values.clone(), requires_grad=trained)
+    del module.parametrizations
+    module.__class__ = type(module).__bases__[0]
+    # Without a note of the order weights come before biases, as in most modules.
+    weights |= module._parameters
+    order = vars(module).pop(_ORDER, tuple(weights))
+    module._parameters.clear()
+    module._parameters.update({name: weights[name] for name in (*order, *weights) if name in weights})
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()
