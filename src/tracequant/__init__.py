@@ -182,10 +182,10 @@ __all__ = [
     "OnnxFile", "OutputPoint", "PackedFile", "Perturbation", "PlanSettings", "QuantizationPoints", "ResourceError",
     "RetinaNetTask", "RunError", "Sensitivity", "SensitivitySettings", "SettingsError", "Spectrum", "Task",
     "TaskError", "TaskSetup", "TraceEstimate", "TracequantError", "Verification", "WeightGrid", "check_criteria",
-    "discover", "estimate_curvature", "evaluate", "explain", "export_onnx", "finetune", "frontier", "fuse_weight_norm", "load",
-    "loss_landscapes", "measure_latency", "measure_perturbation", "measure_sensitivity", "pack", "plan_stability",
-    "quantize", "read_latency", "read_packed", "read_sensitivity", "solve", "solve_by_accuracy", "spectral_density",
-    "to_float", "top_eigenvalues", "uniform_plan", "verify", "write_latency", "write_report",
+    "discover", "estimate_curvature", "evaluate", "explain", "export_onnx", "finetune", "frontier", "fuse_weight_norm",
+    "load", "loss_landscapes", "measure_latency", "measure_perturbation", "measure_sensitivity", "pack",
+    "plan_stability", "quantize", "read_latency", "read_packed", "read_sensitivity", "solve",
+    "solve_by_accuracy", "spectral_density", "to_float", "top_eigenvalues", "uniform_plan", "verify", "write_latency", "write_report",
 ]  # fmt: skip
 
 

@@ -34,10 +34,7 @@ def fuse_weight_norm(model: nn.Module) -> nn.Module:
             if _hooked(hook):
                 cast(Any, hook).remove(module)
                 del module._forward_pre_hooks[key]
-                # Weights come before biases, as they did.
-                parameters = dict(module._parameters)
-                module._parameters.clear()
-                module._parameters.update({name: parameters.pop(name) for name in _hooked(hook)} | parameters)
+                _put_first(module, {name: module._parameters[name] for name in _hooked(hook)})
         if parametrize.is_parametrized(module):
             make_plain(module)
     for module, training in modes.items():
@@ -86,10 +83,14 @@ def make_plain(module: nn.Module) -> None:
             weights[name] = nn.Parameter(values.clone(), requires_grad=trained)
     del module.parametrizations
     module.__class__ = type(module).__bases__[0]
-    # Without a note of the order weights come before biases, as in most modules.
-    weights |= module._parameters
-    order = vars(module).pop(_ORDER, tuple(weights))
-    module._parameters.clear()
-    module._parameters.update({name: weights[name] for name in (*order, *weights) if name in weights})
+    _put_first(module, weights)
     if isinstance(module, nn.RNNBase):
         module._init_flat_weights()
+
+
+def _put_first(module: nn.Module, weights: dict[str, nn.Parameter | None]) -> None:
+    """Give a module these parameters; all have the order that was noted, or weights come before biases."""
+    parameters = weights | {name: value for name, value in module._parameters.items() if name not in weights}
+    order = vars(module).pop(_ORDER, module._flat_weights_names if isinstance(module, nn.RNNBase) else ())
+    module._parameters.clear()
+    module._parameters.update({name: parameters[name] for name in (*order, *parameters) if name in parameters})

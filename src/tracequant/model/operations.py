@@ -127,9 +127,10 @@ class WeightReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if origin.layout is None or len(origin.sources) > 1:
             self.computed |= origin.sources
             return None
-        sizes = [(size, axis) for axis, size in origin.layout[dimension] if axis >= 0]
+        # Where the outputs are several axes, the longest has the most scales.
+        sizes = [(size, -axis) for axis, size in origin.layout[dimension] if axis >= 0]
         parameter = next(iter(origin.sources))
-        self.channel_axis.setdefault(parameter, max(sizes)[1] if sizes else 0)
+        self.channel_axis.setdefault(parameter, -max(sizes)[1] if sizes else 0)
         return parameter
 
     def _follow(self, name: str, args: Any, inputs: list[Tensor], output: Any) -> None:

@@ -117,13 +117,19 @@ def find_matrices(model: nn.Module, batch: Batch, task: Task) -> Matrices:
         of_input = frozenset(
             (module, name)
             for module, name in places
-            if (_reads_input(name) if (module, name) in known else identity in reads.of_input.get(module, ()))
+            if (
+                _reads_input(modules[module], name)
+                if (module, name) in known
+                else identity in reads.of_input.get(module, ())
+            )
         )
         layers[layer_name(places[0])] = Matrix(tuple(places), axis, of_input, bool(in_class))
     left = {
         state_name(site): weight
         for site, weight in unknown.items()
-        if id(weight) not in sites and (id(weight) in reads.computed or id(weight) not in reads.seen)
+        if id(weight) not in sites
+        and (id(weight) in reads.computed or id(weight) not in reads.seen)
+        and sum(size > 1 for size in weight.shape) > 1  # a factor for each channel is no matrix
     }
     return Matrices(layers, left)
 
@@ -149,9 +155,14 @@ def _is_matrix(weight: Tensor) -> bool:
     return weight.ndim > 1 and weight.numel() > 0 and weight.is_floating_point()
 
 
-def _reads_input(parameter: str) -> bool:
-    """Whether a weight of a known class is multiplied with its module's input: of a recurrent one, not every is."""
-    return not parameter.startswith("weight_") or parameter in ("weight_ih", "weight_ih_l0", "weight_ih_l0_reverse")
+def _reads_input(module: nn.Module, parameter: str) -> bool:
+    """Whether a weight of a known class is multiplied with its module's input, which has samples along its first axis.
+
+    Of a recurrent layer the first layer's weights are, where sequences do not lie along the second axis.
+    """
+    if isinstance(module, nn.RNNBase):
+        return module.batch_first and parameter in ("weight_ih_l0", "weight_ih_l0_reverse")
+    return parameter != "weight_hh"
 
 
 def _watch(model: nn.Module, batch: Batch, task: Task, unknown: dict[Site, nn.Parameter]) -> WeightReads:
@@ -160,7 +171,7 @@ def _watch(model: nn.Module, batch: Batch, task: Task, unknown: dict[Site, nn.Pa
     handles = []
     modules = dict(model.named_modules())
     for name in dict.fromkeys(module for module, _ in unknown):
-        enter, leave = _watcher(reads, name)
+        enter, leave = _watcher(reads, name, task.batch_size(batch))
         handles.append(modules[name].register_forward_pre_hook(enter, with_kwargs=True))
         handles.append(modules[name].register_forward_hook(leave))
     try:
@@ -172,11 +183,14 @@ def _watch(model: nn.Module, batch: Batch, task: Task, unknown: dict[Site, nn.Pa
     return reads
 
 
-def _watcher(reads: WeightReads, name: str) -> tuple[Any, Any]:
+def _watcher(reads: WeightReads, name: str, samples: int) -> tuple[Any, Any]:
+    """Hooks for before and after a module's call; an input that has no samples along its first axis is left out."""
+
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
         inputs: list[Tensor] = []
         replace_inputs(module, args, kwargs, inputs.append)
-        reads.enter(name, module, inputs[0] if inputs else None)
+        first = inputs[0] if inputs and inputs[0].ndim and len(inputs[0]) % samples == 0 else None
+        reads.enter(name, module, first)
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         reads.leave()
