@@ -185,7 +185,8 @@ __all__ = [
     "discover", "estimate_curvature", "evaluate", "explain", "export_onnx", "finetune", "frontier", "fuse_weight_norm",
     "load", "loss_landscapes", "measure_latency", "measure_perturbation", "measure_sensitivity", "pack",
     "plan_stability", "quantize", "read_latency", "read_packed", "read_sensitivity", "solve",
-    "solve_by_accuracy", "spectral_density", "to_float", "top_eigenvalues", "uniform_plan", "verify", "write_latency", "write_report",
+    "solve_by_accuracy", "spectral_density", "to_float", "top_eigenvalues", "uniform_plan", "verify", "write_latency",
+    "write_report",
 ]  # fmt: skip
 
 

@@ -44,7 +44,8 @@ def record_calls(model: nn.Module, batch: Batch, task: Task, candidates: Mapping
     """What a forward pass over a batch shows; `candidates` are the layers' weights."""
     modules = dict(model.named_modules())
     layers_of = _layers_by_module(candidates, modules)
-    calls = Calls(name for name in modules if name in layers_of)
+    consumers = {site[0] for matrix in candidates.values() for site in matrix.of_input} & layers_of.keys()
+    calls = Calls(name for name in modules if name in consumers)
     flow, reads, handles = calls.flow, WeightReads(model), []
 
     def watch(module_name: str) -> None:
@@ -61,8 +62,8 @@ def record_calls(model: nn.Module, batch: Batch, task: Task, candidates: Mapping
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             reads.inside -= known
-            flow.leave(module_name, numbers, output, rounds=module_name in layers_of)
-            if module_name in layers_of:
+            flow.leave(module_name, numbers, output, rounds=module_name in consumers)
+            if module_name in consumers:
                 calls.reads[module_name].extend(
                     ReadTensor(number, tensor.numel(), flow.is_data(number))
                     for number, tensor in zip(numbers, read, strict=True)
