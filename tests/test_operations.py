@@ -562,6 +562,11 @@ def test_weight_norm_of_a_recurrent_layer(style: str) -> None:
     assert not torch.equal(fused(x), model(x))
 
 
+def test_a_quantized_model_is_not_fused() -> None:
+    with pytest.raises(tq.ModelError, match=r"module .* is quantized already; tracequant\.to_float"):
+        tq.fuse_weight_norm(quantized(build("functional")))
+
+
 def test_a_plain_model_is_copied() -> None:
     model = build("functional")
     fused = tq.fuse_weight_norm(model)

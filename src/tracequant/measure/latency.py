@@ -205,7 +205,9 @@ def _products(layer: Layer) -> list[tuple[str, nn.Module, Tensor]]:
     What a recurrent layer reads of its own past comes step by step, in a product of one row for each.
     """
     width = layer.numel // layer.channels
-    rows = max(1, round(layer.macs / layer.numel))
+    rows = round(layer.macs / layer.numel)
+    if not rows:  # a lookup, or never called
+        return []
     steps = rows if layer.sites[0][1].startswith(("weight_hh", "weight_hr")) else 1
     module, example = nn.Linear(width, layer.channels), torch.zeros(rows // steps, width)
     return [(_signature(module, example), module, example)] * steps

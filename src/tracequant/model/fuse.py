@@ -12,6 +12,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from tracequant.core.errors import ModelError
+
 # Where a parametrized module keeps the order of the parameters that it had before.
 _ORDER = "_parameter_order"
 
@@ -22,7 +24,15 @@ def fuse_weight_norm(model: nn.Module) -> nn.Module:
     Weights under `torch.nn.utils.parametrizations.weight_norm` or the older `torch.nn.utils.weight_norm` get the values
     that the normalisation computes. So do weights under spectral normalisation, pruning masks and any other
     parametrization. `model` itself is untouched. A model without such weights is copied as it is.
+
+    Raises `ModelError` for a quantized model.
     """
+    for name, module in model.named_modules():
+        if is_quantized(module):
+            raise ModelError(
+                f"fuse_weight_norm expects the float model, module {name or type(module).__name__} is quantized"
+                " already; tracequant.to_float(model) gives plain weights with the values of their codes"
+            )
     # A weight that a hook has computed is no leaf of its graph, which torch does not copy.
     computed = [weight for module in model.modules() for weight in vars(module).values() if isinstance(weight, Tensor)]
     memo: dict[int, Any] = {id(weight): weight.detach().clone() for weight in computed if not weight.is_leaf}
@@ -55,6 +65,14 @@ def _hooked(hook: Any) -> list[str]:
     if isinstance(hook, BasePruningMethod):
         return [hook._tensor_name]
     return [hook.name] if isinstance(hook, (WeightNorm, SpectralNorm)) else []
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a weight of a module is rounded to a number of bits before each call."""
+    if not parametrize.is_parametrized(module):
+        return False
+    chains = cast(nn.ModuleDict, module.parametrizations).values()
+    return any(hasattr(item, "num_bits") for chain in chains for item in cast(nn.ModuleList, chain))
 
 
 def keep_order(module: nn.Module) -> None:

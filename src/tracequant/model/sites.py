@@ -13,7 +13,7 @@ from tracequant.core.errors import ModelError
 from tracequant.core.packed_layout import state_name
 from tracequant.model.batches import Batch, Batches
 from tracequant.model.device import measuring
-from tracequant.model.fuse import computes_weights
+from tracequant.model.fuse import computes_weights, is_quantized
 from tracequant.model.hooks import replace_inputs
 from tracequant.model.kinds import CONVOLUTIONS, RECURRENT, TRANSPOSED
 from tracequant.model.operations import WeightReads
@@ -65,11 +65,13 @@ def known_parameters(module: nn.Module) -> tuple[str, ...]:
 def check_plain(model: nn.Module) -> None:
     """Raise `ModelError` if a weight of a known class is no parameter: one that is computed, or not there yet."""
     for module_name, module in model.named_modules():
+        shown = module_name or type(module).__name__
+        if is_quantized(module):
+            raise ModelError(f"module {shown} is quantized already; pass the float model")
         if weights := computes_weights(module):
             raise ModelError(
-                f"module {module_name or type(module).__name__} computes its {weights[0]} from other parameters (under"
-                " weight normalisation, parametrized, or quantized already); pass the plain float model;"
-                " tracequant.fuse_weight_norm(model) makes one of a model under weight normalisation"
+                f"module {shown} computes its {weights[0]} from other parameters (weight normalisation or another"
+                " parametrization); pass tracequant.fuse_weight_norm(model), a copy with plain weights"
             )
         for name in known_parameters(module):
             layer, weight = layer_name((module_name, name)), getattr(module, name)
