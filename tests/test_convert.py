@@ -184,7 +184,7 @@ def test_an_unknown_activation_is_refused() -> None:
 def test_quantizing_twice_is_refused() -> None:
     _, quantized = quantized_residual()
     plan = plan_for(tq.discover(build(), images(), TASK))
-    with pytest.raises(ModelError, match="parametrized already"):
+    with pytest.raises(ModelError, match="module stem is quantized already"):
         tq.quantize(quantized, images(), TASK, plan)
 
 

@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from tracequant.measure.sensitivity import measure_sensitivity
     from tracequant.model.classification import ClassificationTask
     from tracequant.model.discover import discover
+    from tracequant.model.fuse import fuse_weight_norm
     from tracequant.model.task import Evaluation, Exported, Task, TaskSetup, evaluate
     from tracequant.quantization.convert import quantize, to_float
     from tracequant.quantization.finetune import finetune
@@ -156,6 +157,7 @@ _MODULES = {
     "tracequant.measure.sensitivity": ("measure_sensitivity",),
     "tracequant.model.classification": ("ClassificationTask",),
     "tracequant.model.discover": ("discover",),
+    "tracequant.model.fuse": ("fuse_weight_norm",),
     "tracequant.model.task": (
         "Evaluation",
         "Exported",
@@ -180,10 +182,11 @@ __all__ = [
     "OnnxFile", "OutputPoint", "PackedFile", "Perturbation", "PlanSettings", "QuantizationPoints", "ResourceError",
     "RetinaNetTask", "RunError", "Sensitivity", "SensitivitySettings", "SettingsError", "Spectrum", "Task",
     "TaskError", "TaskSetup", "TraceEstimate", "TracequantError", "Verification", "WeightGrid", "check_criteria",
-    "discover", "estimate_curvature", "evaluate", "explain", "export_onnx", "finetune", "frontier", "load",
-    "loss_landscapes", "measure_latency", "measure_perturbation", "measure_sensitivity", "pack", "plan_stability",
-    "quantize", "read_latency", "read_packed", "read_sensitivity", "solve", "solve_by_accuracy", "spectral_density",
-    "to_float", "top_eigenvalues", "uniform_plan", "verify", "write_latency", "write_report",
+    "discover", "estimate_curvature", "evaluate", "explain", "export_onnx", "finetune", "frontier", "fuse_weight_norm",
+    "load", "loss_landscapes", "measure_latency", "measure_perturbation", "measure_sensitivity", "pack",
+    "plan_stability", "quantize", "read_latency", "read_packed", "read_sensitivity", "solve",
+    "solve_by_accuracy", "spectral_density", "to_float", "top_eigenvalues", "uniform_plan", "verify", "write_latency",
+    "write_report",
 ]  # fmt: skip
 
 

@@ -21,11 +21,12 @@ OUTPUT_BITS = 8
 class Layer:
     """One quantized weight tensor.
 
-    `name` is the qualified name of the module (for the packed projections of an attention module: of the parameter).
+    `name` is the qualified name of the module whose `weight` it is, or else of the parameter (the projections of an
+    attention module, the matrices of an LSTM, a parameter of a module of the user's). `kind` is the module's class.
     `sites` are the (module, parameter) pairs that hold the tensor, more than one where weights are tied, none where the
     layer comes from a table and no model is known. `macs` counts multiply-accumulates for one sample. `activation`
     names the point whose tensor the layer reads, None where no quantizer can be placed (integer inputs, the inside of a
-    fused attention).
+    fused attention, hidden states).
     """
 
     name: str

@@ -81,6 +81,7 @@ def export_onnx(
     for weight, grid, codes in quantized_weights(quantized):
         scale, zero_point = grid.scale.flatten().cpu().numpy(), grid.zero_point.flatten().cpu().numpy()
         weights.append(onnx_codes.StoredWeight(weight, codes.to(torch.uint8).cpu().numpy(), scale, zero_point))
+    _refuse_projections(quantized)
     args, kwargs = _arguments(example_inputs, dynamic_batch)
     model = _traceable(quantized, profile)
     program = _trace(model, args, kwargs, dynamic_batch, dynamic_sizes)
@@ -101,6 +102,16 @@ def export_onnx(
         onnx_ir.save(graph_model, temporary)
         size = temporary.stat().st_size
     return OnnxFile(str(path), size, code_bytes)
+
+
+def _refuse_projections(model: nn.Module) -> None:
+    """Raise `ModelError` for an LSTM with projections: ONNX has none, and torch's exporter writes a wrong file."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.LSTM) and module.proj_size > 0:
+            raise ModelError(
+                f"ONNX expects an LSTM without projections, {name or 'the model'} has proj_size={module.proj_size};"
+                " pack the model instead, or train one with proj_size=0"
+            )
 
 
 def trace_float(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: Path) -> None:

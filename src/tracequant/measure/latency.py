@@ -35,7 +35,8 @@ from tracequant.core.settings import Latency, WeightGrid
 from tracequant.deploy.onnx import export_onnx, trace_float
 from tracequant.model.batches import Batches
 from tracequant.model.hooks import replace_inputs
-from tracequant.model.kinds import CONVOLUTIONS, TRANSPOSED
+from tracequant.model.kinds import CONVOLUTIONS, RECURRENT, TRANSPOSED
+from tracequant.model.sites import known_parameters
 from tracequant.model.state import frozen_evaluation
 from tracequant.model.task import Task, checked
 from tracequant.quantization.convert import quantize_activation, quantize_output, quantize_weight
@@ -73,9 +74,10 @@ def measure_latency(
 
     Input bits are 32 for an input in float, always 8 for the tensor that the caller hands to the model, and there is an
     entry of 32 and 32 bits for the layer in float32. `model` is the float model that `points` were found on; a layer
-    that it calls several times counts as often. What is between layers (additions, pooling) and fused attention itself
-    is not counted. Given a `checkpoint` path, every layer is saved there as soon as it is measured, and a later call
-    on the same machine goes on from it.
+    that it calls several times counts as often. A layer that no module of torch's own computes alone (a parameter of
+    the model's own modules, a matrix of an LSTM) is measured as matrix products of the same sizes. What is between
+    layers (additions, pooling) and fused attention itself is not counted. Given a `checkpoint` path, every layer is
+    saved there as soon as it is measured, and a later call on the same machine goes on from it.
 
     Raises `ModelError` for bits outside 1 to 8, `ArtifactError` for a checkpoint of another machine, `ResourceError`
     without the extra "onnx".
@@ -160,9 +162,11 @@ def _layer_calls(
 ) -> dict[str, list[tuple[str, nn.Module, Tensor]]]:
     """For every layer, each call on the first sample: a signature, a float module that computes it, and an input."""
     owners: dict[str, list[Layer]] = {}
+    modules = dict(model.named_modules())
     for layer in points.layers:
-        for name, _ in layer.sites:
-            owners.setdefault(name, []).append(layer)
+        for name, parameter in layer.sites:
+            if parameter in known_parameters(modules[name]) and not isinstance(modules[name], RECURRENT):
+                owners.setdefault(name, []).append(layer)
     calls: dict[str, list[tuple[str, nn.Module, Tensor]]] = {layer.name: [] for layer in points.layers}
     handles = []
 
@@ -178,7 +182,6 @@ def _layer_calls(
 
         return hook
 
-    modules = dict(model.named_modules())
     try:
         for name in owners:
             handles.append(modules[name].register_forward_pre_hook(watch(name), with_kwargs=True))
@@ -193,7 +196,21 @@ def _layer_calls(
     finally:
         for handle in handles:
             handle.remove()
-    return calls
+    return {layer.name: calls[layer.name] or _products(layer) for layer in points.layers}
+
+
+def _products(layer: Layer) -> list[tuple[str, nn.Module, Tensor]]:
+    """Matrix products of as many multiplications, for a layer that no module of a known class computes.
+
+    What a recurrent layer reads of its own past comes step by step, in a product of one row for each.
+    """
+    width = layer.numel // layer.channels
+    rows = round(layer.macs / layer.numel)
+    if not rows:  # a lookup, or never called
+        return []
+    steps = rows if layer.sites[0][1].startswith(("weight_hh", "weight_hr")) else 1
+    module, example = nn.Linear(width, layer.channels), torch.zeros(rows // steps, width)
+    return [(_signature(module, example), module, example)] * steps
 
 
 def _out_proj(calls: dict[str, Any], name: str, module: nn.Module) -> Callable[..., None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from tracequant.core.points import ActivationPoint, Layer, OutputPoint
-from tracequant.model.batches import Batches
+from tracequant.model.batches import Batch
 from tracequant.model.device import measuring
 from tracequant.model.flow import Flow
 from tracequant.model.hooks import replace_inputs
 from tracequant.model.kinds import CONVOLUTIONS, TRANSPOSED, is_norm
-from tracequant.model.task import Task, checked
+from tracequant.model.operations import WeightReads
+from tracequant.model.sites import Matrix, known_parameters
+from tracequant.model.task import Task
 
 
 @dataclass(frozen=True)
@@ -38,31 +40,30 @@ class Calls:
         self.samples = 1
 
 
-def record_calls(
-    model: nn.Module, batches: Batches, task: Task, candidates: dict[str, tuple[tuple[str, str], ...]]
-) -> Calls:
-    """What a forward pass over the first batch shows; `candidates` are the sites of each layer's weight."""
+def record_calls(model: nn.Module, batch: Batch, task: Task, candidates: Mapping[str, Matrix]) -> Calls:
+    """What a forward pass over a batch shows; `candidates` are the layers' weights."""
     modules = dict(model.named_modules())
-    layers_of: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for name, sites in candidates.items():
-        for module_name, parameter in sites:
-            layers_of[module_name].append((name, parameter))
-    calls = Calls(name for name in modules if name in layers_of)
-    flow, handles = calls.flow, []
+    layers_of = _layers_by_module(candidates, modules)
+    consumers = {site[0] for matrix in candidates.values() for site in matrix.of_input} & layers_of.keys()
+    calls = Calls(name for name in modules if name in consumers)
+    flow, reads, handles = calls.flow, WeightReads(model), []
 
     def watch(module_name: str) -> None:
         read: list[Tensor] = []
         numbers: list[int] = []
+        known = bool(known_parameters(modules[module_name]))
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
             read.clear()
             replace_inputs(module, args, kwargs, read.append)
             numbers[:] = [flow.number(tensor) for tensor in read]
             flow.enter()
+            reads.inside += known
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            flow.leave(module_name, numbers, output, rounds=module_name in layers_of)
-            if module_name in layers_of:
+            reads.inside -= known
+            flow.leave(module_name, numbers, output, rounds=module_name in consumers)
+            if module_name in consumers:
                 calls.reads[module_name].extend(
                     ReadTensor(number, tensor.numel(), flow.is_data(number))
                     for number, tensor in zip(numbers, read, strict=True)
@@ -85,17 +86,42 @@ def record_calls(
                     handles.append(module.register_forward_hook(_count_out_proj(calls, out), with_kwargs=True))
         handles.append(model.register_forward_hook(lambda module, args, output: flow.finish(output)))
         with measuring(model), torch.no_grad():
-            for batch in checked(batches, task, model):
-                calls.samples = task.batch_size(batch)
-                with flow:
-                    outputs = task.outputs(model, batch)
-                    flow.finish(outputs)
-                task.check(outputs, batch)
-                break
+            calls.samples = task.batch_size(batch)
+            with flow, reads:
+                outputs = task.outputs(model, batch)
+                flow.finish(outputs)
+            task.check(outputs, batch)
     finally:
         for handle in handles:
             handle.remove()
+    for name, matrix in candidates.items():
+        module_name, parameter = matrix.sites[0]
+        # A known module's own reads are counted above, for it may compute them in ways that are not seen.
+        macs = reads.macs if not matrix.known else reads.macs_outside
+        calls.macs[name] += macs[id(getattr(modules[module_name], parameter))] / calls.samples
     return calls
+
+
+def _layers_by_module(
+    candidates: Mapping[str, Matrix], modules: Mapping[str, nn.Module]
+) -> dict[str, list[tuple[str, str]]]:
+    """Modules that are watched as one whole, each with the (layer, parameter) pairs that it holds.
+
+    A module of no known class is watched if its input is what its weight is multiplied with, unless it holds another
+    layer's module.
+    """
+    layers_of: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for name, matrix in candidates.items():
+        for module_name, parameter in matrix.sites:
+            if parameter in known_parameters(modules[module_name]) or (module_name, parameter) in matrix.of_input:
+                layers_of[module_name].append((name, parameter))
+    held = {
+        outer
+        for outer in layers_of
+        if not known_parameters(modules[outer])
+        and any(inner != outer and (not outer or inner.startswith(f"{outer}.")) for inner in layers_of)
+    }
+    return {name: layers for name, layers in layers_of.items() if name not in held}
 
 
 def output_points(modules: dict[str, nn.Module], layers: Sequence[Layer], flow: Flow) -> Iterator[OutputPoint]:
@@ -144,6 +170,12 @@ def _macs(module: nn.Module, parameter: str, read: list[Tensor], output: Any) ->
         query, key, value = (*read, *[read[-1]] * (3 - len(read)))
         own = {"q_proj_weight": [query], "k_proj_weight": [key], "v_proj_weight": [value]}
         return float(sum(t.numel() * module.embed_dim for t in own.get(parameter, [query, key, value])))
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        # At every step of every sequence each matrix is multiplied once. A packed sequence has its steps in `data`.
+        hidden = output[0] if isinstance(output, tuple) else output
+        width = int(getattr(module, "proj_size", 0) or module.hidden_size)
+        directions = 2 if getattr(module, "bidirectional", False) else 1
+        return float(hidden.data.numel() // (width * directions) * getattr(module, parameter).numel())
     return 0.0
 
 

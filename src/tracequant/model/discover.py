@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from tracequant.core.errors import DataError, ModelError
 from tracequant.core.match import match_names, some_names
@@ -17,7 +15,8 @@ from tracequant.core.settings import DiscoverSettings
 from tracequant.model.batches import Batches
 from tracequant.model.calls import group_activations, output_points, record_calls
 from tracequant.model.hooks import weight_parameter
-from tracequant.model.kinds import CONVOLUTIONS, DTYPE_NAMES, TRANSPOSED
+from tracequant.model.kinds import DTYPE_NAMES
+from tracequant.model.sites import check_plain, example, find_matrices, matrix_names
 from tracequant.model.state import fingerprint
 from tracequant.model.task import Task
 
@@ -28,10 +27,15 @@ def discover(
 ) -> QuantizationPoints:
     """The quantization points of `model`, found in one forward pass over the first of `batches`.
 
-    Weights of Conv1d/2d/3d, ConvTranspose, Linear, Embedding and the projections of MultiheadAttention count. `include`
-    and `exclude` are shell patterns that must match a whole layer name ("layer1.*" does not match "layer10.conv"); each
-    pattern of `ties` makes one group of layers that share their bit width, of those that are left. Modules of other
-    kinds with a weight (recurrent ones, a library's own linear layer) stay in float, with a warning.
+    A layer is a parameter of two or more axes that a convolution, a matrix product, an embedding, an attention or a
+    recurrent operation reads: those of torch's own modules of these kinds, and every other parameter that such an
+    operation reads in the example pass, whatever module holds it. Parameters that are only added or multiplied
+    elementwise are no layers. A weight matrix that stays in float is named in a warning with its share of the
+    parameters.
+
+    `include` and `exclude` are shell patterns that must match a whole layer name ("layer1.*" does not match
+    "layer10.conv"). Each pattern of `ties` makes one group of layers that share their bit width, of those that are
+    left.
 
     Raises `ModelError` for a pattern that matches no layer of the model, or if no layer is left, and `DataError` for
     batches that cannot be used.
@@ -42,19 +46,15 @@ def discover(
             "batches is an iterator, which can be read only once, and discover would take its first batch away from the"
             " next step; pass a list or a DataLoader"
         )
-    candidates = _candidate_weights(model)
-    names = list(candidates)
-    others = _unsupported(model, candidates)
+    check_plain(model)
+    batch = example(model, batches, task)
+    matrices = find_matrices(model, batch, task)
+    _warn_of_others(model, matrices.others)
+    names = list(matrices.layers)
     if not names:
         raise ModelError(
-            f"{type(model).__name__} has no quantizable layer: expected at least one Conv, ConvTranspose, Linear,"
-            f" Embedding or MultiheadAttention module{f', found {some_names(others)}' if others else ''}"
-        )
-    if others:
-        warnings.warn(
-            f"{len(others)} layers are of kinds that cannot be quantized and stay in float: {some_names(others)};"
-            " only Conv, ConvTranspose, Linear, Embedding and MultiheadAttention can",
-            stacklevel=2,
+            f"{type(model).__name__} has no quantizable layer: expected at least one weight that a convolution, a"
+            " linear layer, an embedding, an attention, a recurrent layer or a matrix product reads"
         )
     kept = set(match_names(request.include, names, "include")) - set(match_names(request.exclude, names, "exclude"))
     if not kept:
@@ -62,25 +62,27 @@ def discover(
             f"no layer is left: include {list(request.include)}, exclude {list(request.exclude)},"
             f" layers {some_names(names)}"
         )
-    candidates = {name: sites for name, sites in candidates.items() if name in kept}
+    candidates = {name: matrix for name, matrix in matrices.layers.items() if name in kept}
 
-    calls = record_calls(model, batches, task, candidates)
+    calls = record_calls(model, batch, task, candidates)
     points = group_activations(calls)
     point_of = {consumer: point.name for point in points for consumer in point.consumers}
     modules = dict(model.named_modules())
     layers = []
-    for name, sites in candidates.items():
-        module, parameter = modules[sites[0][0]], sites[0][1]
+    for name, matrix in candidates.items():
+        module, parameter = modules[matrix.sites[0][0]], matrix.sites[0][1]
         weight = getattr(module, parameter)
         layers.append(
             Layer(
                 name=name,
                 kind=type(module).__name__,
-                sites=sites,
+                sites=matrix.sites,
                 shape=tuple(weight.shape),
-                channel_axis=1 if isinstance(module, TRANSPOSED) else 0,
+                channel_axis=matrix.channel_axis,
                 macs=round(calls.macs.get(name, 0.0)),
-                activation=next((point_of[site[0]] for site in sites if site[0] in point_of), None),
+                activation=next(
+                    (point_of[s[0]] for s in matrix.sites if s in matrix.of_input and s[0] in point_of), None
+                ),
             )
         )
     return QuantizationPoints(
@@ -94,58 +96,24 @@ def discover(
 
 
 def quantizable_names(model: nn.Module) -> list[str]:
-    """Names of all layers that can be quantized, in the order of registration."""
-    return list(_candidate_weights(model))
+    """Names of the layers that the classes of the model's modules tell, in the order of registration."""
+    return matrix_names(model)
 
 
-def _candidate_weights(model: nn.Module) -> dict[str, tuple[tuple[str, str], ...]]:
-    """Layer name → the (module, parameter) pairs that hold its weight, tied weights merged under the first name."""
-    found: list[tuple[str, str, str, Tensor]] = []
-    for module_name, module in model.named_modules():
-        if parametrize.is_parametrized(module):
-            raise ModelError(
-                f"module {module_name or type(module).__name__} is parametrized already (quantized, or under weight"
-                " normalisation); pass the plain float model, or call"
-                " torch.nn.utils.parametrize.remove_parametrizations first"
-            )
-        if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED, nn.Linear, nn.Embedding)):
-            found.append((module_name or "", module_name, "weight", module.weight))
-        elif isinstance(module, nn.MultiheadAttention):
-            parameters = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-            for parameter in parameters:
-                weight = getattr(module, parameter)
-                if weight is not None:
-                    prefix = f"{module_name}." if module_name else ""
-                    found.append((prefix + parameter, module_name, parameter, weight))
-    sites: dict[int, list[tuple[str, str]]] = defaultdict(list)
-    first: dict[int, str] = {}
-    for name, module_name, parameter, weight in found:
-        if isinstance(weight, nn.parameter.UninitializedParameter):
-            raise ModelError(f"layer {name} is lazy and has no weight yet; run the model once on real data first")
-        if weight.numel() == 0:
-            continue
-        if not isinstance(weight, nn.Parameter):
-            raise ModelError(
-                f"layer {name} computes its weight from other parameters (old-style weight normalisation?); call"
-                " torch.nn.utils.remove_weight_norm first"
-            )
-        first.setdefault(id(weight), name or "weight")
-        sites[id(weight)].append((module_name, parameter))
-    return {name: tuple(sites[key]) for key, name in first.items()}
-
-
-def _unsupported(model: nn.Module, candidates: dict[str, tuple[tuple[str, str], ...]]) -> list[str]:
-    """Names, with their classes, of modules that hold a weight matrix and are none of the kinds that are known."""
-    known = {site for sites in candidates.values() for site in sites}
-    return [
-        f"{name} ({type(module).__name__})"
-        for name, module in model.named_modules()
-        if not isinstance(module, nn.LayerNorm)
-        and any(
-            "weight" in parameter and weight.ndim > 1 and weight.numel() > 0 and (name, parameter) not in known
-            for parameter, weight in module.named_parameters(recurse=False)
-        )
-    ]
+def _warn_of_others(model: nn.Module, others: dict[str, nn.Parameter]) -> None:
+    """Warn of weight matrices that stay in float, with their share of the parameters."""
+    if not others:
+        return
+    total = sum(parameter.numel() for parameter in model.parameters())
+    shares = {name: parameter.numel() / total for name, parameter in others.items()}
+    largest = sorted(shares, key=lambda name: -shares[name])
+    matrices = "matrix stays" if len(others) == 1 else "matrices stay"
+    warnings.warn(
+        f"{len(others)} weight {matrices} in float, {sum(shares.values()):.1%} of the model's parameters:"
+        f" {some_names([f'{name} ({shares[name]:.1%})' for name in largest])}; the model multiplies with something"
+        " computed from them, or does not use them in the first batch",
+        stacklevel=4,
+    )
 
 
 def _tie_groups(patterns: Sequence[str], names: list[str], kept: set[str]) -> tuple[tuple[str, ...], ...]:

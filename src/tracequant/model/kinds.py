@@ -9,6 +9,7 @@ from tracequant.core.packed_layout import DTYPE_BYTES
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
 # safetensors' dtype names, the ones that packed_layout counts bytes for.
 DTYPE_NAMES = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import glob
 from collections.abc import Iterable, Sequence
-from typing import cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,8 +15,10 @@ from tracequant.core.errors import ModelError
 from tracequant.core.plan import BitPlan
 from tracequant.core.points import OUTPUT_BITS, OutputPoint
 from tracequant.model.batches import Batches, reusable
-from tracequant.model.discover import discover, quantizable_names
+from tracequant.model.discover import discover
+from tracequant.model.fuse import keep_order, make_plain
 from tracequant.model.hooks import weight_parameter
+from tracequant.model.sites import check_plain, example, find_matrices
 from tracequant.model.task import Task
 from tracequant.quantization.calibrate import calibrate
 from tracequant.quantization.grid import Grid, choose_weight_grid
@@ -37,7 +39,9 @@ def quantize(model: nn.Module, batches: Batches, task: Task, plan: BitPlan, *, p
     Raises `ModelError` if the plan names something that the model does not have.
     """
     batches = reusable(batches)
-    _check_names(plan.weight_bits, quantizable_names(model), "layer")
+    check_plain(model)
+    known = find_matrices(model, example(model, batches, task), task).layers
+    _check_names(plan.weight_bits, known, "layer")
     points = discover(model, batches, task, include=tuple(glob.escape(name) for name in plan.weight_bits))
     _check_names(plan.activation_bits, list(points.activation_by_name), "activation")
     quantized = copy.deepcopy(model)
@@ -65,8 +69,28 @@ def quantize_weight(
     """Register one weight quantizer at every site of a weight; tied weights share it."""
     quantizer = WeightQuantizer(grid, axis, symmetric)
     for module_name, parameter in sites:
-        parametrize.register_parametrization(model.get_submodule(module_name), parameter, quantizer)
+        module = model.get_submodule(module_name)
+        keep_order(module)
+        parametrize.register_parametrization(module, parameter, quantizer)
+        if isinstance(module, nn.RNNBase):
+            _read_weights_anew(module)
     return quantizer
+
+
+def _read_weights_anew(module: nn.RNNBase) -> None:
+    """Let a quantized recurrent module read its weights in every call.
+
+    It has a list of them, `_flat_weights`, which would go on to hold those that are not quantized. Its class is now one
+    of parametrize's, which only copies of the module share.
+    """
+
+    def read(module: nn.RNNBase) -> list[Any]:
+        return [getattr(module, name, None) for name in module._flat_weights_names]
+
+    kind: Any = type(module)
+    kind._flat_weights = property(read, lambda module, weights: None)
+    kind._update_flat_weights = lambda module: None
+    vars(module).pop("_flat_weights", None)
 
 
 def quantize_activation(consumers: Sequence[nn.Module], name: str, grid: Grid) -> ActivationQuantizer:
@@ -93,34 +117,13 @@ def to_float(quantized: nn.Module) -> nn.Module:
     model = copy.deepcopy(quantized)
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
-            _make_plain(module)
+            make_plain(module)
     for module in list(model.modules()):
         for child in QUANTIZER_NAMES:
             quantizer = getattr(module, child, None)
             if isinstance(quantizer, ActivationQuantizer):
                 quantizer.detach(module)
     return model
-
-
-def _make_plain(module: nn.Module) -> None:
-    """Replace a module's quantized weights by parameters of the same values.
-
-    Not by `remove_parametrizations`, which takes the weight from the class too, and the copy shares it with the model.
-    """
-    chains = cast(nn.ModuleDict, module.parametrizations)
-    weights: dict[str, nn.Parameter | None] = {}
-    for name in chains:
-        original = cast(nn.Parameter, chains[name].original)
-        with torch.no_grad():
-            # Of tied weights every site writes the same values: rounding twice is rounding once.
-            original.copy_(getattr(module, name))
-        weights[name] = original
-    del module.parametrizations
-    module.__class__ = type(module).__bases__[0]
-    # Weights come before biases, as in the float model.
-    weights |= module._parameters
-    module._parameters.clear()
-    module._parameters.update(weights)
 
 
 def dequantized_state(model: nn.Module) -> dict[str, torch.Tensor]:
