@@ -68,14 +68,18 @@ def export_onnx(
 
     `example_inputs` is what the model is called with: a tensor, a tuple of arguments, or a dictionary of keyword
     arguments; values do not matter, shapes do. `dynamic_batch` leaves the first axis of every tensor open, under the
-    name `batch`. `dynamic_sizes` leaves heights, widths and lengths open where the model does not fix them; None does so
-    for sequences of token ids and their masks alone, whose second axis is `sequence`. Inputs have the names of the
-    forward's arguments unless `input_names` gives others, outputs those of a dictionary's keys, or `output`, unless
-    `output_names` does. Models with a cache of keys and values are exported without it. With profile "qdq" weights and activations are quantized as in the model; "weights-only" leaves activations in
-    float, for runtimes that multiply float activations with packed weights.
+    name `batch`. `dynamic_sizes` leaves heights, widths and lengths open where the model does not fix them; None does
+    so for sequences of token ids and their masks alone, whose second axis is `sequence`. With profile "qdq" weights and
+    activations are quantized as in the model; "weights-only" leaves activations in float, for runtimes that multiply
+    float activations with packed weights.
 
-    Raises `SettingsError` for a wrong number of names; `ModelError` if the model is not quantized, has other weights than float32, cannot be traced, or takes more
-    than the 2 GiB that an ONNX file can hold; `ResourceError` without the extra "onnx".
+    Inputs have the names of the forward's arguments unless `input_names` gives others. Outputs have those of a
+    dictionary's keys, or `output`, unless `output_names` gives others. Models with a cache of keys and values are
+    exported without it.
+
+    Raises `SettingsError` for a wrong number of names; `ModelError` if the model is not quantized, has other weights
+    than float32, cannot be traced, or takes more than the 2 GiB that an ONNX file can hold; `ResourceError` without the
+    extra "onnx".
     """
     try:
         import onnx_ir
@@ -247,7 +251,9 @@ def _trace(model: nn.Module, call: onnx_axes.Call, optimize: bool = False) -> tu
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        hint = "; if its batch size cannot vary, try dynamic_batch=False" if any(0 in axes for axes in call.axes) else ""
+        hint = (
+            "; if its batch size cannot vary, try dynamic_batch=False" if any(0 in axes for axes in call.axes) else ""
+        )
         raise ModelError(f"{type(model).__name__} cannot be traced for ONNX: {_first_line(cause)}{hint}") from error
 
 

@@ -71,7 +71,9 @@ def prepare(example: Any, dynamic_batch: bool, dynamic_sizes: bool | None) -> Ca
 
     example = pytree.tree_map(named, dict(example) if isinstance(example, Mapping) else example)
     if isinstance(example, Mapping):
-        return Call((), dict(example), tuple(axes))
+        # A cache of keys and values is no output of a file that is called with whole sequences.
+        no_cache = {"use_cache": False} if example.get("use_cache") is True else {}
+        return Call((), {**example, **no_cache}, tuple(axes))
     args = tuple(example) if isinstance(example, (tuple, list)) else (example,)
     return Call(args, {}, tuple(axes))
 
@@ -97,7 +99,7 @@ def output_paths(outputs: Any) -> list[str]:
 
 
 def rename(graph: Any, call: Call, input_names: Sequence[str] | None, output_names: Sequence[str]) -> None:
-    """Give the graph's inputs, outputs and open axes their names, `input_names` None for those of the forward's signature.
+    """Give the graph's inputs, outputs and open axes their names; None leaves inputs those of the forward's arguments.
 
     The inputs stand in the order of the call's tensors. Raises `SettingsError` for other numbers of names.
     """
@@ -155,7 +157,8 @@ def _rename_axes(graph: Any, names: Mapping[str, str]) -> None:
     for value in {id(v): v for v in (*graph.inputs, *graph.outputs, *(o for n in graph for o in n.outputs))}.values():
         if value.shape is None:
             continue
+        symbols = [getattr(dimension, "value", None) for dimension in value.shape]
         value.shape = onnx_ir.Shape(
-            pattern.sub(lambda match: names[match[1]], dim.value) if isinstance(getattr(dim, "value", None), str) else dim
-            for dim in value.shape
+            pattern.sub(lambda match: names[match[1]], symbol) if isinstance(symbol, str) else dimension
+            for symbol, dimension in zip(symbols, value.shape, strict=True)
         )

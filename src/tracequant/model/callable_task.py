@@ -18,9 +18,9 @@ class CallableTask(Task):
 
     `loss(outputs, batch)` is averaged over the samples: a scalar, or a dictionary of scalars to be summed.
     `forward(model, batch)` returns the outputs, a tensor or any nesting of tensors; the default calls the model with
-    the inputs of `(inputs, targets)` batches. `metric(outputs, batch)` is averaged over the samples, and more is better;
-    the default is the negative loss. `batch_size(batch)` counts samples; by default they are the rows of the batch's
-    first tensor.
+    the inputs of `(inputs, targets)` batches. `metric(outputs, batch)` is averaged over the samples, and more is
+    better; the default is the negative loss. `batch_size(batch)` counts samples; by default they are the rows of the
+    batch's first tensor.
     """
 
     metric_name = "-loss"
@@ -36,7 +36,7 @@ class CallableTask(Task):
     ) -> None:
         self._loss, self._forward, self._metric, self._batch_size = loss, forward, metric, batch_size
         if metric_name is not None or metric is not None:
-            self.metric_name = metric_name or getattr(metric, "__name__", "metric")
+            self.metric_name = metric_name or str(getattr(metric, "__name__", "metric"))
 
     def outputs(self, model: nn.Module, batch: Batch) -> Any:
         """What `forward` returns."""

@@ -43,7 +43,7 @@ class ClassificationTask(Task):
         self._metric = metric
         self._key = targets
         if metric_name is not None or metric is not None:
-            self.metric_name = metric_name or getattr(metric, "__name__", "metric")
+            self.metric_name = metric_name or str(getattr(metric, "__name__", "metric"))
 
     def outputs(self, model: nn.Module, batch: Batch) -> Any:
         """The logits."""

@@ -174,8 +174,8 @@ class HuggingFaceTask(Task):
             )
         if labels.is_floating_point():
             raise TaskError(
-                f"the labels are numbers of type {labels.dtype}, expected classes (integers); use CallableTask(loss=...)"
-                " for regression and several labels for each sample"
+                f"the labels are numbers of type {labels.dtype}, expected classes (integers); use"
+                " CallableTask(loss=...) for regression and several labels for each sample"
             )
         if self._kind == "sequence":
             return labels.flatten() if labels.shape[1:] == (1,) else labels

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,7 +54,7 @@ def without_cache(model: nn.Module) -> Iterator[None]:
 
     Those of Hugging Face return one if `use_cache` of their configuration says so, unless the caller asks otherwise.
     """
-    configurations = {id(config): config for config in (getattr(m, "config", None) for m in model.modules())}
+    configurations: dict[int, Any] = {id(c): c for c in (getattr(m, "config", None) for m in model.modules())}
     changed = []
     try:
         for config in configurations.values():
