@@ -51,8 +51,7 @@ class Timed:
 def flows() -> Iterator[tuple[str, str]]:
     """Title and code of each flow on the page."""
     text = PAGE.read_text().split("## Flows\n")[1].split("\n## ")[0]
-    for title, code in re.findall(r"\*\*(.+?)\*\*.*?```python\n(.*?)```", text, re.DOTALL):
-        yield title, code
+    yield from re.findall(r"\*\*(.+?)\*\*.*?```python\n(.*?)```", text, re.DOTALL)
 
 
 FLOWS = dict(flows())

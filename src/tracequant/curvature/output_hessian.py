@@ -96,7 +96,7 @@ class OutputHessian:
             for c in range(p.shape[1] - 1):
                 yield [self._softmax(torch.zeros_like(p).index_fill_(1, torch.tensor(c, device=p.device), 1.0))], 1.0
             return
-        rows = [h.flatten(1) for h in self.first]
+        rows = [h.flatten(1) if h.ndim > 1 else h.unsqueeze(1) for h in self.first]
         for k, row in enumerate(rows):
             for i in range(row.shape[1]):
                 for sign in (1.0, -1.0):
@@ -347,8 +347,8 @@ def _from_user(own: Tensor, tensors: list[Tensor]) -> OutputHessian:
 def _signs(like: Tensor, generator: torch.Generator, row: int) -> Tensor:
     """Random signs in the shape of `like`, times a row of a Hadamard matrix over the elements of a sample."""
     bits = torch.randint(0, 2, like.shape, generator=generator, device=like.device)
-    if row:
-        column = torch.arange(like.shape[1] if like.ndim > 1 else 1, device=like.device)
+    if row and like.ndim > 1:
+        column = torch.arange(like.shape[1], device=like.device)
         both = column & row
         # Sylvester's matrix: the parity of the bits that row and column share.
         for shift in (4, 2, 1):

@@ -232,8 +232,9 @@ def _as_batch_norm(frozen: nn.Module) -> nn.BatchNorm2d | None:
 def _trace(model: nn.Module, call: onnx_axes.Call, optimize: bool = False) -> tuple[Any, Any]:
     """The traced model as ONNX, and the outputs of the model itself."""
     try:
-        with _quiet("torch.onnx", "onnxscript"), frozen_evaluation(model), torch.no_grad(), _tensors_only(model):
+        with frozen_evaluation(model), torch.no_grad():
             outputs = model(*call.args, **call.kwargs)
+        with _quiet("torch.onnx", "onnxscript"), frozen_evaluation(model), torch.no_grad(), _tensors_only(model):
             program = torch.onnx.export(
                 model,
                 call.args,
