@@ -170,7 +170,7 @@ class HuggingFaceTask(Task):
             expected = "'labels' or 'input_ids'" if self._kind == "causal" else "'labels'"
             raise TaskError(
                 f"the batch has the keys {_listed(batch)}, expected a tensor {expected} for kind {self._kind!r}; rename"
-                " the labels' key in your collator, or pass CallableTask(loss=...) with a loss of your own"
+                " the labels' key in your collator, or pass CallableTask(loss=...) with your loss"
             )
         if labels.is_floating_point():
             raise TaskError(

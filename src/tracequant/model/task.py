@@ -127,7 +127,7 @@ class Task(abc.ABC):
         The default is the divergence of class probabilities where the loss is that of a softmax, as cross-entropy is,
         and the mean squared difference for every other output that the loss depends on.
         """
-        return output_distance(lambda own: total_loss(self, own, batch), outputs, teacher_outputs)
+        return output_distance(lambda point: total_loss(self, point, batch), outputs, teacher_outputs)
 
     def exported(self, model: nn.Module) -> Exported:
         """What of `model` goes into an ONNX file: by default all of it, as `outputs` calls it."""
