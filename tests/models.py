@@ -106,6 +106,45 @@ class AttentionNet(nn.Module):
         return self.fc(self.attention(x, x, x, need_weights=False)[0].mean(1))
 
 
+class UNet(nn.Module):
+    """Two levels down, two up with concatenated paths: images [N, 3, H, W] to logits [N, classes, H, W]."""
+
+    def __init__(self, classes: int = 3, width: int = 8) -> None:
+        super().__init__()
+        self.down1 = self._stage(3, width)
+        self.down2 = self._stage(width, 2 * width)
+        self.bottom = self._stage(2 * width, 2 * width)
+        self.up2 = nn.ConvTranspose2d(2 * width, 2 * width, 2, stride=2)
+        self.join2 = self._stage(4 * width, width)
+        self.up1 = nn.ConvTranspose2d(width, width, 2, stride=2)
+        self.join1 = self._stage(2 * width, width)
+        self.head = nn.Conv2d(width, classes, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        fine = self.down1(images)
+        coarse = self.down2(F.max_pool2d(fine, 2))
+        bottom = self.bottom(F.max_pool2d(coarse, 2))
+        middle = self.join2(torch.cat([self.up2(bottom), coarse], 1))
+        return self.head(self.join1(torch.cat([self.up1(middle), fine], 1)))
+
+    @staticmethod
+    def _stage(width_in: int, width: int) -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(width_in, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+
+
+class LSTMClassifier(nn.Module):
+    """Words [N, T] to logits [N, CLASSES] by an embedding, an LSTM and a linear layer on its last state."""
+
+    def __init__(self, words: int = 40, width: int = 16) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(words, width)
+        self.lstm = nn.LSTM(width, width, batch_first=True)
+        self.fc = nn.Linear(width, CLASSES)
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.fc(self.lstm(self.embedding(words))[0][:, -1])
+
+
 def build(kind: type[nn.Module], seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
     """A model with weights of this seed and BatchNorm statistics and parameters drawn at random, in training mode."""
     torch.manual_seed(seed)

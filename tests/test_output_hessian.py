@@ -194,6 +194,18 @@ def test_each_of_several_outputs_has_a_shape_of_its_own() -> None:
     assert (mean - expected).abs().max() < 0.05
 
 
+def test_an_output_may_be_one_number_for_each_sample() -> None:
+    """A tensor [N] has no axis of elements: its columns, and draws of any number, are as those of [N, 1]."""
+    task = tq.CallableTask(lambda z, batch: (3 * z.square()).mean())
+    z = torch.randn(4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    hessian = factor(task, z, None, torch.Generator().manual_seed(0))
+    expected = torch.full((4,), 6 / 4, dtype=torch.float64)
+    passes = [list(hessian.columns())] + [list(hessian.draw(torch.Generator().manual_seed(0), n)) for n in (0, 1, 5)]
+    for (vectors, sign), *others in passes:
+        assert (sign, len(others)) == (1.0, 0)
+        torch.testing.assert_close(vectors[0].square(), expected)
+
+
 def test_outputs_that_the_loss_mixes_are_refused() -> None:
     task = Detector()
     task.mixed = 0.1

@@ -58,9 +58,11 @@ if TYPE_CHECKING:
     from tracequant.measure.latency import measure_latency
     from tracequant.measure.perturbation import measure_perturbation
     from tracequant.measure.sensitivity import measure_sensitivity
+    from tracequant.model.callable_task import CallableTask
     from tracequant.model.classification import ClassificationTask
     from tracequant.model.discover import discover
     from tracequant.model.fuse import fuse_weight_norm
+    from tracequant.model.huggingface import HuggingFaceTask
     from tracequant.model.task import Evaluation, Exported, Task, TaskSetup, evaluate
     from tracequant.quantization.convert import quantize, to_float
     from tracequant.quantization.finetune import finetune
@@ -155,9 +157,11 @@ _MODULES = {
     "tracequant.measure.latency": ("measure_latency",),
     "tracequant.measure.perturbation": ("measure_perturbation",),
     "tracequant.measure.sensitivity": ("measure_sensitivity",),
+    "tracequant.model.callable_task": ("CallableTask",),
     "tracequant.model.classification": ("ClassificationTask",),
     "tracequant.model.discover": ("discover",),
     "tracequant.model.fuse": ("fuse_weight_norm",),
+    "tracequant.model.huggingface": ("HuggingFaceTask",),
     "tracequant.model.task": (
         "Evaluation",
         "Exported",
@@ -176,17 +180,17 @@ _MODULES = {
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
-    "AccuracySearch", "ActivationPoint", "ArtifactError", "BitPlan", "BudgetError", "Check", "ClassificationTask",
-    "Curvature", "CurvatureSettings", "DataError", "Density", "DiscoverSettings", "EvaluatedPlan", "Evaluation",
-    "Evaluations", "Explanation", "Exported", "FinetuneSettings", "Frontier", "Landscapes", "Layer", "ModelError",
-    "OnnxFile", "OutputPoint", "PackedFile", "Perturbation", "PlanSettings", "QuantizationPoints", "ResourceError",
-    "RetinaNetTask", "RunError", "Sensitivity", "SensitivitySettings", "SettingsError", "Spectrum", "Task",
-    "TaskError", "TaskSetup", "TraceEstimate", "TracequantError", "Verification", "WeightGrid", "check_criteria",
-    "discover", "estimate_curvature", "evaluate", "explain", "export_onnx", "finetune", "frontier", "fuse_weight_norm",
-    "load", "loss_landscapes", "measure_latency", "measure_perturbation", "measure_sensitivity", "pack",
-    "plan_stability", "quantize", "read_latency", "read_packed", "read_sensitivity", "solve",
-    "solve_by_accuracy", "spectral_density", "to_float", "top_eigenvalues", "uniform_plan", "verify", "write_latency",
-    "write_report",
+    "AccuracySearch", "ActivationPoint", "ArtifactError", "BitPlan", "BudgetError", "CallableTask", "Check",
+    "ClassificationTask", "Curvature", "CurvatureSettings", "DataError", "Density", "DiscoverSettings",
+    "EvaluatedPlan", "Evaluation", "Evaluations", "Explanation", "Exported", "FinetuneSettings", "Frontier",
+    "HuggingFaceTask", "Landscapes", "Layer", "ModelError", "OnnxFile", "OutputPoint", "PackedFile", "Perturbation",
+    "PlanSettings", "QuantizationPoints", "ResourceError", "RetinaNetTask", "RunError", "Sensitivity",
+    "SensitivitySettings", "SettingsError", "Spectrum", "Task", "TaskError", "TaskSetup", "TraceEstimate",
+    "TracequantError", "Verification", "WeightGrid", "check_criteria", "discover", "estimate_curvature", "evaluate",
+    "explain", "export_onnx", "finetune", "frontier", "fuse_weight_norm", "load", "loss_landscapes",
+    "measure_latency", "measure_perturbation", "measure_sensitivity", "pack", "plan_stability", "quantize",
+    "read_latency", "read_packed", "read_sensitivity", "solve", "solve_by_accuracy", "spectral_density", "to_float",
+    "top_eigenvalues", "uniform_plan", "verify", "write_latency", "write_report",
 ]  # fmt: skip
 
 

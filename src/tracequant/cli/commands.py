@@ -212,8 +212,6 @@ def _analyze_together(
         first = distributed.rank() == 0
         if first:
             run.adopt(analysis)
-            if recipe is not None and not run.done("analyze"):
-                stages.check_recipe(run, recipe)  # here, so that it does not fail after the analysis
             if budget is not None and analysis.target_stability is not None and not run.done("analyze"):
                 run.ask(replace(run.settings(), plan=budget))  # the analysis ends once this plan is stable
         else:

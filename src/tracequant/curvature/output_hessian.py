@@ -38,12 +38,12 @@ from torch.utils import _pytree as pytree
 from tracequant.core.errors import GaussNewtonError, ModelError
 from tracequant.model.batches import Batch
 from tracequant.model.memory import out_of_memory
+from tracequant.model.softmax import class_axes, close, softmax_scale
 from tracequant.model.task import Task, total_loss
 
 DENSE_LIMIT = 128
 # Elements of all blocks at all positions: 512 MiB in float64.
 BLOCKS_LIMIT = 2**26
-TOLERANCE = 1e-3
 # Draws whose signs are rows of one Hadamard matrix.
 GROUP = 64
 
@@ -96,7 +96,7 @@ class OutputHessian:
             for c in range(p.shape[1] - 1):
                 yield [self._softmax(torch.zeros_like(p).index_fill_(1, torch.tensor(c, device=p.device), 1.0))], 1.0
             return
-        rows = [h.flatten(1) for h in self.first]
+        rows = [h.flatten(1) if h.ndim > 1 else h.unsqueeze(1) for h in self.first]
         for k, row in enumerate(rows):
             for i in range(row.shape[1]):
                 for sign in (1.0, -1.0):
@@ -204,7 +204,7 @@ def factor(task: Task, outputs: Any, batch: Batch, generator: torch.Generator) -
     if len(tensors) == 1:
         return _factor_one(tensors[0], probe[0], image[0], lambda v: product([v])[0])
     diagonal = product([torch.ones_like(v) for v in probe])
-    if _close([h * v for h, v in zip(diagonal, probe, strict=True)], image):
+    if close([h * v for h, v in zip(diagonal, probe, strict=True)], image):
         return OutputHessian("diagonal", tensors, diagonal)
     parts = []
     for number, tensor in enumerate(tensors):
@@ -214,7 +214,7 @@ def factor(task: Task, outputs: Any, batch: Batch, generator: torch.Generator) -
             return product(vectors)[number]
 
         # What the other tensors' vectors add to this one's image is a mixed derivative.
-        if not _close([alone(probe[number])], [image[number]]):
+        if not close([alone(probe[number])], [image[number]]):
             raise GaussNewtonError(
                 "the loss has mixed derivatives between the model's outputs, which cannot be factored one by one; give"
                 " the task one output tensor, or use estimator='hutchinson'"
@@ -226,24 +226,19 @@ def factor(task: Task, outputs: Any, batch: Batch, generator: torch.Generator) -
 def _factor_one(tensor: Tensor, probe: Tensor, image: Tensor, product: Callable[[Tensor], Tensor]) -> OutputHessian:
     """The factored Hessian by one output tensor, `image` being its product with the random vector `probe`."""
     z = tensor.detach()
-    axes = [] if z.ndim < 2 else [1] if z.ndim == 2 else [1, z.ndim - 1]
-    for axis in axes if image.any() else []:
-        p = z.softmax(axis)
-        expected = p * probe - p * (p * probe).sum(axis, keepdim=True)
-        scale = (image * expected).sum(axis, keepdim=True) / (
-            expected.square().sum(axis, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
-        )
-        if bool((scale >= 0).all()) and _close([scale * expected], [image]):
-            return OutputHessian("softmax", [tensor], [scale.movedim(axis, 1)], p.movedim(axis, 1), axis)
+    softmax = softmax_scale(z, probe, image) if image.any() else None
+    if softmax is not None:
+        axis, scale = softmax
+        return OutputHessian("softmax", [tensor], [scale.movedim(axis, 1)], z.softmax(axis).movedim(axis, 1), axis)
     diagonal = product(torch.ones_like(z))
-    if _close([diagonal * probe], [image]):
+    if close([diagonal * probe], [image]):
         return OutputHessian("diagonal", [tensor], [diagonal])
     if z.ndim >= 2 and z[0].numel() <= DENSE_LIMIT:
         return _dense([tensor], _rows(z, product), image, probe)
-    for axis in axes:
+    for axis in class_axes(z):
         if z.shape[axis] <= DENSE_LIMIT and z.numel() * z.shape[axis] <= BLOCKS_LIMIT:
             blocks = _blocks(z, axis, product)
-            if _close([torch.einsum("nij...,nj...->ni...", blocks, probe.movedim(axis, 1))], [image.movedim(axis, 1)]):
+            if close([torch.einsum("nij...,nj...->ni...", blocks, probe.movedim(axis, 1))], [image.movedim(axis, 1)]):
                 values, vectors = torch.linalg.eigh(blocks.movedim((1, 2), (-2, -1)))
                 return OutputHessian(
                     "blocks", [tensor], [values.movedim(-1, 1)], vectors.movedim((-2, -1), (1, 2)), axis
@@ -325,7 +320,7 @@ def _blocks(z: Tensor, axis: int, product: Callable[[Tensor], Tensor]) -> Tensor
 
 
 def _dense(tensors: list[Tensor], blocks: Tensor, image: Tensor, probe: Tensor) -> OutputHessian:
-    if not _close([torch.einsum("nij,nj->ni", blocks, probe.flatten(1))], [image.flatten(1)]):
+    if not close([torch.einsum("nij,nj->ni", blocks, probe.flatten(1))], [image.flatten(1)]):
         raise GaussNewtonError(
             "the samples of a batch interact in the loss, so that samples have no Hessian of their own; use"
             " estimator='hutchinson', or batches of one sample"
@@ -349,18 +344,11 @@ def _from_user(own: Tensor, tensors: list[Tensor]) -> OutputHessian:
     )
 
 
-def _close(a: list[Tensor], b: list[Tensor]) -> bool:
-    """Whether two lists of tensors agree in norm."""
-    difference = sum(float((x - y).double().square().sum()) for x, y in zip(a, b, strict=True))
-    size = sum(float(y.double().square().sum()) for y in b)
-    return difference <= TOLERANCE**2 * size
-
-
 def _signs(like: Tensor, generator: torch.Generator, row: int) -> Tensor:
     """Random signs in the shape of `like`, times a row of a Hadamard matrix over the elements of a sample."""
     bits = torch.randint(0, 2, like.shape, generator=generator, device=like.device)
-    if row:
-        column = torch.arange(like.shape[1] if like.ndim > 1 else 1, device=like.device)
+    if row and like.ndim > 1:
+        column = torch.arange(like.shape[1], device=like.device)
         both = column & row
         # Sylvester's matrix: the parity of the bits that row and column share.
         for shift in (4, 2, 1):

@@ -10,7 +10,7 @@ import copy
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from tracequant.core.errors import ModelError, ResourceError
 from tracequant.core.files import replace_file
 from tracequant.core.packed_layout import state_name
 from tracequant.core.version import VERSION
+from tracequant.deploy import onnx_axes
 from tracequant.deploy.pack import all_sites, quantized_weights
 from tracequant.model.hooks import replace_inputs
 from tracequant.model.kinds import is_frozen_norm
@@ -58,18 +59,27 @@ def export_onnx(
     example_inputs: Any,
     profile: Profile = "qdq",
     dynamic_batch: bool = True,
-    dynamic_sizes: bool = False,
+    dynamic_sizes: bool | None = None,
+    *,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
 ) -> OnnxFile:
     """Write a fake-quantized model to `path` as ONNX (opset 21), whole or not at all; the model is untouched.
 
     `example_inputs` is what the model is called with: a tensor, a tuple of arguments, or a dictionary of keyword
-    arguments; values do not matter, shapes do, all but the first dimension of every tensor if `dynamic_batch`, and all
-    but the second if `dynamic_sizes`, which leaves heights, widths and lengths open where the model does not fix them.
-    With profile "qdq" weights and activations are quantized as in the model; "weights-only" leaves activations in
-    float, for runtimes that multiply float activations with packed weights.
+    arguments; values do not matter, shapes do. `dynamic_batch` leaves the first axis of every tensor open, under the
+    name `batch`. `dynamic_sizes` leaves heights, widths and lengths open where the model does not fix them; None does
+    so for sequences of token ids and their masks alone, whose second axis is `sequence`. With profile "qdq" weights and
+    activations are quantized as in the model; "weights-only" leaves activations in float, for runtimes that multiply
+    float activations with packed weights.
 
-    Raises `ModelError` if the model is not quantized, has other weights than float32, cannot be traced, or takes more
-    than the 2 GiB that an ONNX file can hold; `ResourceError` without the extra "onnx".
+    Inputs have the names of the forward's arguments unless `input_names` gives others. Outputs have those of a
+    dictionary's keys, or `output`, unless `output_names` gives others. Models with a cache of keys and values are
+    exported without it.
+
+    Raises `SettingsError` for a wrong number of names; `ModelError` if the model is not quantized, has other weights
+    than float32, cannot be traced, or takes more than the 2 GiB that an ONNX file can hold; `ResourceError` without the
+    extra "onnx".
     """
     try:
         import onnx_ir
@@ -82,13 +92,13 @@ def export_onnx(
         scale, zero_point = grid.scale.flatten().cpu().numpy(), grid.zero_point.flatten().cpu().numpy()
         weights.append(onnx_codes.StoredWeight(weight, codes.to(torch.uint8).cpu().numpy(), scale, zero_point))
     _refuse_projections(quantized)
-    args, kwargs = _arguments(example_inputs, dynamic_batch)
+    call = onnx_axes.prepare(example_inputs, dynamic_batch, dynamic_sizes)
     model = _traceable(quantized, profile)
-    program = _trace(model, args, kwargs, dynamic_batch, dynamic_sizes)
-    graph_model = program.model
+    graph_model, outputs = _trace(model, call)
     names = {state_name(site): weight for weight in weights for site in all_sites(quantized, weight.entry.sites)}
     with _quiet("onnx_ir", "onnxscript"):
         code_bytes = onnx_graph.rewrite(graph_model, names, weights_only=profile == "weights-only")
+    onnx_axes.rename(graph_model.graph, call, input_names, output_names or onnx_axes.output_paths(outputs))
     stored = sum(value.const_value.nbytes for value in graph_model.graph.initializers.values() if value.const_value)
     if stored > LARGEST_FILE:
         raise ModelError(
@@ -118,9 +128,10 @@ def trace_float(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     """Write a float model to `path` as ONNX, for comparison, its batch size fixed to that of the arguments."""
     import onnx_ir
 
-    program = _trace(copy.deepcopy(model).cpu().eval(), args, kwargs, dynamic_batch=False, optimize=True)
+    call = onnx_axes.prepare(kwargs or args, dynamic_batch=False, dynamic_sizes=False)
+    traced, _ = _trace(copy.deepcopy(model).cpu().eval(), call, optimize=True)
     # Weights beside the graph: a float model may be larger than an ONNX file can be.
-    onnx_ir.save(program.model, path, external_data=f"{path.name}.data")
+    onnx_ir.save(traced, path, external_data=f"{path.name}.data")
 
 
 @torch.library.custom_op("tracequant::quantize_activation", mutates_args=())
@@ -229,59 +240,32 @@ def _as_batch_norm(frozen: nn.Module) -> nn.BatchNorm2d | None:
     return norm
 
 
-def _arguments(example: Any, dynamic_batch: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments on the CPU; a batch of one is doubled, else tracing would take 1 for fixed."""
-
-    def prepare(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        leaf = leaf.detach().cpu()
-        return torch.cat([leaf, leaf]) if dynamic_batch and leaf.ndim and len(leaf) == 1 else leaf
-
-    example = pytree.tree_map(prepare, example)
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    return (tuple(example) if isinstance(example, (tuple, list)) else (example,)), {}
-
-
-def _trace(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    dynamic_batch: bool,
-    dynamic_sizes: bool = False,
-    optimize: bool = False,
-) -> Any:
-    shapes: Any = None
-    if dynamic_batch or dynamic_sizes:
-        batch = torch.export.Dim("batch")
-
-        def open_dimensions(leaf: Any) -> dict[int, Any] | None:
-            if not isinstance(leaf, Tensor) or not leaf.ndim:
-                return None
-            sizes = dict.fromkeys(range(2, leaf.ndim), torch.export.Dim.AUTO) if dynamic_sizes else {}
-            return {0: batch} | sizes if dynamic_batch else sizes
-
-        shapes = pytree.tree_map(open_dimensions, (*args, *kwargs.values()))
-        shapes = dict(zip(kwargs, shapes, strict=True)) if kwargs else shapes
+def _trace(model: nn.Module, call: onnx_axes.Call, optimize: bool = False) -> tuple[Any, Any]:
+    """The traced model as ONNX, and the outputs of the model itself."""
     try:
+        with frozen_evaluation(model), torch.no_grad():
+            outputs = model(*call.args, **call.kwargs)
         with _quiet("torch.onnx", "onnxscript"), frozen_evaluation(model), torch.no_grad(), _tensors_only(model):
-            return torch.onnx.export(
+            program = torch.onnx.export(
                 model,
-                args,
-                kwargs=kwargs,
+                call.args,
+                kwargs=call.kwargs,
                 dynamo=True,
                 opset_version=OPSET,
                 optimize=optimize,
                 verbose=False,
-                dynamic_shapes=shapes,
+                dynamic_shapes=call.dynamic_shapes,
                 custom_translation_table={torch.ops.tracequant.quantize_activation.default: _translate},
             )
+            assert program is not None
+            return program.model, outputs
     except torch.onnx.OnnxExporterError as error:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        hint = "; if its batch size cannot vary, try dynamic_batch=False" if dynamic_batch else ""
+        hint = (
+            "; if its batch size cannot vary, try dynamic_batch=False" if any(0 in axes for axes in call.axes) else ""
+        )
         raise ModelError(f"{type(model).__name__} cannot be traced for ONNX: {_first_line(cause)}{hint}") from error
 
 

@@ -55,10 +55,12 @@ class Evaluator:
         # The first batches stand for all: a loader that shuffles gives others, and nothing is taken from the file. The
         # task's loss and metric cannot be compared, but their values on such a batch can.
         first = [list(itertools.islice(batches, 1)) for batches in (self._calibration, self._evaluation)]
-        parts = [fingerprint(model), task.metric_name]
+        values = []
         with contextlib.suppress(DataError):  # one batch may have no metric (mAP of images without boxes)
             value = self._evaluated(model, first[1])
-            parts += [f"{value.metric:.5g}", f"{value.loss:.5g}"]
+            values = [f"{value.metric:.5g}", f"{value.loss:.5g}"]
+        # A task may know its metric only once it has seen the model.
+        parts = [fingerprint(model), task.metric_name, *values]
         parts += [digest(batch) for batches in first for batch in batches]
         for batches in (self._calibration, self._evaluation):
             with contextlib.suppress(TypeError):

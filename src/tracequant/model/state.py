@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 @contextmanager
 def frozen_evaluation(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside the block; afterwards modes, `requires_grad`, `.grad`, buffers and RNG are as before.
+
+    Caches of keys and values are off: nothing here reads them, and they take the memory of a tensor for each layer.
 
     Hooks are not restored here: whoever registers one removes it.
     """
@@ -28,7 +31,7 @@ def frozen_evaluation(model: nn.Module) -> Iterator[None]:
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.random.fork_rng(devices=_cuda_devices(model)):
+        with torch.random.fork_rng(devices=_cuda_devices(model)), without_cache(model):
             model.eval()
             yield
     finally:
@@ -43,6 +46,26 @@ def frozen_evaluation(model: nn.Module) -> Iterator[None]:
                 if not torch.equal(buffer, saved):  # an expanded buffer cannot be written, but does not change either
                     buffer.copy_(saved)
                 setattr(module, name, buffer)  # the model may have put another tensor in its place
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Language models return no cache of keys and values inside the block.
+
+    Those of Hugging Face return one if `use_cache` of their configuration says so, unless the caller asks otherwise.
+    """
+    configurations: dict[int, Any] = {id(c): c for c in (getattr(m, "config", None) for m in model.modules())}
+    changed = []
+    try:
+        for config in configurations.values():
+            if getattr(config, "use_cache", None) is True:
+                with suppress(AttributeError):  # one that cannot be changed
+                    config.use_cache = False
+                    changed.append(config)
+        yield
+    finally:
+        for config in changed:
+            config.use_cache = True
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from tracequant.model.batches import (
     slice_samples,
 )
 from tracequant.model.device import measuring, model_device
+from tracequant.model.distillation import output_distance
 from tracequant.model.memory import Microbatches
 from tracequant.model.state import frozen_evaluation
 
@@ -123,30 +124,41 @@ class Task(abc.ABC):
         """Distance of a student's outputs to its teacher's for one batch, for fine-tuning with `teacher=`.
 
         It is averaged as the loss is: a share `distillation` of the training loss then means the same for any batch.
+        The default is the divergence of class probabilities where the loss is that of a softmax, as cross-entropy is,
+        and the mean squared difference for every other output that the loss depends on.
         """
-        raise TaskError(
-            f"{type(self).__name__} has no distillation_loss(outputs, teacher_outputs, batch); implement it, or"
-            " fine-tune without a teacher (distillation=0)"
-        )
+        return output_distance(lambda point: total_loss(self, point, batch), outputs, teacher_outputs)
 
     def exported(self, model: nn.Module) -> Exported:
         """What of `model` goes into an ONNX file: by default all of it, as `outputs` calls it."""
         return Exported(model, self)
 
+    def counted(self, batch: Batch) -> int:
+        """How many things the batch's loss and metric are means of, by which `evaluate` weighs batches.
+
+        By default they are the samples; a language model counts tokens.
+        """
+        return self.batch_size(batch)
+
     def evaluate(self, model: nn.Module, batches: Batches, progress: bool = False) -> Evaluation:
         """Metric and loss of `model` over `batches`, in evaluation mode, the model left as it was."""
         metric_sum = loss_sum = 0.0
-        samples = 0
+        samples = counted = 0
         microbatches = Microbatches(self)
         with measuring(model), torch.no_grad():
             for batch in track(checked(batches, self, model), "Evaluating", progress):
                 outputs = microbatches.outputs(model, batch)
                 loss = checked_loss(self, outputs, batch)
-                size = self.batch_size(batch)
-                metric_sum += size * float(self.metric(outputs, batch))
-                loss_sum += size * loss.item()
-                samples += size
-        return Evaluation(self.metric_name, metric_sum / samples, loss_sum / samples, samples)
+                weight = self.counted(batch)
+                metric_sum += weight * float(self.metric(outputs, batch))
+                loss_sum += weight * loss.item()
+                counted += weight
+                samples += self.batch_size(batch)
+        if counted == 0:
+            raise DataError(
+                f"none of the {samples} samples has a target that counts; check that the labels are not all ignored"
+            )
+        return Evaluation(self.metric_name, metric_sum / counted, loss_sum / counted, samples)
 
 
 class Exported:
@@ -156,7 +168,8 @@ class Exported:
     model, or prepares inputs by code that no runtime has, returns one of a class of its own from `Task.exported`.
     """
 
-    dynamic_sizes = False  # whether heights and widths, or lengths, are others from batch to batch
+    # Whether heights and widths, or lengths, differ from batch to batch; None if only sequences of token ids do.
+    dynamic_sizes: bool | None = None
 
     def __init__(self, module: nn.Module, task: Task) -> None:
         self.module, self._task = module, task

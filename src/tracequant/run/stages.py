@@ -19,7 +19,7 @@ from tracequant.allocation.stability import is_stable, plan_stability
 from tracequant.allocation.uniform import uniform_plan
 from tracequant.core.cost import float_bytes
 from tracequant.core.curvature import Curvature, Perturbation
-from tracequant.core.errors import ModelError, RunError, SecondDerivativeError, TaskError
+from tracequant.core.errors import ModelError, RunError, SecondDerivativeError
 from tracequant.core.files import read_json, replace_file, write_json
 from tracequant.core.plan import BitPlan
 from tracequant.core.sensitivity import Sensitivity
@@ -260,18 +260,6 @@ def finetune(run: RunDirectory, recipe: FinetuneSettings) -> None:
     run.finish("finetune", start)
 
 
-def check_recipe(run: RunDirectory, recipe: FinetuneSettings) -> None:
-    """Raise `TaskError` if the recipe has a teacher and the task has no distillation loss."""
-    from tracequant.model.task import Task
-
-    task = run.setup().task
-    if recipe.distillation > 0 and type(task).distillation_loss is Task.distillation_loss:
-        raise TaskError(
-            f"{type(task).__name__} has no distillation_loss(outputs, teacher_outputs); implement it, or fine-tune"
-            " without a teacher (distillation=0)"
-        )
-
-
 def pack(run: RunDirectory) -> None:
     """Write the product, `model.safetensors`, and evaluate it as it is loaded again."""
     if run.done("pack"):
@@ -316,7 +304,6 @@ def _begin_finetune(run: RunDirectory, recipe: FinetuneSettings) -> float | None
     if run.settings() == settings and run.done("finetune"):
         return None
     run.need("quantize")
-    check_recipe(run, recipe)
     run.ask(settings)
     if run.done("finetune"):  # the user has returned to an earlier recipe
         return None
