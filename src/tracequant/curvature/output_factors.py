@@ -10,8 +10,9 @@ whose numbers differ modulo 2^m cancel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -118,11 +119,29 @@ class OutputHessian:
         ]
 
 
+class Part(Protocol):
+    """The factored Hessian of some of the outputs."""
+
+    @property
+    def kind(self) -> str:
+        """The shape that was found."""
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The outputs."""
+
+    def draw(self, generator: torch.Generator, number: int = 0) -> Iterator[Cotangents]:
+        """Random cotangents, as `OutputHessian.draw`."""
+
+    def columns(self) -> Iterator[Cotangents]:
+        """All columns, as `OutputHessian.columns`."""
+
+
 @dataclass(frozen=True)
 class SeparateHessians:
     """Factored Hessians of several output tensors without mixed derivatives: H_L is block diagonal."""
 
-    parts: list[OutputHessian]
+    parts: Sequence[Part]
 
     @property
     def kind(self) -> str:

@@ -4,18 +4,19 @@ With H_L = L S Lᵀ, S diagonal of signs, a layer's Gauss-Newton trace is Σ_k s
 expectation ‖Jᵀ L v‖² (for each sign) over random sign vectors v. The model takes no part here, so any number of
 derivatives is cheap.
 
-Four shapes of H_L are recognised from its products with random vectors, whatever the loss is called:
+Five shapes of H_L are recognised from its products with random vectors, whatever the loss is called:
 
 - softmax: α (diag(p) − p pᵀ) at every position, which cross-entropy has with any labels, label smoothing and class
   weights. L is its Cholesky factor with the classes in the order of their probabilities, which has a closed form;
 - diagonal: any sum over output elements (squared error, binary cross-entropy, focal, smooth-L1), columns √|h_i| e_i;
 - dense: anything else with at most `DENSE_LIMIT` outputs for each sample, by eigenvectors;
-- blocks: at every position a block of its own (a box whose four numbers the loss takes together), by eigenvectors.
+- blocks: at every position a block of its own (a box whose four numbers the loss takes together), by eigenvectors;
+- coupled: anything else that has a block for each sample (Dice, say), by products alone (`output_lanczos`).
 
 Positions are all axes but the samples' and the classes', which is the second or the last one.
 
 Of several output tensors between which the loss has no mixed derivatives (a detector's classes and boxes, say) each may
-have a shape of its own.
+have a shape of its own. Others are coupled.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch.utils import _pytree as pytree
 
 from tracequant.core.errors import GaussNewtonError, ModelError
 from tracequant.curvature.output_factors import GROUP, Cotangents, OutputHessian, SeparateHessians
+from tracequant.curvature.output_lanczos import INTERACTING, CoupledHessian, coupled
 from tracequant.model.batches import Batch
 from tracequant.model.memory import out_of_memory
 from tracequant.model.task import Task, total_loss
@@ -40,7 +42,7 @@ DENSE_LIMIT = 128
 BLOCKS_LIMIT = 2**26
 TOLERANCE = 1e-3
 
-Factored = OutputHessian | SeparateHessians
+Factored = OutputHessian | CoupledHessian | SeparateHessians
 
 
 def factor(task: Task, outputs: Any, batch: Batch, generator: torch.Generator) -> Factored:
@@ -53,18 +55,18 @@ def factor(task: Task, outputs: Any, batch: Batch, generator: torch.Generator) -
     if own is not None:
         return _from_user(own, differentiable(outputs))
     tensors, product = loss_hessian(task, outputs, batch)
-    probe = [torch.randn(v.shape, generator=generator, dtype=v.dtype, device=v.device) for v in tensors]
+    probe = [_random(v, generator) for v in tensors]
     image = product(probe)
     if not any(v.any() for v in image):
         raise GaussNewtonError(
             "the loss has no curvature in the model's outputs (an absolute error, say): its traces are zero"
         )
     if len(tensors) == 1:
-        return _factor_one(tensors[0], probe[0], image[0], lambda v: product([v])[0])
+        return _factor_one(tensors[0], (probe[0], image[0]), lambda v: product([v])[0], generator)
     diagonal = product([torch.ones_like(v) for v in probe])
     if _close([h * v for h, v in zip(diagonal, probe, strict=True)], image):
         return OutputHessian("diagonal", tensors, diagonal)
-    parts = []
+    parts: list[OutputHessian | CoupledHessian] = []
     for number, tensor in enumerate(tensors):
 
         def alone(vector: Tensor, number: int = number) -> Tensor:
@@ -73,16 +75,16 @@ def factor(task: Task, outputs: Any, batch: Batch, generator: torch.Generator) -
 
         # What the other tensors' vectors add to this one's image is a mixed derivative.
         if not _close([alone(probe[number])], [image[number]]):
-            raise GaussNewtonError(
-                "the loss has mixed derivatives between the model's outputs, which cannot be factored one by one; give"
-                " the task one output tensor, or use estimator='hutchinson'"
-            )
-        parts.append(_factor_one(tensor, probe[number], image[number], alone))
+            return coupled(tensors, product, generator)
+        parts.append(_factor_one(tensor, (probe[number], image[number]), alone, generator))
     return SeparateHessians(parts)
 
 
-def _factor_one(tensor: Tensor, probe: Tensor, image: Tensor, product: Callable[[Tensor], Tensor]) -> OutputHessian:
-    """The factored Hessian by one output tensor, `image` being its product with the random vector `probe`."""
+def _factor_one(
+    tensor: Tensor, pair: tuple[Tensor, Tensor], product: Callable[[Tensor], Tensor], generator: torch.Generator
+) -> OutputHessian | CoupledHessian:
+    """The factored Hessian by one output tensor; `pair` is a random vector and its product."""
+    probe, image = pair
     z = tensor.detach()
     axes = [] if z.ndim < 2 else [1] if z.ndim == 2 else [1, z.ndim - 1]
     for axis in axes if image.any() else []:
@@ -106,11 +108,7 @@ def _factor_one(tensor: Tensor, probe: Tensor, image: Tensor, product: Callable[
                 return OutputHessian(
                     "blocks", [tensor], [values.movedim(-1, 1)], vectors.movedim((-2, -1), (1, 2)), axis
                 )
-    raise GaussNewtonError(
-        "the loss's Hessian with respect to the outputs is neither that of a softmax nor diagonal, it couples more than"
-        f" {DENSE_LIMIT} outputs of a sample, and those of different positions (or it is too large to try); give the"
-        " task an output_hessian, or use estimator='hutchinson'"
-    )
+    return coupled([tensor], lambda v: [product(v[0])], generator)
 
 
 def loss_hessian(task: Task, outputs: Any, batch: Batch) -> tuple[list[Tensor], Callable[[list[Tensor]], list[Tensor]]]:
@@ -184,12 +182,16 @@ def _blocks(z: Tensor, axis: int, product: Callable[[Tensor], Tensor]) -> Tensor
 
 def _dense(tensors: list[Tensor], blocks: Tensor, image: Tensor, probe: Tensor) -> OutputHessian:
     if not _close([torch.einsum("nij,nj->ni", blocks, probe.flatten(1))], [image.flatten(1)]):
-        raise GaussNewtonError(
-            "the samples of a batch interact in the loss, so that samples have no Hessian of their own; use"
-            " estimator='hutchinson', or batches of one sample"
-        )
+        raise GaussNewtonError(INTERACTING)
     values, vectors = torch.linalg.eigh((blocks + blocks.mT) / 2)
     return OutputHessian("dense", tensors, [values], vectors)
+
+
+def _random(like: Tensor, generator: torch.Generator) -> Tensor:
+    """A random vector with a part that all positions share: a term of low rank in sums over positions must show."""
+    shapes = [like.shape] if like.ndim < 3 else [like.shape, (*like.shape[:2], *([1] * (like.ndim - 2)))]
+    terms = [torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device) for shape in shapes]
+    return terms[0] if len(terms) == 1 else terms[0] + terms[1]
 
 
 def _from_user(own: Tensor, tensors: list[Tensor]) -> OutputHessian:
