@@ -201,7 +201,7 @@ def test_traces_of_a_network(name: str) -> None:
     truth = torch.tensor([exact_traces(loss)[layer] for layer in ("0", "2")], dtype=torch.float64)
     standard_error = drawn.std(0) / math.sqrt(len(drawn))
     assert ((drawn.mean(0) - truth).abs() <= 3.5 * standard_error).all()
-    # The mean says something: the second layer's, whose positive and negative parts do not cancel, is not lost in noise.
+    # The second layer's trace, whose positive and negative parts do not cancel, is not lost in noise.
     assert standard_error[1] <= 0.4 * truth[1].abs()
 
 

@@ -28,9 +28,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from tracequant.core.errors import GaussNewtonError, ModelError
+from tracequant.core.errors import GaussNewtonError, ModelError, SecondDerivativeError
 from tracequant.curvature.output_factors import GROUP, Cotangents, OutputHessian, SeparateHessians
 from tracequant.curvature.output_lanczos import INTERACTING, CoupledHessian, coupled
+from tracequant.curvature.products import LOSS_BENDS_NOT, check_differentiable
 from tracequant.model.batches import Batch
 from tracequant.model.memory import out_of_memory
 from tracequant.model.task import Task, total_loss
@@ -59,7 +60,8 @@ def factor(task: Task, outputs: Any, batch: Batch, generator: torch.Generator) -
     image = product(probe)
     if not any(v.any() for v in image):
         raise GaussNewtonError(
-            "the loss has no curvature in the model's outputs (an absolute error, say): its traces are zero"
+            "the loss has no curvature in the model's outputs (an absolute error, say): its Gauss-Newton traces are"
+            " zero; use another loss, or estimator='hutchinson' where the model itself bends"
         )
     if len(tensors) == 1:
         return _factor_one(tensors[0], (probe[0], image[0]), lambda v: product([v])[0], generator)
@@ -132,8 +134,15 @@ def loss_hessian(task: Task, outputs: Any, batch: Batch) -> tuple[list[Tensor], 
         ) from error
     used = [i for i, gradient in enumerate(gradients) if gradient is not None and gradient.requires_grad]
     if not used:
-        raise GaussNewtonError("the loss is linear in the model's outputs: its Gauss-Newton trace is zero")
+        raise GaussNewtonError(
+            "the loss is linear in the model's outputs: its Gauss-Newton traces are zero; use another loss, or"
+            " estimator='hutchinson' where the model itself bends"
+        )
     slopes, points = [gradients[i] for i in used], [z[i] for i in used]
+    try:
+        check_differentiable(slopes)
+    except SecondDerivativeError as error:
+        raise SecondDerivativeError(LOSS_BENDS_NOT) from error
 
     def product(vectors: list[Tensor]) -> list[Tensor]:
         try:
@@ -141,7 +150,7 @@ def loss_hessian(task: Task, outputs: Any, batch: Batch) -> tuple[list[Tensor], 
         except RuntimeError as error:
             if out_of_memory(error):
                 raise
-            raise ModelError(f"the loss has no second derivative with respect to the outputs: {error}") from error
+            raise SecondDerivativeError(f"{LOSS_BENDS_NOT} ({error})") from error
         return [torch.zeros_like(v) if image is None else image for image, v in zip(images, vectors, strict=True)]
 
     return [tensors[i] for i in used], product
