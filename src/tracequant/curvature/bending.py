@@ -145,8 +145,8 @@ def _bending(node: Any, inputs: list[int]) -> tuple[int, str, bool]:
             return bends, "a quotient", True
     if operation in _PRODUCTS:
         factors = [inputs[i] for i in _PRODUCTS[operation] if i < len(inputs)]
-        reused = operation in ("Convolution", "Linear", "CudnnConvolution", "MkldnnConvolution")
-        return bends | _shared(factors), "a layer that is applied to its own output" if reused else "a product", True
+        reads_weight = any(_is_leaf(node.next_functions[i][0]) for i in _PRODUCTS[operation] if i < len(inputs))
+        return bends | _shared(factors), "a layer applied to its own output" if reads_weight else "a product", True
     if operation == "Lerp":
         return _shared([inputs[0] | inputs[1], *inputs[2:]]), "lerp", True
     return everything, node.name(), False
@@ -158,6 +158,13 @@ def _operation(name: str) -> str:
     if found:
         return found[1]
     return {"torch::autograd::AccumulateGrad": "AccumulateGrad", "torch::autograd::CopyBackwards": "Copy"}.get(name, "")
+
+
+def _is_leaf(node: Any) -> bool:
+    """Whether a node is a parameter, or one in another shape."""
+    while node is not None and _operation(node.name()) in ("T", "Transpose", "Permute", "View", "Unsqueeze", "Select"):
+        node = node.next_functions[0][0]
+    return node is not None and _operation(node.name()) == "AccumulateGrad"
 
 
 def _shared(factors: list[int]) -> int:
