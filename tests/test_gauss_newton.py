@@ -570,14 +570,25 @@ def test_output_hessian_of_the_user_is_used() -> None:
     assert {name: 2 * e.trace for name, e in own.weights.items()} == pytest.approx(expected, rel=1e-9)
 
 
-def test_factor_of_a_large_coupled_loss_is_refused() -> None:
+def test_factor_of_a_large_coupled_loss_needs_no_matrix() -> None:
+    """The norm of 200 outputs has one eigenvalue 199 times, which no eigenvector of a short recurrence stands for."""
     z = seeded(2, 200).requires_grad_()
 
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
         return outputs.square().sum(1).sqrt().mean()
 
-    with pytest.raises(tq.ModelError, match="output_hessian"):
-        factor(tq.ClassificationTask(loss=loss), z, (z, torch.zeros(2)), torch.Generator())
+    hessian = factor(
+        tq.ClassificationTask(loss=loss), z, (z, torch.zeros(2, dtype=torch.long)), torch.Generator().manual_seed(0)
+    )
+    assert hessian.kind == "coupled"
+    direction = z.detach() / z.detach().norm(dim=1, keepdim=True)
+    for seed in range(3):
+        (((u,), sign),) = hessian.draw(torch.Generator().manual_seed(seed))
+        assert sign == 1
+        # H z = 0, and all else is stretched by the same factor.
+        assert (u * direction).sum(1).abs().max() < 1e-9
+        ratio = u.square().sum(1) * 2 * z.detach().norm(dim=1)
+        assert ((ratio - 199).abs() < 30).all()
 
 
 @pytest.mark.parametrize("num_probes", [0, -1, 1.5, "all"])
