@@ -727,6 +727,13 @@ def test_a_loss_without_second_derivative_is_one_error_that_ends(estimator: str)
     assert "estimator='hutchinson'" not in str(caught.value)
 
 
+def test_a_loss_that_knows_one_batch_size_is_checked_on_the_whole_batch() -> None:
+    x = seeded(4, 5)
+    task = tq.ClassificationTask(loss=lambda z, y: F.cross_entropy(z.view(4, CLASSES), y.view(4)))
+    curvature = tq.estimate_curvature(randomized(FunctionalGelu()), [(x, labels(x))], task)
+    assert "GELU bends" in curvature.reason
+
+
 class KnownTextTask(TextTask):
     """The cure of that error: the Fisher matrix of the scores' probabilities stands for the second derivative."""
 
