@@ -2,12 +2,14 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn import functional as F
 
@@ -23,6 +25,7 @@ from models import (
     tied_net,
     token_batch,
 )
+from tracequant.core.errors import SecondDerivativeError
 from tracequant.curvature import gradient_norms, matrix_norms
 from tracequant.curvature.output_hessian import factor
 from tracequant.curvature.sweep import Rows, Sweep
@@ -418,14 +421,14 @@ def test_auto_takes_gauss_newton_where_it_is_exact_and_says_so() -> None:
     make, x = NETWORKS["conv"]
     curvature = tq.estimate_curvature(randomized(make()), [(x, labels(x))], TASK)
     assert curvature.estimator == "gauss_newton"
-    assert "agree to" in curvature.reason
+    assert "these Gauss-Newton traces equal the Hessian's" in curvature.reason
 
 
 def test_auto_notices_a_layer_applied_to_its_own_output() -> None:
     model, x = randomized(Recurrent()), seeded(4, 5)
     curvature = tq.estimate_curvature(model, [(x, labels(x))], TASK, num_probes=1)
-    assert curvature.estimator == "hutchinson"
-    assert "block of layer differs" in curvature.reason
+    assert curvature.estimator == "gauss_newton"
+    assert "not the Hessian's: a layer applied to its own output bends" in curvature.reason
     slow = exact(model, x, labels(x), F.cross_entropy)
     assert slow.weights["layer"].trace == pytest.approx(jacobian_trace(model, "layer.weight", x, labels(x)), rel=1e-9)
 
@@ -444,17 +447,16 @@ class FunctionalGelu(nn.Module):
 def test_auto_is_not_fooled_by_functional_calls() -> None:
     x = seeded(4, 5)
     curvature = tq.estimate_curvature(randomized(FunctionalGelu()), [(x, labels(x))], TASK, num_probes=1)
-    assert curvature.estimator == "hutchinson"
-    assert "Gauss-Newton block of a differs" in curvature.reason
-    assert "called as a function" in curvature.reason
+    assert curvature.estimator == "gauss_newton"
+    assert "not the Hessian's: GELU bends behind 1 of 2 layers" in curvature.reason
 
 
-def test_auto_names_the_module_that_bends() -> None:
+def test_auto_names_the_operation_that_bends() -> None:
     model = randomized(nn.Sequential(nn.Linear(5, 6), nn.SiLU(), nn.Linear(6, CLASSES)))
     x = seeded(4, 5)
     curvature = tq.estimate_curvature(model, [(x, labels(x))], TASK, num_probes=1)
-    assert curvature.estimator == "hutchinson"
-    assert "1, SiLU" in curvature.reason
+    assert curvature.estimator == "gauss_newton"
+    assert "SiLU bends behind 1 of 2 layers" in curvature.reason
 
 
 @pytest.mark.parametrize("make", [residual_net, shared_head_net, tied_net])
@@ -581,14 +583,25 @@ def test_output_hessian_of_the_user_is_used() -> None:
     assert {name: 2 * e.trace for name, e in own.weights.items()} == pytest.approx(expected, rel=1e-9)
 
 
-def test_factor_of_a_large_coupled_loss_is_refused() -> None:
+def test_factor_of_a_large_coupled_loss_needs_no_matrix() -> None:
+    """The norm of 200 outputs has one eigenvalue 199 times, which no eigenvector of a short recurrence stands for."""
     z = seeded(2, 200).requires_grad_()
 
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
         return outputs.square().sum(1).sqrt().mean()
 
-    with pytest.raises(tq.ModelError, match="output_hessian"):
-        factor(tq.ClassificationTask(loss=loss), z, (z, torch.zeros(2)), torch.Generator())
+    hessian = factor(
+        tq.ClassificationTask(loss=loss), z, (z, torch.zeros(2, dtype=torch.long)), torch.Generator().manual_seed(0)
+    )
+    assert hessian.kind == "coupled"
+    direction = z.detach() / z.detach().norm(dim=1, keepdim=True)
+    for seed in range(3):
+        (((u,), sign),) = hessian.draw(torch.Generator().manual_seed(seed))
+        assert sign == 1
+        # H z = 0, and all else is stretched by the same factor.
+        assert (u * direction).sum(1).abs().max() < 1e-9
+        ratio = u.square().sum(1) * 2 * z.detach().norm(dim=1)
+        assert ((ratio - 199).abs() < 30).all()
 
 
 @pytest.mark.parametrize("num_probes", [0, -1, 1.5, "all"])
@@ -833,12 +846,79 @@ def test_outputs_that_depend_on_one_another() -> None:
         assert result.weights[name].trace == pytest.approx(torch.trace(block).item(), rel=1e-9)
 
 
+class SigmoidOnce(torch.autograd.Function):
+    """A custom function without a second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(y := x.sigmoid())
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return y * (1 - y) * gradient
+
+
+class CallsOnce(FunctionalGelu):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(SigmoidOnce.apply(self.a(x)))
+
+
 def test_auto_without_a_second_derivative_says_what_it_gives() -> None:
+    x = seeded(3, 5)
+    curvature = tq.estimate_curvature(randomized(CallsOnce()), [(x, labels(x))], TASK)
+    assert curvature.estimator == "gauss_newton"
+    assert "may differ from the Hessian's: SigmoidOnceBackward or another operation has no second" in curvature.reason
+
+
+def test_an_operation_of_the_model_without_a_second_derivative_is_none_of_gauss_newtons_concern() -> None:
     model = randomized(nn.Sequential(nn.Linear(5, 4), nn.Hardsigmoid(), nn.Linear(4, CLASSES)))
     x = seeded(3, 5)
     curvature = tq.estimate_curvature(model, [(x, labels(x))], TASK)
     assert curvature.estimator == "gauss_newton"
-    assert "no second derivative" in curvature.reason
+    assert "these Gauss-Newton traces equal the Hessian's" in curvature.reason
+
+
+class TextTask(tq.ClassificationTask):
+    """Sequences of three characters, read from `[N, 12, 5]` scores by `F.ctc_loss`."""
+
+    def loss(self, outputs: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+        scores = outputs.log_softmax(2).movedim(1, 0)
+        lengths = torch.full((len(outputs),), 12), torch.full((len(outputs),), 3)
+        return F.ctc_loss(scores, batch[1], *lengths)
+
+
+@pytest.mark.parametrize("estimator", ["auto", "gauss_newton", "hutchinson"])
+def test_a_loss_without_second_derivative_is_one_error_that_ends(estimator: str) -> None:
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 5))
+    batch = (torch.randn(3, 12, 5), torch.randint(1, 5, (3, 3)))
+    with pytest.raises(SecondDerivativeError, match=r"every estimator needs; use a loss.*output_hessian") as caught:
+        tq.estimate_curvature(model, [batch], TextTask(), estimator=estimator, num_probes=1)
+    assert "estimator='hutchinson'" not in str(caught.value)
+
+
+def test_a_loss_that_knows_one_batch_size_is_checked_on_the_whole_batch() -> None:
+    x = seeded(4, 5)
+    task = tq.ClassificationTask(loss=lambda z, y: F.cross_entropy(z.view(4, CLASSES), y.view(4)))
+    curvature = tq.estimate_curvature(randomized(FunctionalGelu()), [(x, labels(x))], task)
+    assert "GELU bends" in curvature.reason
+
+
+class KnownTextTask(TextTask):
+    """The cure of that error: the Fisher matrix of the scores' probabilities stands for the second derivative."""
+
+    def output_hessian(self, outputs: Tensor, batch: object) -> Tensor:
+        p = outputs.detach().softmax(2)
+        fisher = torch.diag_embed(p) - p.unsqueeze(3) * p.unsqueeze(2)
+        return torch.stack([torch.block_diag(*positions) for positions in fisher]) / p.numel()
+
+
+def test_output_hessian_serves_a_loss_without_second_derivative() -> None:
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 5))
+    batch = (torch.randn(3, 12, 5), torch.randint(1, 5, (3, 3)))
+    assert tq.estimate_curvature(model, [batch], KnownTextTask()).weights["2"].trace > 0
 
 
 def test_options_of_the_other_method_are_refused() -> None:

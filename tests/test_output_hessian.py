@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tracequant as tq
-from tracequant import ModelError
 from tracequant.curvature.output_hessian import OutputHessian, SeparateHessians, factor
+from tracequant.curvature.output_lanczos import CoupledHessian
 
 TASK = tq.ClassificationTask()
 
@@ -141,13 +141,6 @@ def test_classes_may_be_on_the_last_axis() -> None:
     assert torch.allclose(drawn, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_coupled_positions_are_refused() -> None:
-    outputs = torch.randn(2, 3, 50, dtype=torch.float64, requires_grad=True)
-    task = tq.ClassificationTask(loss=lambda z, y: z.sum((1, 2)).square().square().mean())
-    with pytest.raises(ModelError, match="those of different positions"):
-        factor(task, outputs, (None, torch.zeros(2)), torch.Generator())
-
-
 class Detector(tq.ClassificationTask):
     """Classes by softmax, boxes by squares (some of them negative), and one output that the loss does not bend in."""
 
@@ -206,11 +199,15 @@ def test_an_output_may_be_one_number_for_each_sample() -> None:
         torch.testing.assert_close(vectors[0].square(), expected)
 
 
-def test_outputs_that_the_loss_mixes_are_refused() -> None:
-    task = Detector()
+def test_outputs_that_the_loss_mixes_are_taken_together() -> None:
+    task, outputs = Detector(), detector_outputs()
     task.mixed = 0.1
-    with pytest.raises(ModelError, match="mixed derivatives"):
-        factor(task, detector_outputs(), None, torch.Generator().manual_seed(0))
+    hessian = factor(task, outputs, None, torch.Generator().manual_seed(0))
+    assert isinstance(hessian, CoupledHessian)
+    assert hessian.kind == "low-rank"
+    found = sum(sign * torch.einsum("ni,nj->nij", torch.cat(u, 1), torch.cat(u, 1)) for u, sign in hessian.columns())
+    mixed = torch.cat([torch.eye(3, dtype=torch.float64) * 0.1, torch.zeros(2, 3, dtype=torch.float64)])
+    assert torch.allclose(found[:, :5, 5:8], mixed.expand(2, -1, -1), rtol=1e-9, atol=1e-9)
 
 
 def test_draws_of_other_groups_are_new() -> None:

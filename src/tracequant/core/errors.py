@@ -29,7 +29,7 @@ class ModelError(TracequantError):
 
 
 class SecondDerivativeError(ModelError):
-    """An operation of the model cannot be differentiated twice, which Hutchinson's method needs."""
+    """An operation of the model, for Hutchinson's method, or of the loss, for any, cannot be differentiated twice."""
 
 
 class GaussNewtonError(ModelError):

@@ -130,7 +130,7 @@ class CurvatureSettings:
 
     estimator: Literal["auto", "gauss_newton", "hutchinson"] = option(
         "auto",
-        "auto takes gauss_newton where it equals the Hessian, which it checks, and hutchinson elsewhere",
+        "auto is gauss_newton, and says whether its traces equal the Hessian's; hutchinson takes far longer",
         panel=ANALYSIS,
     )
     num_probes: int | Literal["exact"] | None = option(

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import nn
 
 from tracequant.core.curvature import Curvature
-from tracequant.core.errors import GaussNewtonError, ModelError, SettingsError
+from tracequant.core.errors import ModelError, SettingsError
 from tracequant.core.options import resolve, takes
 from tracequant.core.points import QuantizationPoints
 from tracequant.core.settings import CurvatureSettings
 from tracequant.curvature.batch_loop import Stop
-from tracequant.curvature.choose_estimator import choose_estimator, fall_back
+from tracequant.curvature.choose_estimator import identity
 from tracequant.curvature.gauss_newton import gauss_newton
 from tracequant.curvature.hutchinson import hutchinson
 from tracequant.model import distributed
@@ -51,17 +50,14 @@ def estimate_curvature(
 
     `batches` are a few hundred samples, labelled. `estimator` is one of
 
-    - "gauss_newton": one forward and a few backward passes; its traces equal the Hessian's for piecewise linear
-      networks such as those with ReLU;
-    - "hutchinson": thousands of products with the Hessian, for any network that can be differentiated twice;
-    - "auto": compares the two on one batch and takes the fast one where they agree. The result's `reason` says which
-      one and why. A warning says where Gauss-Newton cannot take the model at all.
+    - "gauss_newton": one forward and a few backward passes, for any network; its traces equal the Hessian's where the
+      network is piecewise linear in each layer, as those with ReLU are;
+    - "auto": gauss_newton, and the result's `reason` says whether its traces equal the Hessian's or what bends;
+    - "hutchinson": thousands of products with the Hessian, for any network that can be differentiated twice.
 
     `points` come from `discover`, which is called if None is given. `weights` and `activations` say what is measured.
     The measurement ends early when every trace is known to the target that `settings` give, or when `stop(curvature)`
-    is true. `checkpoint` is a folder where finished batches are saved, and from which a later call resumes. Under
-    "auto" the options of hutchinson alone (`probe_scope`, `distribution`, `target_standard_error`) hold if it is
-    chosen.
+    is true. `checkpoint` is a folder where finished batches are saved, and from which a later call resumes.
 
     The model and torch's random state are left exactly as they were. Under `torchrun` all processes share the work.
 
@@ -78,38 +74,36 @@ def estimate_curvature(
         batches = reusable(batches)
         if points is None:
             points = discover(model, batches, task)
-        estimator, why = request.estimator, ""
-        if estimator == "auto":
-            # Of several processes all must take the same, whatever their own batch and memory would choose.
-            estimator, why = distributed.gather(choose_estimator(model, batches, task, points, seed))[0]
-        if estimator == "gauss_newton":
-            try:
-                result = gauss_newton(
-                    model,
-                    batches,
-                    task,
-                    points,
-                    num_probes=request.num_probes,
-                    seed=seed,
-                    weights=weights,
-                    activations=activations,
-                    target_sampling_error=request.target_sampling_error,
-                    checkpoint=checkpoint,
-                    stop=stop,
-                    precision=request.precision,
-                    progress=progress,
-                )
-                return _with_reason(why, result)
-            except GaussNewtonError as error:
-                if not why:  # the user's own choice
-                    raise
-                why = fall_back(error)
-        result = hutchinson(
+        if request.estimator != "hutchinson":
+            # Of several processes all must say the same.
+            why = (
+                distributed.gather(identity(model, batches, task, points, seed))[0]
+                if request.estimator == "auto"
+                else ""
+            )
+            result = gauss_newton(
+                model,
+                batches,
+                task,
+                points,
+                num_probes=request.num_probes,
+                seed=seed,
+                weights=weights,
+                activations=activations,
+                target_sampling_error=request.target_sampling_error,
+                checkpoint=checkpoint,
+                stop=stop,
+                precision=request.precision,
+                progress=progress,
+            )
+            return replace(result, reason=f"{why}; {result.reason}") if why else result
+        assert request.num_probes != "exact"
+        return hutchinson(
             model,
             batches,
             task,
             points,
-            num_probes=_counted(request.num_probes, why),
+            num_probes=request.num_probes,
             seed=seed,
             probe_scope=request.probe_scope,
             distribution=request.distribution,
@@ -121,30 +115,17 @@ def estimate_curvature(
             precision=request.precision,
             progress=progress,
         )
-        return _with_reason(why, result)
 
 
 def _refuse_others_options(request: CurvatureSettings) -> None:
     """Raise `SettingsError` for an option that the chosen estimator does not read."""
-    if request.estimator == "auto":
-        return
+    estimator = "gauss_newton" if request.estimator == "auto" else request.estimator
     if request.estimator == "hutchinson" and request.num_probes == "exact":
         raise SettingsError("num_probes='exact' is for gauss_newton; give hutchinson a number of probes", "num_probes")
     default = CurvatureSettings()
     for owner, names in _OWN.items():
         for name in names:
-            if owner != request.estimator and getattr(request, name) != getattr(default, name):
+            if owner != estimator and getattr(request, name) != getattr(default, name):
                 raise SettingsError(
                     f"{name} is an option of estimator={owner!r}, and estimator={request.estimator!r} was given", name
                 )
-
-
-def _counted(num_probes: int | Literal["exact"] | None, why: str) -> int | None:
-    """The number of probes for hutchinson, which has no exact sum."""
-    if num_probes == "exact":
-        raise ModelError(f"num_probes='exact' is for gauss_newton, which does not suit this model: {why}")
-    return num_probes
-
-
-def _with_reason(why: str, result: Curvature) -> Curvature:
-    return replace(result, reason=f"{why}; {result.reason}") if why else result

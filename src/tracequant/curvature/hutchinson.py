@@ -30,6 +30,7 @@ from tracequant.curvature.batch_loop import Stop, collect
 from tracequant.curvature.microbatch import Microbatch
 from tracequant.curvature.parts import Part, all_notes, together, warn_of_error
 from tracequant.curvature.products import (
+    LOSS_BENDS_NOT,
     Distribution,
     culprit,
     draw_probe,
@@ -300,7 +301,8 @@ class _Hutchinson:
         return loss, families, elements
 
     def _named(self, error: SecondDerivativeError) -> SecondDerivativeError:
-        return SecondDerivativeError(f"{error}; it is in {culprit(self._model, self._task, self._batch)}")
+        where = culprit(self._model, self._task, self._batch)
+        return SecondDerivativeError(LOSS_BENDS_NOT if where == "the loss" else f"{error}; it is in {where}")
 
 
 def _row_means(rows: list[list[float]]) -> tuple[float, ...]:

@@ -25,6 +25,13 @@ _NO_SECOND_DERIVATIVE = (
     " differentiate twice, or use estimator='gauss_newton'"
 )
 
+# One cure for both estimators: neither can do without the loss's own second derivative.
+LOSS_BENDS_NOT = (
+    "torch cannot differentiate this loss twice with respect to the outputs, which every estimator needs; use a loss"
+    " written in operations that it can, or estimator='gauss_newton' with a task whose output_hessian(outputs, batch)"
+    " returns the second derivative (a Fisher matrix of the log-probabilities may stand for it)"
+)
+
 
 def require_grad(model: nn.Module, points: QuantizationPoints) -> dict[str, Tensor]:
     """Layer name → parameter, with `requires_grad` set on these and on no other (frozen layers count too)."""
@@ -88,11 +95,11 @@ def first_derivatives(loss: Tensor, families: dict[str, dict[str, list[Tensor]]]
             ]
     if idle:
         raise idle_layers(idle)
-    _check_differentiable([g for targets in result.values() for gradients in targets.values() for g in gradients])
+    check_differentiable([g for targets in result.values() for gradients in targets.values() for g in gradients])
     return result
 
 
-def _check_differentiable(gradients: Sequence[Tensor | None]) -> None:
+def check_differentiable(gradients: Sequence[Tensor | None]) -> None:
     """Raise `ModelError` if a gradient passed through an operation whose backward pass cannot be differentiated.
 
     torch marks such a place in the graph with an error node. Nothing leads from there to the weights, so that without
@@ -177,7 +184,7 @@ def _differentiable_twice(module: nn.Module, args: Any, kwargs: Any) -> bool:
         slopes = torch.autograd.grad(
             outputs, inputs, [torch.ones_like(x) for x in outputs], create_graph=True, allow_unused=True
         )
-        _check_differentiable(slopes)
+        check_differentiable(slopes)
         bent = [slope for slope in slopes if slope is not None and slope.requires_grad]
         if bent:
             torch.autograd.grad(bent, inputs, [torch.ones_like(x) for x in bent], allow_unused=True)
