@@ -20,6 +20,12 @@ MAX_BITS = 8
 SMALLEST_SCALE = 1e-8
 
 
+# A range of least squared error is one of so many shares of the whole range; every so many are tried first.
+SHARES, STRIDE = 80, 4
+# Values that are rounded by one call at most, where several shares are tried together.
+TOGETHER = 1 << 18
+
+
 RangeMethod = Literal["minmax", "percentile", "mse"]
 
 
@@ -87,12 +93,11 @@ def choose_grid(
     channel_axis: int | None = None,
     method: RangeMethod = "mse",
     percentile: float = 99.9,
-    candidates: int = 80,
 ) -> Grid:
     """The grid for `values`, one per slice along `channel_axis`, or one for the whole tensor if that is None.
 
-    `method`: "minmax" covers all values; "percentile" covers the central `percentile` % of them; "mse" tries
-    `candidates` fractions of the min-max range and keeps, per channel, the one with the least squared error.
+    `method`: "minmax" covers all values; "percentile" covers the central `percentile` % of them; "mse" covers the
+    share of the min-max range with the least squared error, one for each channel, to 1 / `SHARES`.
     """
     check_bits(num_bits)
     rows = values.detach().reshape(1, -1) if channel_axis is None else _rows(values.detach(), channel_axis)
@@ -104,24 +109,36 @@ def choose_grid(
         below = max(1, math.ceil(rows.shape[1] * (100 - percentile) / 200))
         low = rows.kthvalue(below, 1, keepdim=True).values
         high = rows.kthvalue(rows.shape[1] - below + 1, 1, keepdim=True).values
-    grid = grid_for_range(low, high, num_bits, symmetric)
     if method == "mse":
-        best = (grid.round(rows) - rows).square().sum(1, keepdim=True)
-        for step in range(1, candidates):
-            shrink = 1 - step / candidates
-            trial = grid_for_range(low * shrink, high * shrink, num_bits, symmetric)
-            error = (trial.round(rows) - rows).square().sum(1, keepdim=True)
-            better = error < best
-            best = torch.where(better, error, best)
-            grid = Grid(
-                torch.where(better, trial.scale, grid.scale),
-                torch.where(better, trial.zero_point, grid.zero_point),
-                num_bits,
-            )
+        shrink = _best_shrink(rows, low, high, num_bits, symmetric)
+        low, high = low * shrink, high * shrink
+    grid = grid_for_range(low, high, num_bits, symmetric)
     shape = [1] * values.ndim
     if channel_axis is not None:
         shape[channel_axis] = -1
     return Grid(grid.scale.reshape(shape), grid.zero_point.reshape(shape), num_bits)
+
+
+def _best_shrink(rows: Tensor, low: Tensor, high: Tensor, num_bits: int, symmetric: bool) -> Tensor:
+    """The share of each row's range `[rows, 1]` that gives the least squared error.
+
+    Every `STRIDE`-th share is tried first, then those around the best one of each row.
+    """
+    group = max(1, TOGETHER // rows.numel())
+
+    def best_of(steps: Tensor) -> Tensor:
+        """Of steps `[k, rows, 1]` the best one for each row, several at a time where there are few values."""
+        errors = []
+        for some in steps.split(group):  # type: ignore[no-untyped-call]
+            shrink = 1 - some / SHARES
+            grid = grid_for_range(low * shrink, high * shrink, num_bits, symmetric)
+            errors.append(grid.round(rows).sub_(rows).square_().sum(-1, keepdim=True))
+        return steps.gather(0, torch.cat(errors).argmin(0, keepdim=True))
+
+    coarse = torch.arange(0, SHARES, STRIDE, dtype=low.dtype, device=low.device).view(-1, 1, 1)
+    centre = best_of(coarse.expand(-1, *low.shape))
+    around = torch.arange(1 - STRIDE, STRIDE, dtype=low.dtype, device=low.device).view(-1, 1, 1)
+    return 1 - best_of((centre + around).clamp(0, SHARES - 1))[0] / SHARES
 
 
 def choose_weight_grid(weight: Tensor, num_bits: int, channel_axis: int, settings: WeightGrid) -> Grid:
