@@ -16,6 +16,7 @@ from tracequant.model.device import measuring
 from tracequant.model.flow import Flow
 from tracequant.model.hooks import replace_inputs
 from tracequant.model.kinds import CONVOLUTIONS, TRANSPOSED, is_norm
+from tracequant.model.mean_loss import check_mean_loss
 from tracequant.model.task import Task, checked
 
 
@@ -95,6 +96,7 @@ def record_calls(
     finally:
         for handle in handles:
             handle.remove()
+    check_mean_loss(model, batches, task, outputs, batch)
     return calls
 
 
