@@ -431,6 +431,8 @@ def test_report_is_self_contained(
         f"{packed.evaluation.metric:.2f}",
         "would save",
         "at most 3 bits on average",
+        RunDirectory(copy).plan().whole_size,
+        "of the parameters quantized",
     ):
         assert text in page
 
