@@ -40,7 +40,7 @@ def test_check_leaves_its_result_and_its_figure(checked: Path, analysed: Path) -
     found = RunDirectory(checked).check_result()
     assert found is not None
     assert found.samples == 20
-    assert len(found.layers) == 12
+    assert len(found.layers) == 18
     assert [plan.offered for plan in found.plans] == [(2, 3)] * 4
     assert {"trace", "l2", "eigenvalue", "quadratic", "first+quadratic", "measured"} <= found.correlations.keys()
     assert (checked / "figures" / "check.png").is_file()
