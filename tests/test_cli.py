@@ -405,6 +405,8 @@ def test_tables_and_json(finished: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "mixed" in capsys.readouterr().out
     assert invoke("pack", finished, "--json") == 0
     assert json.loads(capsys.readouterr().out)["kind"] == "PackResult"
+    assert invoke("pack", finished) == 0
+    assert f"Size: {RunDirectory(finished).plan().whole_size}" in capsys.readouterr().out
     assert invoke("--version") == 0
     assert tq.__version__ in capsys.readouterr().out
 

@@ -33,8 +33,8 @@ def discover(
     pattern of `ties` makes one group of layers that share their bit width, of those that are left. Modules of other
     kinds with a weight (recurrent ones, a library's own linear layer) stay in float, with a warning.
 
-    Raises `ModelError` for a pattern that matches no layer of the model, or if no layer is left, and `DataError` for
-    batches that cannot be used.
+    Raises `ModelError` for a pattern that matches no layer of the model, or if no layer is left, `DataError` for
+    batches that cannot be used, and `TaskError` for a loss that is a sum over the batch (`check_mean_loss`).
     """
     request = resolve(DiscoverSettings, settings, fields)
     if isinstance(batches, Iterator):
