@@ -431,8 +431,9 @@ def test_printed_plan_shows_layers_bits_and_reasons() -> None:
     plan = tq.solve(sensitivity, average_bits=5, fixed_bits={"block0.fc": 4})
     lines = str(plan).split("\n")
     assert lines[0] == plan.summary
-    assert lines[1].split() == ["layer", "bits", "why"]
-    for line, (name, num_bits) in zip(lines[2:], plan.weight_bits.items(), strict=False):
+    assert lines[1].startswith("In float: ")  # biases have more than a twentieth of the parameters
+    assert lines[2].split() == ["layer", "bits", "why"]
+    for line, (name, num_bits) in zip(lines[3:], plan.weight_bits.items(), strict=False):
         assert line.split()[:2] == [name, str(num_bits)]
         assert line.endswith(plan.reasons[name])
     assert plan.reasons["block0.fc"].startswith("only 4 bits allowed; trace ")
@@ -454,7 +455,7 @@ def test_printed_plan_fits_a_screen() -> None:
     lines = str(plan).split("\n")
     assert len(lines) <= 35
     assert max(map(len, lines[1:])) <= 100
-    shown = len(lines) - 4  # the summary, the head, the line that says how many more, the inputs
+    shown = len(lines) - 5  # the summary, what stays in float, the head, the line that says how many more, the inputs
     assert f"... {200 - shown} more" in lines[-2]
     assert len(plan.reasons) == 200
 

@@ -163,7 +163,7 @@ def test_plan_edited_by_hand_is_followed(copy: Path) -> None:
     assert edited.weight_bits == bits
     assert edited.solver == "edited by hand"
     assert edited.size_bytes == RunDirectory(copy).quantize_result().mixed.size_bytes != plan.size_bytes
-    dataclasses.replace(plan, weight_bits=dict.fromkeys(bits, 5)).save(copy / "plan.json")
+    dataclasses.replace(plan, weight_bits=dict.fromkeys(bits, 7)).save(copy / "plan.json")
     assert invoke("quantize", copy, "-q") == 2
 
 
@@ -171,7 +171,10 @@ def test_plan_knows_the_plan_that_the_run_is_quantized_by(copy: Path, capsys: py
     run = RunDirectory(copy)
     assert run.done("quantize")
     assert invoke("plan", copy, "--average-bits", "3") == 0
-    own = capsys.readouterr().err
+    out, own = capsys.readouterr()
+    printed = " ".join(out.split())
+    assert printed.startswith("BitPlan: ")
+    assert " ".join(run.plan().whole_size.split()) in printed
     assert "by this very plan" in own
     assert "another plan" not in own
     assert invoke("plan", copy, "--average-bits", "2.2") == 0
@@ -402,6 +405,8 @@ def test_tables_and_json(finished: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "mixed" in capsys.readouterr().out
     assert invoke("pack", finished, "--json") == 0
     assert json.loads(capsys.readouterr().out)["kind"] == "PackResult"
+    assert invoke("pack", finished) == 0
+    assert f"Size: {RunDirectory(finished).plan().whole_size}" in capsys.readouterr().out
     assert invoke("--version") == 0
     assert tq.__version__ in capsys.readouterr().out
 
@@ -431,6 +436,8 @@ def test_report_is_self_contained(
         f"{packed.evaluation.metric:.2f}",
         "would save",
         "at most 3 bits on average",
+        RunDirectory(copy).plan().whole_size,
+        "of the parameters quantized",
     ):
         assert text in page
 

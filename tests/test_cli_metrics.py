@@ -40,7 +40,7 @@ def test_check_leaves_its_result_and_its_figure(checked: Path, analysed: Path) -
     found = RunDirectory(checked).check_result()
     assert found is not None
     assert found.samples == 20
-    assert len(found.layers) == 12
+    assert len(found.layers) == 18
     assert [plan.offered for plan in found.plans] == [(2, 3)] * 4
     assert {"trace", "l2", "eigenvalue", "quadratic", "first+quadratic", "measured"} <= found.correlations.keys()
     assert (checked / "figures" / "check.png").is_file()
@@ -140,6 +140,14 @@ def test_compare_solves_and_evaluates_by_each_metric(copy: Path, capsys: pytest.
     evaluations = run.evaluations()
     assert evaluations is not None
     assert len(evaluations.plans) == len({str(row["evaluation"]["weight_bits"]) for row in rows.values()})
+    # The table compares whole files, the float one's included, next to W-Comp.
+    assert invoke("compare", copy, "--average-bits", "2.5", "--criteria", "trace") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    plan = tq.solve(run.sensitivity(), average_bits=2.5)
+    assert plan.file_compression is not None
+    assert f"{plan.file_compression:.2f}x" in printed
+    assert f"{plan.compression:.2f}x" in printed
+    assert f"{plan.size_mib * plan.file_compression:.4f}" in printed
     assert invoke("compare", copy, "--average-bits", "2.5", "--criteria", "trace,hessian") == 2
 
 

@@ -13,6 +13,8 @@ from rich.table import Table
 from tracequant.cli.options import AsJson, Quiet, RunPath, Without
 from tracequant.cli.printing import note, open_run, print_check, print_json
 from tracequant.cli.requests import parse_bits, parse_criteria
+from tracequant.core.cost import float_bytes
+from tracequant.core.plan import MIB
 from tracequant.core.settings import PlanSettings
 from tracequant.run import examine
 
@@ -73,12 +75,13 @@ def compare(
     elif not quiet:
         name = evaluations.metric_name
         table = Table(title=f"Plans by criterion ({evaluations.samples:,} evaluation samples)", title_justify="left")
-        for column in ("criterion", name, "loss", "MiB on disk", "W-Comp"):
+        for column in ("criterion", name, "loss", "MiB on disk", "file smaller", "W-Comp"):
             table.add_column(column, justify="left" if column == "criterion" else "right")
         for label, (plan, row) in rows.items():
-            size = f"{plan.size_mib:.4f}"
-            table.add_row(label, f"{row.metric:.2f}", f"{row.loss:.4f}", size, f"{plan.compression:.2f}x")
-        table.add_row("float", f"{evaluations.float_metric:.2f}", f"{evaluations.float_loss:.4f}", "", "")
+            sizes = f"{plan.size_mib:.4f}", f"{plan.file_compression:.2f}x", f"{plan.compression:.2f}x"
+            table.add_row(label, f"{row.metric:.2f}", f"{row.loss:.4f}", *sizes)
+        float_size = f"{float_bytes(run.sensitivity().points) / MIB:.4f}"
+        table.add_row("float", f"{evaluations.float_metric:.2f}", f"{evaluations.float_loss:.4f}", float_size, "", "")
         Console().print(table)
 
 

@@ -84,6 +84,8 @@ def print_plan(
     console = Console()
     latency = settings.latency if settings.latency is not None else sensitivity.latency
     console.print(_plan_table(sensitivity, plan, settings, stability, wide=console.width >= 160))
+    if plan.model_size is not None and plan.model_size.in_float:
+        print(f"{plan.model_size.in_float}.")
     if stability:
         print("Stable: the share of 100 resamples of the calibration data in which the layer keeps its bits.")
     points = sensitivity.points
@@ -131,8 +133,9 @@ def print_packed(run: RunDirectory) -> None:
     kind = "" if packed.fine_tuned else " (not fine-tuned)"
     print(
         f"Packed{kind}: {run.path / 'model.safetensors'}, {packed.file_bytes:,} bytes ({packed.promised_bytes:,}"
-        f" promised), weights {plan.compression:.2f}x smaller; loaded again it gives {packed.evaluation.metric:.2f}"
+        f" promised); loaded again it gives {packed.evaluation.metric:.2f}"
     )
+    print(f"Size: {plan.whole_size}")
 
 
 def _plan_table(

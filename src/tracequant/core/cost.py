@@ -3,12 +3,77 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 
 from tracequant.core.packed_layout import DTYPE_BYTES, PackedWeight, layout_of_plan
 from tracequant.core.points import Layer, QuantizationPoints
 from tracequant.core.settings import Latency, WeightGrid
 
 FLOAT_BITS = 32
+# What stays in float is told where it has more than this share of the parameters, and of it the largest tensors are
+# named, so many, if each has more than a hundredth.
+TOLD_SHARE, NAMED_SHARE, NAMED_TENSORS = 0.05, 0.01, 4
+_FLOATING = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """The whole model that a plan is for.
+
+    `float_bytes` are those of its state with the quantized layers in float32. `parameters` counts every number in
+    floating point in its state, BatchNorm's statistics included, and `quantized` those that a plan gives bits to.
+    `largest_float` are the largest tensors that are not quantized, in order, of `float_tensors`, with their elements.
+    """
+
+    float_bytes: int
+    parameters: int
+    quantized: int
+    float_tensors: int = 0
+    largest_float: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def quantized_share(self) -> float:
+        """Share of the parameters that are quantized."""
+        return self.quantized / self.parameters
+
+    @property
+    def in_float(self) -> str:
+        """What stays in float, largest first, each with its share of the parameters; "" where that is little."""
+        if 1 - self.quantized_share <= TOLD_SHARE:
+            return ""
+        shares = {name: count / self.parameters for name, count in self.largest_float.items()}
+        shares = {name: share for name, share in shares.items() if share > NAMED_SHARE}
+        names = [f"{name} {share:.1%}" for name, share in shares.items()]
+        if others := self.float_tensors - len(names):
+            share = 1 - self.quantized_share - sum(shares.values())
+            names.append(f"{others} {'more' if names else 'small'} tensors {share:.1%}")
+        return f"In float: {1 - self.quantized_share:.1%} of the parameters ({', '.join(names)})"
+
+
+def model_size(points: QuantizationPoints) -> ModelSize | None:
+    """The size of the model that the points are of; None for a table without a model."""
+    if not points.has_layout:
+        return None
+    floats = {t.name: math.prod(t.shape) for t in points.float_tensors if t.dtype in _FLOATING}
+    quantized = weight_count(points)
+    return ModelSize(
+        float_bytes=float_bytes(points),
+        parameters=quantized + sum(floats.values()),
+        quantized=quantized,
+        float_tensors=len(floats),
+        largest_float=dict(sorted(floats.items(), key=lambda item: -item[1])[:NAMED_TENSORS]),
+    )
+
+
+def change_of_size(before: int, after: int) -> str:
+    """By how much a file of `after` bytes is smaller than one of `before`, in words.
+
+    >>> [change_of_size(1000, 125), change_of_size(1000, 930), change_of_size(1000, 1021)]
+    ['8.00 times smaller', '7.0% smaller', '2.1% larger']
+    """
+    if before >= 2 * after:
+        return f"{before / after:.2f} times smaller"
+    return f"{abs(1 - after / before):.1%} {'smaller' if after <= before else 'larger'}"
 
 
 def size_bytes(

@@ -32,7 +32,8 @@ PRINTED_LAYERS = 30
 class BitPlan(Saveable):
     """Bit widths by layer and activation point, with what they cost. `print(plan)` shows layers, bits and reasons.
 
-    `size_bytes` is the exact size of the packed file, header, scales, biases and everything else included.
+    `size_bytes` is the exact size of the packed file, header, scales, biases and everything else included;
+    `model_size` is that of the whole float model, and what of it stays in float (None without a model).
     `weight_code_bits` counts the weights' bits alone and `weight_count` the weights, the paper's accounting. `omega`
     is the sum of Ω over layers, `activation_omega` that over activation points. `budget` repeats what was asked.
 
@@ -59,6 +60,7 @@ class BitPlan(Saveable):
     bound: float | None = None
     prices: dict[str, float] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
+    model_size: cost.ModelSize | None = None
 
     @property
     def total_omega(self) -> float:
@@ -84,16 +86,30 @@ class BitPlan(Saveable):
 
     @property
     def compression(self) -> float:
-        """The paper's W-Comp: 32 bits over the average bits of the weights."""
+        """The paper's W-Comp: 32 bits over the average bits of the quantized weights, nothing else counted."""
         return 32 / self.average_bits
 
     @property
-    def summary(self) -> str:
-        """The plan in one line: its size, its average bits, and how many layers have how many bits."""
+    def file_compression(self) -> float | None:
+        """Bytes of the whole float32 model over those of the packed file; None without a model."""
+        return None if self.model_size is None else self.model_size.float_bytes / self.size_bytes
+
+    @property
+    def whole_size(self) -> str:
+        """The whole file before and after, the share of the parameters that are quantized, and W-Comp, in words."""
+        weights = f"{self.average_bits:.2f} bits on average (W-Comp {self.compression:.2f}x, these weights alone)"
+        if self.model_size is None:
+            return f"{self.size_mib:.4g} MiB of weights, at {weights}"
+        before, share = self.model_size.float_bytes, self.model_size.quantized_share
         return (
-            f"BitPlan: {self.size_mib:.4g} MiB on disk, weights {self.average_bits:.2f} bits on average"
-            f" ({self.compression:.2f}x); layers: {_spread(self.weight_bits)}; omega {self.omega:.4g}"
+            f"{before / MIB:.4g} MiB in float32, {self.size_mib:.4g} MiB packed"
+            f" ({cost.change_of_size(before, self.size_bytes)}); {share:.1%} of the parameters quantized, at {weights}"
         )
+
+    @property
+    def summary(self) -> str:
+        """The plan in one line: `whole_size`, and how many layers have how many bits."""
+        return f"BitPlan: {self.whole_size}; layers: {_spread(self.weight_bits)}; omega {self.omega:.4g}"
 
     def with_bits(
         self,
@@ -135,7 +151,10 @@ class BitPlan(Saveable):
         if len(shown) > PRINTED_LAYERS:
             shown = shown[: PRINTED_LAYERS - 1]
         rows = [(name, str(num_bits), self.reasons.get(name, "")) for name, num_bits in shown]
-        lines = [self.summary, *aligned(("layer", "bits", "why"), rows, right={1})]
+        lines = [self.summary]
+        if self.model_size is not None and self.model_size.in_float:
+            lines.append(self.model_size.in_float)
+        lines.extend(aligned(("layer", "bits", "why"), rows, right={1}))
         if more := len(self.weight_bits) - len(shown):
             lines.append(f"... {more} more: plan.weight_bits, plan.reasons and tracequant.explain have all layers")
         if self.activation_bits:
@@ -169,6 +188,7 @@ def priced(
         solver=solver,
         budget=budget,
         reasons=short_reasons(sensitivity, weights, notes),
+        model_size=cost.model_size(points),
     )
 
 

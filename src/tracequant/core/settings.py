@@ -180,7 +180,7 @@ class SensitivitySettings:
     """The bit widths on offer and what stands for the loss that they cost (`tracequant.measure_sensitivity`)."""
 
     weight_bits: tuple[int, ...] = option(
-        (2, 3, 4, 8), "weight bit widths on offer", minimum=1, maximum=8, metavar="LIST", panel=QUANTIZATION
+        (2, 3, 4, 5, 6, 8), "weight bit widths on offer", minimum=1, maximum=8, metavar="LIST", panel=QUANTIZATION
     )
     activation_bits: tuple[int, ...] = option(
         (4, 8),

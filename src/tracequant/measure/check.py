@@ -21,7 +21,7 @@ from tracequant.core.files import replace_file
 from tracequant.core.points import QuantizationPoints
 from tracequant.core.progress import track
 from tracequant.core.sensitivity import Sensitivity, combine
-from tracequant.core.settings import EXPANSIONS, Criterion, WeightGrid
+from tracequant.core.settings import EXPANSIONS, Criterion, SensitivitySettings, WeightGrid
 from tracequant.measure.sensitivity import measure_weight_errors
 from tracequant.model.batches import Batch, Batches, reusable
 from tracequant.model.device import measuring, model_device
@@ -44,7 +44,7 @@ def check_criteria(
     task: Task,
     curvature: Curvature,
     *,
-    weight_bits: Sequence[int] = (2, 3, 4, 8),
+    weight_bits: Sequence[int] = SensitivitySettings.weight_bits,
     weight_grid: WeightGrid | None = None,
     perturbation: Perturbation | None = None,
     plans: int = 80,

@@ -31,7 +31,7 @@ from tracequant.core.files import Saveable
 from tracequant.core.points import OUTPUT_BITS, Layer, QuantizationPoints
 from tracequant.core.progress import track
 from tracequant.core.sensitivity import MODEL_INPUT_BITS
-from tracequant.core.settings import Latency, WeightGrid
+from tracequant.core.settings import Latency, SensitivitySettings, WeightGrid
 from tracequant.deploy.onnx import export_onnx, trace_float
 from tracequant.model.batches import Batches
 from tracequant.model.hooks import replace_inputs
@@ -63,7 +63,7 @@ def measure_latency(
     task: Task,
     points: QuantizationPoints,
     *,
-    weight_bits: Sequence[int] = (2, 3, 4, 8),
+    weight_bits: Sequence[int] = SensitivitySettings.weight_bits,
     activation_bits: Sequence[int] = (4, 8),
     threads: int = 1,
     repeats: int = 30,

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from tracequant.core.curvature import Perturbation
 from tracequant.core.errors import ModelError
 from tracequant.core.points import QuantizationPoints
-from tracequant.core.settings import WeightGrid
+from tracequant.core.settings import SensitivitySettings, WeightGrid
 from tracequant.curvature.batch_loop import collect
 from tracequant.curvature.gradient_norms import Call, inner_products
 from tracequant.curvature.microbatch import Microbatch
@@ -57,7 +57,7 @@ def measure_perturbation(
     task: Task,
     points: QuantizationPoints,
     *,
-    weight_bits: Sequence[int] = (2, 3, 4, 8),
+    weight_bits: Sequence[int] = SensitivitySettings.weight_bits,
     weight_grid: WeightGrid | None = None,
     activation_bits: Sequence[int] = (),
     num_probes: int | Literal["exact"] | None = None,

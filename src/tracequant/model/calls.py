@@ -31,13 +31,17 @@ class ReadTensor:
 
 
 class Calls:
-    """What an example forward pass showed: which module read which tensors, MACs of each layer for one sample."""
+    """What an example forward pass showed: which module read which tensors, MACs of each layer for one sample.
+
+    `outputs` are what the task made of the model's outputs.
+    """
 
     def __init__(self, modules: Iterable[str]) -> None:
         self.reads: dict[str, list[ReadTensor]] = {name: [] for name in modules}
         self.flow = Flow()
         self.macs: dict[str, float] = defaultdict(float)
         self.samples = 1
+        self.outputs: Any = None
 
 
 def record_calls(model: nn.Module, batch: Batch, task: Task, candidates: Mapping[str, Matrix]) -> Calls:
@@ -99,6 +103,7 @@ def record_calls(model: nn.Module, batch: Batch, task: Task, candidates: Mapping
         # A known module's own reads are counted above, for it may compute them in ways that are not seen.
         macs = reads.macs if not matrix.known else reads.macs_outside
         calls.macs[name] += macs[id(getattr(modules[module_name], parameter))] / calls.samples
+    calls.outputs = outputs
     return calls
 
 

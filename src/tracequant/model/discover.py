@@ -16,6 +16,7 @@ from tracequant.model.batches import Batches
 from tracequant.model.calls import group_activations, output_points, record_calls
 from tracequant.model.hooks import weight_parameter
 from tracequant.model.kinds import DTYPE_NAMES
+from tracequant.model.mean_loss import check_mean_loss
 from tracequant.model.sites import check_plain, example, find_matrices, matrix_names
 from tracequant.model.state import fingerprint
 from tracequant.model.task import Task
@@ -37,8 +38,8 @@ def discover(
     "layer10.conv"). Each pattern of `ties` makes one group of layers that share their bit width, of those that are
     left.
 
-    Raises `ModelError` for a pattern that matches no layer of the model, or if no layer is left, and `DataError` for
-    batches that cannot be used.
+    Raises `ModelError` for a pattern that matches no layer of the model, or if no layer is left, `DataError` for
+    batches that cannot be used, and `TaskError` for a loss that is a sum over the batch (`check_mean_loss`).
     """
     request = resolve(DiscoverSettings, settings, fields)
     if isinstance(batches, Iterator):
@@ -65,6 +66,7 @@ def discover(
     candidates = {name: matrix for name, matrix in matrices.layers.items() if name in kept}
 
     calls = record_calls(model, batch, task, candidates)
+    check_mean_loss(model, batches, task, calls.outputs, batch)
     points = group_activations(calls)
     point_of = {consumer: point.name for point in points for consumer in point.consumers}
     modules = dict(model.named_modules())
