@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -620,6 +621,9 @@ def test_a_file_that_onnx_cannot_hold_is_refused_before_it_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
 
+# torch 2.8 leaves the log of a tracing that failed open; it is collected here, where the warning of it is expected.
+@pytest.mark.filterwarnings("ignore:.*dedicated_log_torch_trace:ResourceWarning")
+@pytest.mark.filterwarnings("ignore:.*dedicated_log_torch_trace:pytest.PytestUnraisableExceptionWarning")
 def test_a_model_that_cannot_be_traced_is_named(tmp_path: Path) -> None:
     class Branches(nn.Module):
         def __init__(self) -> None:
@@ -633,4 +637,5 @@ def test_a_model_that_cannot_be_traced_is_named(tmp_path: Path) -> None:
     quantized = quantized_with(Branches().eval(), inputs, lambda i: 8)
     with pytest.raises(ModelError, match="Branches cannot be traced for ONNX"):
         tq.export_onnx(quantized, tmp_path / "model.onnx", inputs)
+    gc.collect()
     assert list(tmp_path.iterdir()) == []
