@@ -246,7 +246,7 @@ def test_what_the_task_needs(tmp_path: Path, weights: dict[int, Path]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*trace of zero or less:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*not significantly above zero:UserWarning")
 def test_from_the_command_line_to_a_detector_in_onnx(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All stages with tied blocks and mixed activations, the paper's figures by blocks, and the file in a runtime."""
     pytest.importorskip("onnxruntime", reason="ONNX files are run by the extra 'onnx'")

@@ -223,7 +223,7 @@ def test_draws_of_other_groups_are_new() -> None:
 
 
 def test_standard_error_is_not_too_small() -> None:
-    """Draws of a group cancel one another's errors, so that their spread overstates the error of their mean."""
+    """Two stated errors hold the exact trace in 95 % of the cases, on a network of small layers too."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 9)).double()
     batch = [(torch.randn(20, 6, dtype=torch.float64), torch.arange(20) % 9)]

@@ -178,7 +178,7 @@ def check_run(out: Path, preset: str) -> None:
     assert not list(out.glob("checkpoint-*"))
 
 
-@pytest.mark.filterwarnings("ignore:.*trace of zero or less:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*not significantly above zero:UserWarning")
 @pytest.mark.parametrize("preset", NETWORKS)
 def test_the_papers_presets_on_a_small_network(preset: str, tmp_path: Path) -> None:
     assert invoke(*command(preset, tmp_path, tmp_path / "run", small=True)) == 0
@@ -186,7 +186,7 @@ def test_the_papers_presets_on_a_small_network(preset: str, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*trace of zero or less:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*not significantly above zero:UserWarning")
 @pytest.mark.parametrize("preset", NETWORKS)
 def test_the_papers_presets_on_their_networks(preset: str, tmp_path: Path) -> None:
     assert invoke(*command(preset, tmp_path, tmp_path / "run")) == 0

@@ -229,16 +229,19 @@ def test_a_batch_may_leave_a_tensor_empty():
     assert both == pytest.approx(full * 3 / 5)
 
 
-def test_a_negative_trace_counts_as_zero():
-    """More bits must never look worse; the trace itself is kept in the table."""
+def test_negative_traces_are_replaced():
+    """Where no trace is positive all layers count alike, and ‖ΔW‖² decides; the measured traces stay in the table."""
     model = conv_net()
     curvature = made_up(discover(model, images(), TASK), average_trace=-1.0)
-    with pytest.warns(UserWarning, match="3 of 3 layers have a trace of zero or less"):
+    with pytest.warns(UserWarning, match=r"3 of 3 layers .* not significantly above zero \(conv1, conv2, fc\)"):
         result = measure_sensitivity(model, images(), TASK, curvature, weight_bits=(2, 4), activation_bits=(4,))
-    omegas = [*result.weight_omega.values(), *result.activation_omega.values()]
-    assert [value for options in omegas for value in options.values()] == [0.0] * (3 * 2 + 3)
-    assert result.weight_errors["fc"][2] > 0
-    assert result.average_traces == {"conv1": -1.0, "conv2": -2.0, "fc": -3.0}
+    assert result.average_traces == dict.fromkeys(("conv1", "conv2", "fc"), 2.0)
+    assert {name: own.measured for name, own in result.replaced.items()} == {"conv1": -1.0, "conv2": -2.0, "fc": -3.0}
+    for name, options in result.weight_errors.items():
+        assert result.weight_omega[name] == {num_bits: 2.0 * error for num_bits, error in options.items()}
+    assert len(result.replaced_activations) == len(result.activation_omega)
+    assert all(omega > 0 for options in result.activation_omega.values() for omega in options.values())
+    assert "trace -1 is not significantly positive, counts as 2" in str(result)
 
 
 def test_the_l2_metric_leaves_the_trace_out():

@@ -48,7 +48,7 @@ def minimise(problem: Problem) -> Solution | None:
     """
     merged, split = _merge_lone_pairs(problem)
     kept = _undominated(merged)
-    solution = _solve(_restricted(merged, kept))
+    solution = _solve(restricted(merged, kept))
     if solution is None:
         return None
     choice = [options[j] for options, j in zip(kept, solution.choice, strict=True)]
@@ -129,7 +129,9 @@ def _undominated(problem: Problem) -> list[list[int]]:
     return kept
 
 
-def _restricted(problem: Problem, kept: list[list[int]]) -> Problem:
+def restricted(problem: Problem, kept: list[list[int]]) -> Problem:
+    """The problem with some options of each decision only."""
+
     def of(amounts: Amounts) -> Amounts:
         return Amounts(
             tuple(values[options] for values, options in zip(amounts.single, kept, strict=True)),

@@ -34,10 +34,14 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A row for every layer of a plan, in the model's order, and the rates of exchange of the resources that bind."""
+    """A row for every layer of a plan, in the model's order, and the rates of exchange of the resources that bind.
+
+    `doubt` is a sentence about the layers whose bits the data do not decide, empty where there are none.
+    """
 
     rows: tuple[LayerRow, ...]
     rates: tuple[str, ...]
+    doubt: str = ""
 
     def __str__(self) -> str:
         cells = [
@@ -52,7 +56,7 @@ class Explanation:
             for row in self.rows
         ]
         head = ("layer", "bits", "input bits", "Tr(H)/n", "share of Ω", "why")
-        return "\n".join([*aligned(head, cells, right={1, 2, 3, 4}), *self.rates])
+        return "\n".join([*aligned(head, cells, right={1, 2, 3, 4}), *self.rates, *filter(None, [self.doubt])])
 
 
 def explain(sensitivity: Sensitivity, plan: BitPlan, *, latency: Latency | None = None) -> Explanation:
@@ -81,10 +85,16 @@ def explain(sensitivity: Sensitivity, plan: BitPlan, *, latency: Latency | None 
                 omega=omega[num_bits],
                 omega_share=omega[num_bits] / plan.omega if plan.omega else 0.0,
                 code_bytes=cost.code_bytes(layer, num_bits, plan.weight_grid),
-                why="; ".join([f"trace {ordinal(rank[layer.name])} of {len(points.layers)}", *steps.of(layer)]),
+                why="; ".join(
+                    [
+                        f"trace {ordinal(rank[layer.name])} of {len(points.layers)}",
+                        *steps.of(layer),
+                        *([plan.undecided[layer.name]] if layer.name in plan.undecided else []),
+                    ]
+                ),
             )
         )
-    return Explanation(tuple(rows), tuple(exchange_rates(plan)))
+    return Explanation(tuple(rows), tuple(exchange_rates(plan)), plan.doubt)
 
 
 def exchange_rates(plan: BitPlan) -> list[str]:

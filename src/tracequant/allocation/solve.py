@@ -8,9 +8,11 @@ from dataclasses import replace
 from tracequant.allocation import exact
 from tracequant.allocation.build import build
 from tracequant.allocation.pareto import best_choice
+from tracequant.allocation.perturbation import least_perturbation
 from tracequant.allocation.problem import Problem, chosen_bits
 from tracequant.allocation.refuse import refuse, refuse_too_large
 from tracequant.allocation.request import check_request, describe
+from tracequant.allocation.undecided import undecided
 from tracequant.core.errors import BudgetError
 from tracequant.core.options import resolve, takes
 from tracequant.core.plan import BitPlan, priced
@@ -28,6 +30,8 @@ def solve(
     **fields: object,
 ) -> BitPlan:
     """The plan of least Ω, of weights and activations together, within all the limits that are given.
+
+    What Ω leaves open goes to the least ‖ΔW‖². `BitPlan.undecided` names layers whose bits the data do not decide.
 
     Limits and rules are the fields of `PlanSettings`, given as an object or by keyword: `solve(sensitivity,
     average_bits=3)`. At least one limit is needed, and all of them hold together. `max_size_mib` counts every byte of
@@ -66,7 +70,7 @@ def solve(
         solution = exact.minimise(problem)
         if solution is None:
             refuse(problem)
-        choices.append(solution.choice)
+        choices.append(least_perturbation(sensitivity, problem, solution.choice))
         bounds.append(solution.bound)
         for limit, price in zip(problem.limits, solution.prices, strict=True):
             if price > 0:
@@ -81,6 +85,10 @@ def solve(
         budget=describe(request, problems),
         notes=_notes(sensitivity, problems),
     )
+    doubts: dict[str, str] = {}
+    for problem, chosen in zip(problems, choices, strict=True):
+        doubts |= undecided(sensitivity, problem, chosen, plan.total_omega)
+    plan = replace(plan, undecided={name: doubts[name] for name in plan.weight_bits if name in doubts})
     if request.solver == "pareto":
         return plan
     bound = math.fsum(bounds)

@@ -93,7 +93,7 @@ def plan_stability(
             sensitivity.weight_grid,
             criterion=sensitivity.criterion,
         )
-        again = solve(resampled, settings)
+        again = solve(replace(resampled, trace_covariance=()), settings)
         for name in names:
             kept[name] += again.weight_bits[name] == plan.weight_bits[name]
     return {name: count / resamples for name, count in kept.items()}

@@ -109,6 +109,8 @@ def print_plan(
         print(f"Not proven within the time: the best Ω is between {plan.bound:.6g} and {plan.total_omega:.6g}.")
     for rate in exchange_rates(plan):
         print(f"Rate of exchange: {rate}.")
+    if plan.doubt:
+        print(f"Not decided: {plan.doubt}.")
 
 
 def print_results(run: RunDirectory, quiet: bool, as_json: bool) -> None:

@@ -43,7 +43,8 @@ class BitPlan(Saveable):
     resource (`PRICE_UNITS`).
 
     `reasons` says of every layer in a few words why it has its bits; `tracequant.explain` says more. Plans that differ
-    in their reasons alone are equal.
+    in their reasons alone are equal. `undecided` says of layers whose bits rest on a difference in Ω smaller than its
+    error which exchange with another layer the data leave open.
     """
 
     weight_bits: dict[str, int]
@@ -60,6 +61,7 @@ class BitPlan(Saveable):
     bound: float | None = None
     prices: dict[str, float] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
+    undecided: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
     model_size: cost.ModelSize | None = None
 
     @property
@@ -111,6 +113,17 @@ class BitPlan(Saveable):
         """The plan in one line: `whole_size`, and how many layers have how many bits."""
         return f"BitPlan: {self.whole_size}; layers: {_spread(self.weight_bits)}; omega {self.omega:.4g}"
 
+    @property
+    def doubt(self) -> str:
+        """A sentence about the layers whose bits the data do not decide; empty where there are none."""
+        if not self.undecided:
+            return ""
+        names = ", ".join([*list(self.undecided)[:3], *(["..."] if len(self.undecided) > 3 else [])])
+        return (
+            f"the bits of {len(self.undecided)} of {len(self.weight_bits)} layers rest on a difference in Ω that is"
+            f" smaller than its error ({names}); more samples would decide them"
+        )
+
     def with_bits(
         self,
         weight_bits: Mapping[str, int],
@@ -144,7 +157,7 @@ class BitPlan(Saveable):
         edited = replace(self, weight_bits=bits, activation_bits=self.activation_bits | changed_activations)
         again = reprice(sensitivity, edited)
         reasons = short_reasons(sensitivity, bits, dict.fromkeys(changed, "edited"))
-        return replace(again, solver="edited", bound=None, prices={}, reasons=reasons)
+        return replace(again, solver="edited", bound=None, prices={}, reasons=reasons, undecided={})
 
     def __str__(self) -> str:
         shown = list(self.weight_bits.items())
@@ -159,6 +172,8 @@ class BitPlan(Saveable):
             lines.append(f"... {more} more: plan.weight_bits, plan.reasons and tracequant.explain have all layers")
         if self.activation_bits:
             lines.append(f"inputs of layers: {_spread(self.activation_bits)}")
+        if self.doubt:
+            lines.append(self.doubt)
         return "\n".join(lines)
 
 

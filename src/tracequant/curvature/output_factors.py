@@ -4,8 +4,9 @@ The choice of L and of the signs decides how noisy a draw is, since ‖Jᵀ L v�
 Jᵀ L_l⟩. The inputs that decide a trace waver between two or three classes. In the Cholesky factor the first column has
 all the curvature between the first two classes, while the more obvious columns √p_c (e_c − p) are opposite to one
 another there, and one draw gives anything between nothing and twice the value. And the signs of successive probes are
-not independent but random signs times the rows of a Hadamard matrix: in a group of 2^m probes all products of columns
-whose numbers differ modulo 2^m cancel.
+not independent but random signs times the rows of a Hadamard matrix: in 2^m probes all products of the first 2^m
+columns cancel (`draw_signs`). Eigenvectors count from the largest eigenvalue, the elements of a diagonal from the
+largest where each sample has one row of them.
 """
 
 from __future__ import annotations
@@ -50,11 +51,11 @@ class OutputHessian:
         if self.kind == "softmax":
             yield [self._softmax(draw_signs(self._probabilities, generator, row))], 1.0
         elif self.kind == "diagonal":
-            signs = [draw_signs(h, generator, row) for h in self.first]
+            signs = [_by_size(draw_signs(h, generator, row), h) for h in self.first]
             for sign in self._present_signs():
                 yield [(sign * h).clamp_min(0).sqrt() * v for h, v in zip(self.first, signs, strict=True)], sign
         else:
-            signs = [draw_signs(self.first[0], generator, row)]
+            signs = [_by_size(draw_signs(self.first[0], generator, row), self.first[0])]
             for sign in self._present_signs():
                 yield [self._turned((sign * self.first[0]).clamp_min(0).sqrt() * signs[0])], sign
 
@@ -176,13 +177,37 @@ class SeparateHessians:
 
 
 def draw_signs(like: Tensor, generator: torch.Generator, row: int) -> Tensor:
-    """Random signs in the shape of `like`, times a row of a Hadamard matrix over the elements of a sample."""
-    bits = torch.randint(0, 2, like.shape, generator=generator, device=like.device)
-    if row and like.ndim > 1:
-        column = torch.arange(like.shape[1], device=like.device)
-        both = column & row
-        # Sylvester's matrix: the parity of the bits that row and column share.
-        for shift in (4, 2, 1):
-            both = both ^ (both >> shift)
-        bits = bits ^ (both & 1).view(1, -1, *([1] * (like.ndim - 2)))
-    return (2 * bits - 1).to(like.dtype)
+    """Random signs in the shape of `like`, a different set for every `row` below `GROUP`; columns along axis 1.
+
+    Every column has a random sign and a random index, and its sign in a row is the random one times the entry of
+    Sylvester's Hadamard matrix at (row, index). Rows 0, 1, ... of generators in the same state have the same indices.
+
+    With independent indices a product of two columns' signs would have a mean over n rows of variance 1/n, which the
+    spread between the rows states rightly on average. With the indices 0, 1, 2, ... it would cancel for most pairs, but
+    a pair that does not cancel would not change from row to row either: an error that the spread never shows. Here the
+    indices are those of a nested random permutation (Owen's scrambling in base 2) within each block of `GROUP` columns:
+    bit j of the index is bit j of the column's number, turned over or not by a coin that all columns have in common
+    whose higher bits agree. So the first 2^m columns cancel among themselves over 2^m rows, for every m; every other
+    pair is as likely to be seen as not.
+    """
+    columns = like.shape[1] if like.ndim > 1 else 1
+    # One number for each column: its sign, and the coins of the sets of columns that it is the first of.
+    random = torch.randint(0, 2 * GROUP, like.shape, generator=generator, device=like.device, dtype=torch.uint8)
+    bits = random & 1
+    number = torch.arange(columns, device=like.device)
+    for j in range(GROUP.bit_length() - 1):
+        if row >> j & 1:
+            coins = (random >> (j + 1)) & 1
+            index = (number >> j & 1).to(torch.uint8)
+            if like.ndim > 1:
+                coins = coins.index_select(1, number >> (j + 1) << (j + 1))
+                index = index.view(1, -1, *([1] * (like.ndim - 2)))
+            bits = bits ^ coins ^ index
+    return 2 * bits.to(like.dtype) - 1
+
+
+def _by_size(signs: Tensor, values: Tensor) -> Tensor:
+    """The signs along axis 1 dealt out by falling |value|, where samples have little more than one row of values."""
+    if values.ndim < 2 or values[0].numel() > GROUP * GROUP:
+        return signs
+    return torch.zeros_like(signs).scatter(1, values.abs().argsort(dim=1, descending=True, stable=True), signs)

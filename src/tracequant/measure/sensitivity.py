@@ -68,7 +68,6 @@ def measure_sensitivity(
         )
     if missing := [layer.name for layer in points.layers if layer.name not in curvature.weights]:
         raise ModelError(f"the curvature holds no trace of {missing[0]}; estimate it with weights=True")
-    _warn_of_flat_layers(curvature, criterion)
     if weight_errors is None:
         weight_errors = measure_weight_errors(model, points, weight_bits, weight_grid)
     activation_errors: dict[str, dict[int, float]] = {}
@@ -93,6 +92,7 @@ def measure_sensitivity(
     found = combine(
         curvature, weight_errors, activation_errors, weight_grid, criterion=criterion, perturbation=perturbation
     )
+    _warn_of_noise(found)
     _warn_of_falling_losses(found)
     return found
 
@@ -211,15 +211,17 @@ def _activation_errors(
     return {name: {b: value / total for b, value in options.items()} for name, options in sums.items()}
 
 
-def _warn_of_flat_layers(curvature: Curvature, criterion: str) -> None:
-    """Traces that are not positive say nothing of what a layer can bear; the user should hear of them."""
-    flat = [name for name, estimate in curvature.weights.items() if estimate.trace <= 0]
-    if flat and criterion == "trace":
+def _warn_of_noise(sensitivity: Sensitivity) -> None:
+    """Traces that are not significantly positive do not say what a layer can bear; the user should hear of them."""
+    table = sensitivity.average_traces
+    noisy = list(sensitivity.replaced) or [name for name, trace in table.items() if trace <= 0]
+    if noisy and sensitivity.criterion not in ("l2", *EXPANSIONS):
+        value = "an eigenvalue" if sensitivity.criterion.startswith("eigenvalue") else "a trace"
+        counts = "count as the other layers and the errors suggest" if sensitivity.replaced else "count as insensitive"
         warnings.warn(
-            f"{len(flat)} of {len(curvature.weights)} layers have a trace of zero or less"
-            f" ({', '.join(flat[:3])}{', ...' if len(flat) > 3 else ''})"
-            " and count as insensitive; use more samples or probes, check that the model is trained, or use"
-            " criterion='l2'",
+            f"{len(noisy)} of {len(table)} layers have {value} that is not significantly above zero"
+            f" ({', '.join(noisy[:3])}{', ...' if len(noisy) > 3 else ''}) and {counts}; use more samples or probes,"
+            " check that the model is trained, or use criterion='l2'",
             stacklevel=3,
         )
 
