@@ -79,7 +79,7 @@ def agree(module: nn.Module, calls: Calls, samples: int = SAMPLES) -> None:
     torch.testing.assert_close(norms, expected.flatten(1).square().sum(1), rtol=1e-10, atol=0)
     directions = [random(*module.weight.shape, seed=s) for s in (7, 8)]
     products = torch.stack([(expected * v).flatten(1).sum(1) for v in directions], 1)
-    torch.testing.assert_close(inner_products(found, directions), products, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(inner_products(found, torch.stack(directions)), products, rtol=1e-9, atol=1e-11)
 
 
 # Module, and the shape of its input without samples.
@@ -184,7 +184,7 @@ def test_embedding(padding: int | None) -> None:
     norms = expected.flatten(1).square().sum(1)
     torch.testing.assert_close(squared_norms(found, torch.float64), norms, rtol=1e-10, atol=0)
     direction = random(6, 3, seed=9)
-    torch.testing.assert_close(inner_products(found, [direction])[:, 0], (expected * direction).sum((1, 2)))
+    torch.testing.assert_close(inner_products(found, direction[None])[:, 0], (expected * direction).sum((1, 2)))
 
 
 @hypothesis.settings(max_examples=60, deadline=None)
@@ -224,7 +224,7 @@ def test_random_geometry(data: st.DataObject) -> None:
         torch.testing.assert_close(squared_norms(found, torch.float64), norms, rtol=1e-10, atol=1e-20)
     direction = random(*module.weight.shape, seed=9)
     products = (expected * direction).flatten(1).sum(1)
-    torch.testing.assert_close(inner_products(found, [direction])[:, 0], products, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(inner_products(found, direction[None])[:, 0], products, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("form", COSTS)

@@ -57,29 +57,37 @@ def squared_norms(calls: Sequence[Call], dtype: torch.dtype) -> Tensor:
     return torch.cat([_norms_of([call.rows(n, n + step) for call in calls]).double() for n in chunks])
 
 
-def inner_products(calls: Sequence[Call], directions: Sequence[Tensor]) -> Tensor:
-    """⟨Σ_calls G_n, V⟩ for every sample and each direction V in the weight's shape, float64 `[N, directions]`."""
-    total = torch.zeros(len(calls[0].gradient), len(directions), dtype=torch.float64, device=calls[0].gradient.device)
+def inner_products(calls: Sequence[Call], directions: Tensor) -> Tensor:
+    """⟨Σ_calls G_n, V⟩ for every sample and direction, float64 `[N, V]`; directions are `[V, *shape of the weight]`."""
+    total = torch.zeros(len(calls[0].gradient), len(directions), dtype=torch.float64, device=directions.device)
     for call in calls:
-        moves = torch.stack([call.operand(direction).flatten() for direction in directions], 1)
-        call = call.cast(moves.dtype)
-        step = max(1, CHUNK_ELEMENTS // max(1, len(moves), call.read[0].numel()))
+        call = call.cast(directions.dtype)
+        size = directions[0].numel() if not isinstance(call.geometry, Lookup) else call.gradient[0].numel()
+        step = max(1, CHUNK_ELEMENTS // max(size, call.read[0].numel()))
         for n in range(0, len(total), step):
-            total[n : n + step] += _products_of(call.rows(n, n + step), directions, moves).double()
+            total[n : n + step] += _products_of(call.rows(n, n + step), directions).double()
     return total
 
 
-def _products_of(call: Call, directions: Sequence[Tensor], moves: Tensor) -> Tensor:
-    """`inner_products` of one call, by forming each sample's gradient; `moves` are the operands of all directions."""
-    if isinstance(call.geometry, Convolution):
-        pair = convolution_norms.pair(call.geometry, call.read, call.gradient)
-        return torch.matmul(convolution_norms.gradients(pair), moves)
+def _products_of(call: Call, directions: Tensor) -> Tensor:
+    """`inner_products` of one call, by forming each sample's gradient."""
     if isinstance(call.geometry, Lookup):
         index, values = _entries(call)
         rows = [call.operand(direction)[index.clamp_min(0)] for direction in directions]
         return torch.stack([(row * values).sum((1, 2)) for row in rows], 1)
-    left, right = _factors(replace(call, geometry=replace(call.geometry, flip=False)))
-    return torch.matmul(torch.matmul(left, right.mT).flatten(1), moves)
+    if isinstance(call.geometry, Convolution):
+        pair = convolution_norms.pair(call.geometry, call.read, call.gradient)
+        gradients = convolution_norms.gradients(pair)
+        operand = call.operand(directions[0])
+    else:
+        left, right = _factors(replace(call, geometry=replace(call.geometry, flip=False)))
+        operand = call.operand(directions[0])
+        if operand.mT.is_contiguous():  # the gradient in the order of the weight, so that no direction is copied
+            left, right, operand = right, left, operand.mT
+        gradients = torch.matmul(left, right.mT).flatten(1)
+    if operand.is_contiguous() and operand.numel() == directions[0].numel():
+        return torch.matmul(gradients, directions.flatten(1).T)
+    return torch.matmul(gradients, torch.stack([call.operand(v).flatten() for v in directions], 1))
 
 
 def _norms_of(calls: Sequence[Call]) -> Tensor:

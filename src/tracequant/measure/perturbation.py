@@ -146,11 +146,12 @@ class _Perturbations(Passes):
 
     def prepare(self) -> None:
         super().prepare()
-        self._moves: dict[str, list[Tensor]] = {}
+        # ΔW of every layer, a width after another.
+        self._moves: dict[str, Tensor] = {}
         for layer in self._points.layers:
             weight = weight_parameter(self._model, layer).detach()
             grids = (choose_weight_grid(weight, b, layer.channel_axis, self._grid) for b in self._widths)
-            self._moves[layer.name] = [grid.round(weight) - weight for grid in grids]
+            self._moves[layer.name] = torch.stack([grid.round(weight) - weight for grid in grids])
 
     def measure(self, microbatch: Microbatch, probes: Sequence[int]) -> Part:
         """Sums over the microbatch's samples, in units of the batch's mean loss times its size."""
@@ -170,13 +171,9 @@ class _Perturbations(Passes):
             for move in self._moves[name]
         ]
         slope = self._zeros()
-        rows = {
-            key: sweep.activation_rows(*key, gradient)
-            for key, gradient in zip(moved, activation_slopes, strict=True)
-            if gradient is not None
-        }
-        for name, own in _activation_products(moved, rows).items():
-            slope[name] += own.sum(0).cpu()
+        for (key, move), gradient in zip(moved.items(), activation_slopes, strict=True):
+            if gradient is not None:
+                slope[key[0]] += move.along(sweep.activation_rows(*key, gradient)).sum(0).cpu()
         exact = self._exact or (self._choose and _few_columns(hessian))
         # A process that is given some of the probes, and takes all columns instead, has the others' share as well.
         share = len(probes) / self.num_probes if exact else 1 / self.num_probes
@@ -254,20 +251,19 @@ class _Perturbations(Passes):
             inner[row][sample, columns[name] : columns[name] + len(self._widths)] += values.double().cpu()
 
         for row, (vectors, sign) in enumerate(passes):
-            gradients: dict[tuple[str, int], Tensor] = {}
+            along: dict[str, Tensor] = {}
 
             def on_layer(name: str, parts: list[list[Call]], row: int = row) -> None:
                 for calls in parts:
                     add(row, name, inner_products(calls, self._moves[name]))
 
-            def on_activation(
-                name: str, number: int, gradient: Tensor, gradients: dict[tuple[str, int], Tensor] = gradients
-            ) -> None:
-                gradients[name, number] = gradient
+            def on_activation(name: str, number: int, gradient: Tensor, along: dict[str, Tensor] = along) -> None:
+                # Several tensors of a point move together.
+                along[name] = along.get(name, 0) + moved[name, number].along(gradient)
 
             slow = sweep.run(vectors, keep=row < len(passes) - 1, on_layer=on_layer, on_activation=on_activation)
-            for name, own in _activation_products(moved, gradients).items():
-                second[name] += (sign * own.square().sum(0)).cpu()
+            for name, values in along.items():
+                second[name] += (sign * values.square().sum(0)).cpu()
             if samples == 1:
                 for name, gradient in slow.items():
                     add(row, name, self._along(name, gradient))
@@ -287,7 +283,7 @@ class _Perturbations(Passes):
 
     def _along(self, name: str, gradient: Tensor) -> Tensor:
         """The gradient of one sample along every move of its layer, `[1, widths]`."""
-        return torch.stack([(dense(gradient) * move).double().sum() for move in self._moves[name]])[None]
+        return torch.mv(self._moves[name].flatten(1).double(), dense(gradient).flatten().double())[None]
 
     def _moved(self, sweep: Sweep) -> dict[tuple[str, int], _Move]:
         """The activations of a batch that are to be rounded, and where to, by point and number."""
@@ -310,17 +306,9 @@ class _Move:
     tensor: Tensor
     moves: Tensor
 
-
-def _activation_products(
-    moved: dict[tuple[str, int], _Move], gradients: dict[tuple[str, int], Tensor]
-) -> dict[str, Tensor]:
-    """u_n · Δa_n by activation, float64 `[samples, widths]`; several tensors of a point move together."""
-    products: dict[str, Tensor] = {}
-    for (name, number), gradient in gradients.items():
-        moves = moved[name, number].moves
-        product = torch.matmul(moves, gradient.to(moves.dtype)[:, :, None])[:, :, 0].double()
-        products[name] = products.get(name, 0) + product
-    return products
+    def along(self, gradient: Tensor) -> Tensor:
+        """u_n · Δa_n for a gradient `[samples, elements]`, float64 `[samples, widths]`."""
+        return torch.matmul(self.moves, gradient.to(self.moves.dtype)[:, :, None])[:, :, 0].double()
 
 
 def _few_columns(hessian: Factored) -> bool:
