@@ -691,20 +691,27 @@ def test_too_small_a_budget_names_the_smallest_which_is_then_accepted(
 @pytest.mark.parametrize("weight_bits", OFFERS)
 @pytest.mark.parametrize("name", list(LARGE))
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_too_large_a_budget_names_the_largest_which_is_then_accepted(
+def test_a_budget_above_the_largest_plan_gives_that_plan_and_a_warning_that_names_it(
     name: str, weight_bits: tuple[int, ...], seed: int
 ) -> None:
     sensitivity = make_sensitivity(layers=9, weight_bits=weight_bits, seed=seed)
-    with pytest.raises(BudgetError, match="above the largest plan") as refused:
-        tq.solve(sensitivity, **{name: LARGE[name]})  # type: ignore[arg-type]
+    with pytest.warns(UserWarning, match="above the largest plan, which has") as warned:
+        plan = tq.solve(sensitivity, **{name: LARGE[name]})  # type: ignore[arg-type]
 
-    plan = tq.solve(sensitivity, **{name: nearest(str(refused.value), name)})  # type: ignore[arg-type]
-
+    assert len(warned) == 1
+    assert warned[0].filename == __file__
     largest = tq.uniform_plan(sensitivity, max(weight_bits))
-    if name == "max_size_mib":
-        assert plan.size_bytes <= largest.size_bytes
-    else:
-        assert plan.average_bits == pytest.approx(largest.average_bits, rel=1e-2)
+    assert plan.weight_bits == largest.weight_bits
+    assert plan.gap == 0
+    named = nearest(str(warned[0].message).partition("which has")[2], name)
+    assert tq.solve(sensitivity, **{name: named}).size_bytes <= largest.size_bytes  # type: ignore[arg-type]
+
+
+def test_rules_that_leave_less_than_the_budget_give_the_largest_plan_and_are_named() -> None:
+    sensitivity = make_sensitivity(layers=9)
+    with pytest.warns(UserWarning, match=r"above the largest plan that fixed_bits leave, which has 4\.000 bits"):
+        plan = tq.solve(sensitivity, average_bits=5, fixed_bits={"*": 4})
+    assert set(plan.weight_bits.values()) == {4}
 
 
 # Saved files and imports

@@ -313,9 +313,7 @@ def test_bad_input_is_one_message_and_exit_code_2(
     ("budget", "message"),
     [
         (("--average-bits", "1"), "nearest is 2.000 bits"),
-        (("--average-bits", "9"), "above the largest plan"),
         (("--max-size-mib", "0.0000001"), "no plan fits"),
-        (("--max-size-mib", "5"), "above the largest plan"),
         ((), "at least one budget"),
         (("--average-bits", "3", "--compression", "9", "--solver", "pareto"), "exactly one of"),
     ],
@@ -327,6 +325,15 @@ def test_impossible_budgets(
     assert invoke("plan", copy, *budget) == 2
     assert message in capsys.readouterr().err
     assert modified(copy) == before
+
+
+@pytest.mark.parametrize("budget", [("--average-bits", "9"), ("--max-size-mib", "5")])
+def test_a_budget_above_the_largest_plan_gives_it_with_a_warning(
+    budget: tuple[str, ...], finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.warns(UserWarning, match="above the largest plan"):
+        assert invoke("plan", finished, *budget, "--stability", "--json") == 0
+    assert set(json.loads(capsys.readouterr().out)["weight_bits"].values()) == {8}
 
 
 @pytest.mark.parametrize(

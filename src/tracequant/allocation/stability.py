@@ -8,6 +8,7 @@ keeps its bits.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -49,7 +50,7 @@ def is_stable(
         widths = [b for options in weight_errors.values() for b in options]
         weights_only = replace(weights_only, average_bits=(min(widths) + max(widths)) / 2)
     sensitivity = combine(curvature, weight_errors, {}, weight_grid, criterion="trace")
-    plan = solve(sensitivity, weights_only)
+    plan = _solve_silently(sensitivity, weights_only)
     kept = plan_stability(sensitivity, plan, curvature, weights_only, resamples=STOP_RESAMPLES)
     return kept is not None and min(kept.values()) >= share
 
@@ -93,7 +94,14 @@ def plan_stability(
             sensitivity.weight_grid,
             criterion=sensitivity.criterion,
         )
-        again = solve(resampled, settings)
+        again = _solve_silently(resampled, settings)
         for name in names:
             kept[name] += again.weight_bits[name] == plan.weight_bits[name]
     return {name: count / resamples for name, count in kept.items()}
+
+
+def _solve_silently(sensitivity: Sensitivity, settings: PlanSettings) -> BitPlan:
+    """The plan, without the warning about a budget that limits nothing: who solved first has seen it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return solve(sensitivity, settings)
