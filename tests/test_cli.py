@@ -102,6 +102,27 @@ def test_apply_replaces_the_plan_and_makes_later_stages_stale(copy: Path, capsys
     assert "tracequant quantize" in capsys.readouterr().err
 
 
+def test_a_plan_that_was_applied_is_replaced_by_apply_alone(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke("plan", copy, "--compression", "12", "--apply") == 0
+    printed = capsys.readouterr()
+    assert "replaces the one for at most 3 bits on average" in printed.err.replace("\n", " ")
+    assert f"Next: tracequant quantize {copy}" in printed.out.replace("\n", "")
+    applied = (copy / "plan.json").read_bytes()
+    assert invoke("plan", copy, "--average-bits", "4") == 0
+    assert "has another plan and keeps it" in capsys.readouterr().err.replace("\n", " ")
+    assert (copy / "plan.json").read_bytes() == applied
+    assert RunDirectory(copy).done("plan")
+
+
+def test_before_the_run_is_quantized_a_plan_that_replaces_another_says_so(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (copy / "quantize.json").unlink()
+    assert invoke("plan", copy, "--average-bits", "2.2") == 0
+    assert "replaces the one for at most 3 bits on average" in capsys.readouterr().err.replace("\n", " ")
+    assert RunDirectory(copy).plan().average_bits <= 2.2
+
+
 def test_latency_table_of_a_run(copy: Path) -> None:
     """Measured, kept, and taken by a plan."""
     pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 import os
 import random
 import re
+import warnings
 from dataclasses import dataclass, field, replace
 from typing import Any
 

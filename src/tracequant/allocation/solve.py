@@ -41,7 +41,8 @@ def solve(
     that is given.
 
     Raises `SettingsError` for options that do not exist or are out of range, and `BudgetError` if no plan is within the
-    limits, naming the ones that bind and the nearest that can be met. Warns if all plans are within the limits on weights.
+    limits, naming the ones that bind and the nearest that can be met. Warns if every plan is within the limits on
+    weights.
     """
     request = resolve(PlanSettings, settings, fields)
     if request.by_accuracy:

@@ -110,8 +110,8 @@ def plan(
     The model is not needed. --max-accuracy-drop and --max-loss-increase evaluate a dozen plans instead, after
     calibration and without fine-tuning, and give the smallest plan that keeps to them.
 
-    The first plan becomes the run's plan. Once the run is quantized, further plans are only shown, unless --apply is
-    given. With --sensitivity FILE there is no run, only the answer.
+    The first plan becomes the run's plan, and a later one replaces it. Once the run was quantized, further plans are
+    only shown, unless --apply is given. With --sensitivity FILE there is no run, only the answer.
     """
     if (run_path is None) == (sensitivity is None):
         bad_parameter("give a run directory or --sensitivity FILE, one of the two")
@@ -130,7 +130,8 @@ def plan(
         solved = solve(table, settings)
     if out is not None:
         solved.save(out)
-    keep = run is not None and (apply or not run.done("quantize"))
+    before = run.plan() if run is not None and run.done("plan") else None
+    keep = run is not None and (apply or before is None or not run.was_quantized())
     if run is not None and keep:
         stages.keep_plan(run, settings, solved)
     if as_json:
@@ -138,11 +139,8 @@ def plan(
     elif not quiet:
         stable = plan_stability(table, solved, run.curvature(), settings) if run is not None and stability else None
         print_plan(table, solved, settings, stable)
-        if run is not None and not keep:
-            if _same_bits(run.plan(), solved):
-                note("The run is quantized by this very plan.")
-            else:
-                note("The run is quantized by another plan and keeps it; add --apply to replace it.")
+        if run is not None:
+            _print_place(run, before, solved, keep)
 
 
 def presets(as_json: AsJson = False) -> None:
@@ -171,6 +169,22 @@ def _narrowed(settings: PlanSettings, weight_bits: str | None, activation_bits: 
         allowed_bits=rules["allowed_bits"],
         allowed_activation_bits=rules["allowed_activation_bits"],
     )
+
+
+def _print_place(run: RunDirectory, before: BitPlan | None, solved: BitPlan, keep: bool) -> None:
+    """Print what became of the run's plan, `before` being the earlier one, and the command that comes next."""
+    if not keep:
+        assert before is not None
+        by = "is quantized by" if run.done("quantize") else "has"
+        if _same_bits(before, solved):
+            note(f"The run {by} this very plan.")
+        else:
+            note(f"The run {by} another plan and keeps it; add --apply to replace it.")
+        return
+    if before is not None and not _same_bits(before, solved):
+        note(f"This is the run's plan now. It replaces the one for {before.budget}.")
+    if not run.done("quantize"):
+        print(f"Next: tracequant quantize {run.path}")
 
 
 def _same_bits(one: BitPlan, other: BitPlan) -> bool:

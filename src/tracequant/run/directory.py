@@ -165,6 +165,10 @@ class RunDirectory:
             return False
         return self._keys().get(stage) == self.key(stage, self.settings())
 
+    def was_quantized(self) -> bool:
+        """Whether a plan was quantized since the analysis, be it the present one or an earlier one."""
+        return self.done("analyze") and (self.path / "quantize.json").is_file()
+
     def need(self, stage: Stage) -> None:
         """Raise `RunError` that names the command to run if the stage is not finished."""
         self.settings()
