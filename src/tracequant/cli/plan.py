@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +15,7 @@ from tracequant.cli.options import AsJson, Quiet
 from tracequant.cli.presets import PRESETS
 from tracequant.cli.printing import note, open_run, print_json, print_plan
 from tracequant.cli.requests import bad_parameter, parse_bits
+from tracequant.core.errors import TracequantError
 from tracequant.core.plan import BitPlan
 from tracequant.core.settings import PlanSettings
 from tracequant.core.tables import read_sensitivity
@@ -130,7 +132,10 @@ def plan(
         solved = solve(table, settings)
     if out is not None:
         solved.save(out)
-    before = run.plan() if run is not None and run.done("plan") else None
+    before: BitPlan | None = None
+    if run is not None and run.done("plan"):
+        with suppress(TracequantError):  # a damaged plan is replaced
+            before = run.plan()
     keep = run is not None and (apply or before is None or not run.was_quantized())
     if run is not None and keep:
         stages.keep_plan(run, settings, solved)

@@ -19,7 +19,7 @@ from tracequant.allocation.stability import is_stable, plan_stability
 from tracequant.allocation.uniform import uniform_plan
 from tracequant.core.cost import float_bytes
 from tracequant.core.curvature import Curvature, Perturbation
-from tracequant.core.errors import ModelError, RunError, SecondDerivativeError, TaskError
+from tracequant.core.errors import ModelError, RunError, SecondDerivativeError, TaskError, TracequantError
 from tracequant.core.files import read_json, replace_file, write_json
 from tracequant.core.plan import BitPlan
 from tracequant.core.sensitivity import Sensitivity
@@ -306,7 +306,11 @@ def evaluate_file(run: RunDirectory, file: str | Path | None = None) -> Evaluati
     run.settings()
     path = run.packed_file(file)
     if file is None and (run.path / "pack.json").is_file() and not run.done("pack"):
-        run.say(f"{path} is older than the run's present plan or settings; `tracequant pack` makes it anew")
+        try:
+            run.plan()
+            run.say(f"{path} is older than the run's present plan or settings; `tracequant pack` makes it anew")
+        except TracequantError as error:
+            run.say(f"{path} may be of another plan than the run's, which cannot be read: {error}")
     return _evaluate(run, load(path, run.setup().model))
 
 
