@@ -275,8 +275,12 @@ def _choices(annotation: Any) -> list[str]:
 
 
 def _suggestion(value: object, known: Iterable[str]) -> str:
-    """A question about the nearest of the known names, empty if none is near."""
-    near = difflib.get_close_matches(value, list(known), n=1) if isinstance(value, str) else []
+    """A question about the nearest of the known names, or the one with these initials (lr); empty if none is near."""
+    if not isinstance(value, str):
+        return ""
+    names = list(known)
+    near = difflib.get_close_matches(value, names, n=1)
+    near += [name for name in names if "_" in name and value == "".join(word[:1] for word in name.split("_"))]
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

@@ -24,7 +24,7 @@ from tracequant.model.batches import Batch, Batches, reusable
 from tracequant.model.device import measuring
 from tracequant.model.hooks import reading, weight_parameter
 from tracequant.model.memory import Microbatches, out_of_memory
-from tracequant.model.task import Task, checked
+from tracequant.model.task import Task, check_arguments, checked
 from tracequant.quantization.calibrate import activation_options, calibrate
 from tracequant.quantization.grid import Grid, check_bits, choose_weight_grid
 
@@ -57,6 +57,7 @@ def measure_sensitivity(
     curvature without activations.
     """
     request = resolve(SensitivitySettings, settings, fields)
+    check_arguments(model, batches, task)
     batches = reusable(batches)
     points, criterion, weight_grid = curvature.points, request.criterion, request.weight_grid
     weight_bits, activation_bits = sorted(set(request.weight_bits)), sorted(set(request.activation_bits))

@@ -16,7 +16,7 @@ from tracequant.model.device import measuring
 from tracequant.model.flow import Flow
 from tracequant.model.hooks import replace_inputs
 from tracequant.model.kinds import CONVOLUTIONS, TRANSPOSED, is_norm
-from tracequant.model.task import Task, checked
+from tracequant.model.task import Task, checked, first_outputs
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def record_calls(
             for batch in checked(batches, task, model):
                 calls.samples = task.batch_size(batch)
                 with flow:
-                    outputs = task.outputs(model, batch)
+                    outputs = first_outputs(task, model, batch)
                     flow.finish(outputs)
                 task.check(outputs, batch)
                 break

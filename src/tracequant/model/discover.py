@@ -19,7 +19,7 @@ from tracequant.model.calls import group_activations, output_points, record_call
 from tracequant.model.hooks import weight_parameter
 from tracequant.model.kinds import CONVOLUTIONS, DTYPE_NAMES, TRANSPOSED
 from tracequant.model.state import fingerprint
-from tracequant.model.task import Task
+from tracequant.model.task import Task, check_arguments
 
 
 @takes(DiscoverSettings)
@@ -33,10 +33,11 @@ def discover(
     pattern of `ties` makes one group of layers that share their bit width, of those that are left. Modules of other
     kinds with a weight (recurrent ones, a library's own linear layer) stay in float, with a warning.
 
-    Raises `ModelError` for a pattern that matches no layer of the model, or if no layer is left, and `DataError` for
-    batches that cannot be used.
+    Raises `ModelError` for a pattern that matches no layer of the model, or if no layer is left, `DataError` for
+    batches that cannot be used, and `TaskError` for arguments in another order.
     """
     request = resolve(DiscoverSettings, settings, fields)
+    check_arguments(model, batches, task)
     if isinstance(batches, Iterator):
         raise DataError(
             "batches is an iterator, which can be read only once, and discover would take its first batch away from the"

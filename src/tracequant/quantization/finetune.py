@@ -18,7 +18,7 @@ from tracequant.core.settings import FinetuneSettings
 from tracequant.model import distributed
 from tracequant.model.batches import Batches
 from tracequant.model.device import model_device
-from tracequant.model.task import Task
+from tracequant.model.task import Task, check_arguments
 from tracequant.quantization import checkpoint as checkpoints
 from tracequant.quantization.batchnorm import average_statistics, reestimate_statistics, set_batchnorm_mode
 from tracequant.quantization.objective import Objective, teaching
@@ -85,6 +85,7 @@ def finetune(
     later, and the checkpoint is of a step before.
     """
     recipe = resolve(FinetuneSettings, settings, fields)
+    check_arguments(model, batches, task)
     if teacher is None:
         _check_no_teacher(recipe, fields)
     quantizers_of(model)
