@@ -499,6 +499,8 @@ def test_an_edited_plan_is_priced_anew() -> None:
     assert edited.budget == plan.budget
     assert [name for name, why in edited.reasons.items() if why.startswith("edited; ")] == ["block1.fc", "block2.fc"]
     everything = plan.with_bits({"*": 4}, sensitivity)
+    changed = {name for name, num_bits in plan.weight_bits.items() if num_bits != 4}
+    assert {name for name, why in everything.reasons.items() if why.startswith("edited")} == changed != set()
     assert everything.size_bytes == tq.uniform_plan(sensitivity, 4).size_bytes
     # The model's input keeps its 8 bits.
     assert plan.with_bits({}, sensitivity, activation_bits={"*": 4}).activation_bits["block0.fc"] == 8

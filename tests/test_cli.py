@@ -171,7 +171,7 @@ def test_latency_and_rules_are_kept_with_the_plan(copy: Path, tmp_path: Path) ->
     assert plan.gap == 0.0
     assert invoke("report", copy, "-q") == 0
     page = (copy / "report.html").read_text()
-    assert "Proven: no plan within the budget has a lower Ω" in page
+    assert "Proven: no plan within the budget has a lower Ω total" in page
     assert "G BOPs more would take about" in page or " ms more would take about" in page
 
 

@@ -245,8 +245,8 @@ def test_the_page_has_every_field() -> None:
         (lambda: FinetuneSettings(ema=1.0), "--ema must be a number >= 0 and < 1, got 1.0"),
         (lambda: declared.WeightGrid(range="max"), "--weight-range must be 'mse', 'percentile' or 'minmax'"),
         (lambda: declared.WeightGrid(symmetric=3), "--symmetric must be True or False, got 3"),
-        (lambda: PlanSettings(average_bits=-1), "--average-bits must be a number > 0 or None, got -1"),
-        (lambda: PlanSettings(max_accuracy_drop=-1), "--max-accuracy-drop must be a number >= 0 or None, got -1"),
+        (lambda: PlanSettings(average_bits=-1), "--average-bits must be a number > 0, got -1"),
+        (lambda: PlanSettings(max_accuracy_drop=-1), "--max-accuracy-drop must be a number >= 0, got -1"),
     ],
 )
 def test_wrong_settings_name_the_option(raised: Callable[[], object], expected: str) -> None:
@@ -266,6 +266,12 @@ def test_wrong_settings_name_the_option(raised: Callable[[], object], expected: 
         ("without a teacher (distillation=0)", "without a teacher (--distillation 0)"),
         ("give weights=FILE, or another model=NAME", "give --weights FILE, or another --model NAME"),
         ("has no parameter for data_dir='x y'", "has no parameter for --data-dir x y"),
+        ("max_size_mib, compression, average_bits", "--max-size-mib, --compression, --average-bits"),
+        (
+            "one of max_size_mib, compression and average_bits",
+            "one of --max-size-mib, --compression and --average-bits",
+        ),
+        ("layers pattern 'x' matches no layer", "--layer pattern 'x' matches no layer"),
         ("target_sampling_error is for gauss_newton", "--target-sampling-error is for gauss_newton"),
     ],
 )

@@ -191,8 +191,8 @@ def test_without_a_plan_the_others_are_drawn(
     ("options", "message"),
     [
         (("--figure", 3), "no figure 3 to draw; choose from 2, 4, 5, 6, 7, 8"),
-        (("--layer", "nowhere*"), "layers pattern 'nowhere*' matches no layer; there are conv1"),
-        (("--block", "layer9.*"), "blocks pattern 'layer9.*' matches no layer"),
+        (("--layer", "nowhere*"), "--layer pattern 'nowhere*' matches no layer; there are conv1"),
+        (("--block", "layer9.*"), "--block pattern 'layer9.*' matches no layer"),
         (("--block", "blocks"), "the task does not say what its model's blocks are"),
         (("--figure", 2, "--grid", 4), "an odd number of points to a side"),
     ],

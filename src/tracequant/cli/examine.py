@@ -80,6 +80,9 @@ def compare(
             table.add_row(label, f"{row.metric:.2f}", f"{row.loss:.4f}", size, f"{plan.compression:.2f}x")
         table.add_row("float", f"{evaluations.float_metric:.2f}", f"{evaluations.float_loss:.4f}", "", "")
         Console().print(table)
+        if criteria is None:
+            for text in run.missing_criteria():
+                note(f"Left out: {text}")
 
 
 def spectrum(

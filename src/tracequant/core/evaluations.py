@@ -58,7 +58,7 @@ class AccuracySearch(Saveable):
 
     def __str__(self) -> str:
         return (
-            f"{self.plan.size_mib:.4g} MiB with {self.metric_name} {self.found.metric:.2f} (float"
+            f"{self.plan.size_mib:.4g} MiB with {with_unit(self.metric_name, self.found.metric)} (float"
             f" {self.float_metric:.2f}) and loss {self.found.loss:.4f} (float {self.float_loss:.4f}), after"
             f" {len(self.steps)} evaluations"
         )
@@ -109,6 +109,16 @@ class Check(Saveable):
     def groups(self) -> list[str]:
         """The names of all groups, in order."""
         return list(dict.fromkeys(group for by_group in self.correlations.values() for group in by_group))
+
+
+def with_unit(metric_name: str, value: float) -> str:
+    """A metric with its name, the unit at the end.
+
+    >>> with_unit("accuracy %", 100.0), with_unit("perplexity", 5.432)
+    ('accuracy 100.00 %', 'perplexity 5.43')
+    """
+    name = metric_name.removesuffix(" %")
+    return f"{name} {value:.2f}{' %' if name != metric_name else ''}"
 
 
 def plan_group(offered: Sequence[int]) -> str:

@@ -92,7 +92,7 @@ class BitPlan(Saveable):
         """The plan in one line: its size, its average bits, and how many layers have how many bits."""
         return (
             f"BitPlan: {self.size_mib:.4g} MiB on disk, weights {self.average_bits:.2f} bits on average"
-            f" ({self.compression:.2f}x); layers: {_spread(self.weight_bits)}; omega {self.omega:.4g}"
+            f" ({self.compression:.2f}x); layers: {_spread(self.weight_bits)}; Ω weights {self.omega:.4g}"
         )
 
     def with_bits(
@@ -127,7 +127,8 @@ class BitPlan(Saveable):
             changed_activations |= _shared_bits(points, bits, changed)
         edited = replace(self, weight_bits=bits, activation_bits=self.activation_bits | changed_activations)
         again = reprice(sensitivity, edited)
-        reasons = short_reasons(sensitivity, bits, dict.fromkeys(changed, "edited"))
+        edits = {name: "edited" for name, num_bits in changed.items() if num_bits != self.weight_bits[name]}
+        reasons = short_reasons(sensitivity, bits, edits)
         return replace(again, solver="edited", bound=None, prices={}, reasons=reasons)
 
     def __str__(self) -> str:

@@ -11,6 +11,7 @@ from tracequant.allocation.uniform import uniform_plan
 from tracequant.core.errors import BudgetError
 from tracequant.core.evaluations import EvaluatedPlan, Evaluations
 from tracequant.core.plan import MIB, BitPlan
+from tracequant.core.reasons import in_bits
 from tracequant.core.sensitivity import Sensitivity
 from tracequant.core.settings import PlanSettings
 from tracequant.report import figures
@@ -52,7 +53,7 @@ def markers(run: RunDirectory, sensitivity: Sensitivity, plan: BitPlan) -> list[
     for num_bits in sorted({b for options in sensitivity.weight_omega.values() for b in options}):
         uniform = uniform_plan(sensitivity, num_bits, activation_bits=plan.activation_bits)
         if uniform.omega > 0 and uniform.size_bytes <= 2 * plan.size_bytes:
-            marked.append(figures.Marker(label, f"{num_bits} bits", uniform, style="s", color="#b8bec9"))
+            marked.append(figures.Marker(label, in_bits(num_bits), uniform, style="s", color="#b8bec9"))
             label = ""
     eigenvalues = run.curvature().top_eigenvalues
     if eigenvalues:

@@ -116,8 +116,14 @@ def _figure_4(run: RunDirectory, options: FigureOptions) -> _Drawn:
     settings, sensitivity = run.settings().plan, run.sensitivity()
     fronts = frontiers(sensitivity, plan, settings)
     points = markers(run, sensitivity, plan)
-    evaluated = evaluated_plans(sensitivity, run.evaluations())
-    picture = figures.frontier_figure(fronts, points, [(row.size_bytes, omega, row.metric) for row, omega in evaluated])
+    evaluations = run.evaluations()
+    evaluated = evaluated_plans(sensitivity, evaluations)
+    picture = figures.frontier_figure(
+        fronts,
+        points,
+        [(row.size_bytes, omega, row.metric) for row, omega in evaluated],
+        metric_name=evaluations.metric_name if evaluations is not None else "",
+    )
     return picture, {
         "criterion": sensitivity.criterion,
         "frontiers": {solver: _frontier_rows(front) for solver, front in fronts.items()},

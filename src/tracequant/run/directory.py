@@ -301,6 +301,18 @@ class RunDirectory:
             and (has_perturbation or criterion not in EXPANSIONS)
         ]
 
+    def missing_criteria(self) -> list[str]:
+        """The criteria that `criteria` leaves out, with the command that measures what they need."""
+        missing = [criterion for criterion in CRITERIA if criterion not in self.criteria()]
+        expansions = [criterion for criterion in missing if criterion in EXPANSIONS]
+        others = [criterion for criterion in missing if criterion not in EXPANSIONS]
+        ways = ((expansions, f"check {self.path}"), (others, f"analyze ... --eigenvalues --out {self.path}"))
+        return [
+            f"{' and '.join(names)}, for which nothing is measured yet; `tracequant {command}` measures it"
+            for names, command in ways
+            if names
+        ]
+
     def plan(self) -> BitPlan:
         """Result of plan; bits that were edited by hand count, with the size and Ω that they really have."""
         plan = self._load(BitPlan, "plan.json", "plan")

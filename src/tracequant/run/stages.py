@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 from tracequant.allocation.request import check_request
 from tracequant.allocation.solve import solve as solve_plan
 from tracequant.allocation.stability import is_stable, plan_stability
-from tracequant.allocation.uniform import uniform_plan
+from tracequant.allocation.uniform import nearest_uniform
 from tracequant.core.cost import float_bytes
 from tracequant.core.curvature import Curvature, Perturbation
 from tracequant.core.errors import ModelError, RunError, SecondDerivativeError, TaskError, TracequantError
 from tracequant.core.files import read_json, replace_file, write_json
 from tracequant.core.plan import BitPlan
-from tracequant.core.sensitivity import Sensitivity
+from tracequant.core.reasons import in_bits
 from tracequant.core.settings import EXPANSIONS, FinetuneSettings, PlanSettings
 from tracequant.run.directory import RunDirectory
 from tracequant.run.results import FinetuneOutcome, ModelRow, PackResult, QuantizeResult
@@ -89,6 +89,7 @@ def analyze(run: RunDirectory) -> None:
     if not first:
         return
     if settings.eigenvalues or criterion.startswith("eigenvalue"):
+        run.say("analyze: largest eigenvalues, which may take longer than all before; --no-eigenvalues leaves them out")
         try:
             curvature = with_eigenvalues(model, batches, task, curvature, seed=seed, progress=run.progress)
         except SecondDerivativeError as error:
@@ -198,10 +199,10 @@ def quantize(run: RunDirectory) -> None:
     plan, sensitivity = run.plan(), run.sensitivity()
     evaluation = _evaluate(run, run.setup().model)
     float_row = _row("float32", evaluation, size_bytes=float_bytes(sensitivity.points), average_bits=32.0)
-    uniform_bits, uniform = _nearest_uniform(sensitivity, plan)
+    uniform_bits, uniform = nearest_uniform(sensitivity, plan)
     rows = []
     for name, candidate, file in (
-        (f"uniform {uniform_bits} bits", uniform, "uniform.safetensors"),
+        (f"uniform {in_bits(uniform_bits)}", uniform, "uniform.safetensors"),
         ("mixed", plan, "quantized.safetensors"),
     ):
         quantized = _quantized(run, candidate)
@@ -231,14 +232,14 @@ def finetune(run: RunDirectory, recipe: FinetuneSettings) -> None:
     key = run.key("finetune", run.settings())
     uniform_row: ModelRow | None = None
     if recipe.uniform_too:
-        uniform_bits, uniform = _nearest_uniform(run.sensitivity(), plan)
+        uniform_bits, uniform = nearest_uniform(run.sensitivity(), plan)
         quantized, _ = _train(run, uniform, f"uniform-{key}")
         if distributed.rank() == 0:
             from tracequant.deploy.pack import pack
 
             size = pack(quantized, run.path / "uniform_finetuned.safetensors")
             uniform_row = _row(
-                f"uniform {uniform_bits} bits, fine-tuned",
+                f"uniform {in_bits(uniform_bits)}, fine-tuned",
                 _evaluate(run, quantized),
                 size_bytes=size,
                 average_bits=uniform.average_bits,
@@ -371,11 +372,3 @@ def _quantized(run: RunDirectory, plan: BitPlan) -> nn.Module:
 
     setup = run.setup()
     return quantize_model(setup.model, setup.calibration, setup.task, plan, progress=run.progress)
-
-
-def _nearest_uniform(sensitivity: Sensitivity, plan: BitPlan) -> tuple[int, BitPlan]:
-    """The offered width at which a uniform plan's file is nearest in size to the plan's, and that uniform plan."""
-    offered = sorted({b for options in sensitivity.weight_omega.values() for b in options})
-    plans = {b: uniform_plan(sensitivity, b, activation_bits=plan.activation_bits) for b in offered}
-    best = min(offered, key=lambda b: abs(plans[b].size_bytes - plan.size_bytes))
-    return best, plans[best]
