@@ -300,7 +300,7 @@ def test_other_words_stay_as_they_are(text: str) -> None:
     [
         (("--finetune-steps", "-5"), "--finetune-steps must be an integer >= 0, got -5"),
         (("--ema", "1.5"), "--ema must be a number >= 0 and < 1, got 1.5"),
-        (("--num-probes", "many"), "--num-probes must be an integer >= 1 or 'exact' or None, got 'many'"),
+        (("--num-probes", "many"), "--num-probes must be an integer >= 1 or 'exact', got 'many'"),
         (("--precision", "tf32", "--device", "cpu"), "--precision tf32 is for CUDA devices"),
         (("--workers", "2"), "has no parameter for --workers 2"),
     ],

@@ -386,3 +386,12 @@ def test_a_run_of_ones_own_fills_a_row(tables: ModuleType, copy: Path, tmp_path:
     for wrong, message in ((f"2:HAWQ-V2={copy}", "3 rows 'HAWQ-V2'"), ("4:1=x", "takes TABLE:ROW=RUN")):
         with pytest.raises(SystemExit, match=message):
             tables.document(tmp_path, [wrong])
+
+
+@pytest.mark.parametrize(("name", "last"), [("accuracy %", 100), ("perplexity", 120)])
+def test_a_scale_of_percent_ends_at_a_hundred(name: str, last: float) -> None:
+    from tracequant.report.figures import accuracy_figure
+
+    (axes,) = accuracy_figure([("float32", 99.0, 1.0), ("mixed", 98.0, 0.1)], name).axes
+    low, high = axes.get_xlim()
+    assert max(tick for tick in axes.get_xticks() if low <= tick <= high) == last
