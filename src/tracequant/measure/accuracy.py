@@ -68,12 +68,20 @@ class Evaluator:
 
     def of(self, plan: BitPlan) -> EvaluatedPlan:
         """Metric and loss of the model quantized by `plan`, measured only where that was not done before."""
+        asked = (plan.weight_bits, plan.activation_bits, plan.weight_grid)
         for known in self.results.plans:
-            if known.weight_bits == plan.weight_bits and known.activation_bits == plan.activation_bits:
+            if (known.weight_bits, known.activation_bits, known.weight_grid) == asked:
                 return known
         quantized = quantize(self._model, self._calibration, self._task, plan, progress=self._progress)
         result = self._evaluated(quantized, self._evaluation)
-        found = EvaluatedPlan(plan.weight_bits, plan.activation_bits, plan.size_bytes, result.metric, result.loss)
+        found = EvaluatedPlan(
+            plan.weight_bits,
+            plan.activation_bits,
+            size_bytes=plan.size_bytes,
+            metric=result.metric,
+            loss=result.loss,
+            weight_grid=plan.weight_grid,
+        )
         self.results = replace(self.results, plans=(*self.results.plans, found))
         self._save()
         return found
