@@ -120,6 +120,7 @@ class RunDirectory:
         if before is not None and before.analysis == analysis:
             return
         self.ask(replace(before, analysis=analysis) if before is not None else RunSettings(analysis))
+        self._setup = None  # that of the settings before
         try:
             self.setup()
         except BaseException:
