@@ -393,7 +393,7 @@ def test_eigenvalues_on_as_many_samples_as_fit(monkeypatch: pytest.MonkeyPatch) 
     expected = top_eigenvalues(model, few, TASK, curvature.points, seed=0)
     assert found.top_eigenvalues == {name: values[0] for name, values in expected.items()}
     monkeypatch.setattr(sensitivity_module, "top_eigenvalues", lambda *a, **o: limited(model, [(torch.ones(9),)]))
-    with pytest.raises(ResourceError, match="memory does not suffice for the graph of one sample"):
+    with pytest.raises(ResourceError, match="memory does not suffice for one sample"):
         sensitivity_module.with_eigenvalues(model, batches, TASK, curvature)
 
 
