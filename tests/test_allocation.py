@@ -587,6 +587,14 @@ def test_solve_is_a_function_of_its_arguments() -> None:
     assert first == second
 
 
+def test_a_frontier_refuses_fields_that_it_cannot_keep_to() -> None:
+    sensitivity = make_sensitivity()
+    with pytest.raises(BudgetError, match="by criterion 'trace', the plan was asked for by 'l2'"):
+        tq.frontier(sensitivity, criterion="l2")
+    with pytest.raises(BudgetError, match=r"a frontier has plans of every size: leave out max_accuracy_drop$"):
+        tq.frontier(sensitivity, max_accuracy_drop=1)
+
+
 # Activations
 
 

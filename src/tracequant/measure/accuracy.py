@@ -15,7 +15,7 @@ from torch import nn
 
 from tracequant.allocation.activations import decided_activations
 from tracequant.allocation.frontier import frontier
-from tracequant.allocation.request import check_request
+from tracequant.allocation.request import check_criterion, check_request
 from tracequant.core.errors import ArtifactError, BudgetError, DataError
 from tracequant.core.evaluations import AccuracySearch, EvaluatedPlan, Evaluations
 from tracequant.core.options import resolve, takes
@@ -137,6 +137,7 @@ def solve_by_accuracy(
     request = resolve(PlanSettings, settings, fields)
     if not request.by_accuracy:
         raise BudgetError("give max_accuracy_drop or max_loss_increase")
+    check_criterion(request, sensitivity)
     check_request(request)
     max_drop, max_increase = request.max_accuracy_drop, request.max_loss_increase
     front = frontier(
