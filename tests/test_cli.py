@@ -27,6 +27,12 @@ from tracequant.run.directory import STAGES, RunDirectory
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
 
+class Undistilled(tq.ClassificationTask):
+    """A task that cannot learn from a teacher."""
+
+    distillation_loss = tq.Task.distillation_loss
+
+
 def test_run_leaves_every_artifact(finished: Path) -> None:
     names = {file.name for file in finished.iterdir()}
     assert {
@@ -379,6 +385,37 @@ def test_directory_that_is_not_a_run(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "not empty and not a run directory" in capsys.readouterr().err
     assert invoke("quantize", tmp_path) == 2
     assert "not a run directory" in capsys.readouterr().err
+
+
+def test_a_run_with_the_name_of_an_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert invoke("plan", "seed=1", "--average-bits", "3") == 2
+    assert f"{tmp_path / 'seed=1'} is not a run directory" in capsys.readouterr().err
+
+
+def test_a_latency_limit_without_a_table(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke("plan", copy, "--max-latency-ms", "3") == 2
+    assert "give --latency TABLE, or" in capsys.readouterr().err
+
+
+def test_a_plan_cannot_take_the_activations_out(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """That is a choice of the analysis."""
+    assert invoke("plan", copy, "--average-bits", "3", "--activation-bits", "none") == 2
+    err = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "analyze with --activation-bits none" in err
+    assert "--allowed-activation-bits" not in err
+
+
+def test_no_steps_need_no_distillation_loss(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDirectory(copy)
+    run.setup().task = Undistilled()
+    with pytest.raises(TaskError, match="has no distillation_loss"):
+        stages.check_recipe(run, FinetuneSettings())
+    stages.check_recipe(run, FinetuneSettings(steps=0))
+    stages.finetune(run, FinetuneSettings(steps=0))
+    assert run.finetune_outcome().losses == ()
 
 
 def test_truncated_packed_file(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -266,6 +266,7 @@ def test_wrong_settings_name_the_option(raised: Callable[[], object], expected: 
         ("without a teacher (distillation=0)", "without a teacher (--distillation 0)"),
         ("give weights=FILE, or another model=NAME", "give --weights FILE, or another --model NAME"),
         ("has no parameter for data_dir='x y'", "has no parameter for --data-dir x y"),
+        ("a latency limit needs a table; give latency=TABLE", "a latency limit needs a table; give --latency TABLE"),
         ("target_sampling_error is for gauss_newton", "--target-sampling-error is for gauss_newton"),
     ],
 )
@@ -283,6 +284,8 @@ def test_arguments_become_options(text: str, expected: str) -> None:
         "layer 'image_size' and layer \"crop_share\"",
         "--exclude 'max_size_mib' matches no layer",
         "steps must be 3",
+        "the curvature holds no trace of fc; estimate it with weights=True",
+        "/runs/seed=1 is not a run directory",
     ],
 )
 def test_other_words_stay_as_they_are(text: str) -> None:

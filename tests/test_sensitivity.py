@@ -290,7 +290,7 @@ def test_all_bits_from_1_to_8_are_measured_and_more_bits_err_less():
 def test_no_weight_bits_are_refused():
     model = conv_net()
     curvature = made_up(discover(model, images(), TASK))
-    with pytest.raises(ModelError, match="weight_bits is empty"):
+    with pytest.raises(SettingsError, match="weight_bits is empty"):
         measure_sensitivity(model, images(), TASK, curvature, weight_bits=())
 
 

@@ -59,9 +59,7 @@ def measure_sensitivity(
     request = resolve(SensitivitySettings, settings, fields)
     batches = reusable(batches)
     points, criterion, weight_grid = curvature.points, request.criterion, request.weight_grid
-    weight_bits, activation_bits = sorted(set(request.weight_bits)), sorted(set(request.activation_bits))
-    if not weight_bits:
-        raise ModelError("weight_bits is empty; name at least one bit width from 1 to 8")
+    weight_bits, activation_bits = request.weight_bits, request.activation_bits
     if activation_bits and points.activations and not curvature.activations:
         raise ModelError(
             "the curvature was measured for weights only; estimate it with activations=True, or pass activation_bits=()"

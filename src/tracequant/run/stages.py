@@ -282,11 +282,11 @@ def finetune(run: RunDirectory, recipe: FinetuneSettings) -> None:
 
 
 def check_recipe(run: RunDirectory, recipe: FinetuneSettings) -> None:
-    """Raise `TaskError` if the recipe has a teacher and the task has no distillation loss."""
+    """Raise `TaskError` if the recipe trains with a teacher and the task has no distillation loss."""
     from tracequant.model.task import Task
 
     task = run.setup().task
-    if recipe.distillation > 0 and type(task).distillation_loss is Task.distillation_loss:
+    if recipe.steps > 0 and recipe.distillation > 0 and type(task).distillation_loss is Task.distillation_loss:
         raise TaskError(
             f"{type(task).__name__} has no distillation_loss(outputs, teacher_outputs); implement it, or fine-tune"
             " without a teacher (distillation=0)"
