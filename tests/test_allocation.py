@@ -569,10 +569,32 @@ def test_inputs_that_share_the_bits_of_weights_follow_an_edit() -> None:
         plan.with_bits({first.name: other}, shared)
 
 
+def test_inputs_that_share_the_bits_of_weights_have_none_of_their_own() -> None:
+    """Bits for the input that are not those of the weight are refused, also where the weight's are edited as well."""
+    sensitivity = dataclasses.replace(make_sensitivity(activation_bits=(2, 3, 4, 8)), same_bits=True)
+    table = {name: {b: 1.0 / b for b in (2, 3, 4, 8)} for name in sensitivity.activation_omega}
+    sensitivity = dataclasses.replace(sensitivity, activation_omega=table)
+    plan = tq.uniform_plan(sensitivity, 8)
+    for weight_bits in ({}, {"block1.fc": 3}):
+        with pytest.raises(BudgetError, match=r"layer block1.fc would have [83] and its input block1.fc 4;"):
+            plan.with_bits(weight_bits, sensitivity, activation_bits={"block1.fc": 4})
+    agreed = plan.with_bits({"block1.fc": 4}, sensitivity, activation_bits={"block1.fc": 4})
+    assert agreed == plan.with_bits({"block1.fc": 4}, sensitivity)
+    assert agreed.activation_bits["block1.fc"] == 4
+
+
 def test_solve_is_a_function_of_its_arguments() -> None:
     first, second = make_sensitivity(layers=20), make_sensitivity(layers=20)
     assert tq.solve(first, average_bits=3.7) == tq.solve(second, average_bits=3.7)
     assert first == second
+
+
+def test_a_frontier_refuses_fields_that_it_cannot_keep_to() -> None:
+    sensitivity = make_sensitivity()
+    with pytest.raises(BudgetError, match="by criterion 'trace', the plan was asked for by 'l2'"):
+        tq.frontier(sensitivity, criterion="l2")
+    with pytest.raises(BudgetError, match=r"a frontier has plans of every size: leave out max_accuracy_drop$"):
+        tq.frontier(sensitivity, max_accuracy_drop=1)
 
 
 # Activations

@@ -19,11 +19,19 @@ import tiny_task
 import tracequant as tq
 from cli_runs import ANALYZE, STAGED, TASK, invoke, modified
 from tracequant.core import cost
-from tracequant.core.settings import FinetuneSettings
+from tracequant.core.errors import TaskError
+from tracequant.core.settings import AnalysisSettings, FinetuneSettings, TaskOptions
+from tracequant.curvature import spectrum
 from tracequant.run import stages
-from tracequant.run.directory import RunDirectory
+from tracequant.run.directory import STAGES, RunDirectory
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
+
+
+class Undistilled(tq.ClassificationTask):
+    """A task that cannot learn from a teacher."""
+
+    distillation_loss = tq.Task.distillation_loss
 
 
 def test_run_leaves_every_artifact(finished: Path) -> None:
@@ -205,6 +213,16 @@ def test_apply_replaces_an_edited_plan(copy: Path) -> None:
     dataclasses.replace(plan, weight_bits=dict.fromkeys(plan.weight_bits, 8)).save(copy / "plan.json")
     assert invoke("plan", copy, "--average-bits", "3", "--apply", "-q") == 0
     assert RunDirectory(copy).plan() == plan
+
+
+def test_to_apply_the_run_s_own_plan_changes_nothing(copy: Path) -> None:
+    before = modified(copy)
+    assert invoke("plan", copy, "--average-bits", "3", "--apply", "-q") == 0
+    assert modified(copy) == before
+    assert all(RunDirectory(copy).done(stage) for stage in STAGES)
+    (copy / "plan.json").write_text("{")
+    assert invoke("plan", copy, "--average-bits", "3", "--apply", "-q") == 0
+    assert RunDirectory(copy).plan().average_bits <= 3
 
 
 def test_a_stage_that_was_cut_off_is_not_finished(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -402,6 +420,37 @@ def test_directory_that_is_not_a_run(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "not a run directory" in capsys.readouterr().err
 
 
+def test_a_run_with_the_name_of_an_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert invoke("plan", "seed=1", "--average-bits", "3") == 2
+    assert f"{tmp_path / 'seed=1'} is not a run directory" in capsys.readouterr().err
+
+
+def test_a_latency_limit_without_a_table(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke("plan", copy, "--max-latency-ms", "3") == 2
+    assert "give --latency TABLE, or" in capsys.readouterr().err
+
+
+def test_a_plan_cannot_take_the_activations_out(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """That is a choice of the analysis."""
+    assert invoke("plan", copy, "--average-bits", "3", "--activation-bits", "none") == 2
+    err = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "analyze with --activation-bits none" in err
+    assert "--allowed-activation-bits" not in err
+
+
+def test_no_steps_need_no_distillation_loss(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDirectory(copy)
+    run.setup().task = Undistilled()
+    with pytest.raises(TaskError, match="has no distillation_loss"):
+        stages.check_recipe(run, FinetuneSettings())
+    stages.check_recipe(run, FinetuneSettings(steps=0))
+    stages.finetune(run, FinetuneSettings(steps=0))
+    assert run.finetune_outcome().losses == ()
+
+
 def test_truncated_packed_file(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = copy / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-7])
@@ -541,6 +590,35 @@ def test_run_stops_when_the_plan_that_is_asked_for_is_stable(tmp_path: Path, mon
     assert RunDirectory(tmp_path / "run").curvature().samples == 16
 
 
+@pytest.mark.filterwarnings("always:this analysis has no eigenvalues")
+def test_an_analysis_goes_on_without_eigenvalues_that_do_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are for the report alone, unless the criterion is one of theirs."""
+    monkeypatch.setattr(spectrum.memory, "available_bytes", lambda: 1000)
+    options = [option for option in ANALYZE if option != "--no-eigenvalues"]
+    path = tmp_path / "run"
+    assert invoke("analyze", *options, "--out", path, "-q") == 0
+    assert capsys.readouterr().err.count("this analysis has no eigenvalues") == 1
+    run = RunDirectory(path)
+    assert run.done("analyze")
+    assert run.curvature().top_eigenvalues is None
+    assert invoke("analyze", *options, "--criterion", "eigenvalue", "--out", tmp_path / "other", "-q") == 2
+    assert "do not fit into memory" in " ".join(capsys.readouterr().err.split())
+
+
+def test_other_settings_load_the_task_anew(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    settings = AnalysisSettings(TASK, eigenvalues=False)
+    for samples in (32, 24):
+        run.adopt(dataclasses.replace(settings, options=TaskOptions(samples=samples)))
+        stages.analyze(run)
+        assert run.curvature().samples == samples
+    with pytest.raises(TaskError, match="image_size"):
+        run.adopt(dataclasses.replace(settings, options=TaskOptions(samples=32, image_size=3)))
+    assert [len(y) for _, y in run.setup().calibration] == [16, 8]
+
+
 def test_precision_is_passed_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     exact = analyzed(tmp_path, "--num-probes", "4")
     rough = analyzed(tmp_path, "--num-probes", "4", "--precision", "bfloat16")
@@ -591,6 +669,20 @@ def test_export_and_verify(copy: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert [kernel["layer"] for kernel in found["kernels"]] == ["0", "3", "6"]
     assert invoke("verify", copy) == 0
     assert "layers in integers" in capsys.readouterr().out
+
+
+def test_a_new_packed_model_has_no_onnx_file_of_the_old_one(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("model.onnx", "verify.json"):
+        (copy / name).write_text("of the old one")
+    assert invoke("pack", copy, "-q") == 0
+    assert (copy / "model.onnx").is_file()  # it is still that of the product
+    for stage in ("plan", "quantize", "finetune", "pack"):
+        options = {"plan": ("--average-bits", "2.2", "--apply"), "finetune": ("--finetune-steps", "1")}.get(stage, ())
+        assert invoke(stage, copy, *options, "-q") == 0
+    assert not (copy / "model.onnx").exists()
+    assert not (copy / "verify.json").exists()
+    assert invoke("verify", copy, "-q") == 2
+    assert "tracequant export" in " ".join(capsys.readouterr().err.split())
 
 
 def test_export_needs_a_packed_model(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

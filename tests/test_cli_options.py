@@ -272,6 +272,7 @@ def test_wrong_settings_name_the_option(raised: Callable[[], object], expected: 
             "one of --max-size-mib, --compression and --average-bits",
         ),
         ("layers pattern 'x' matches no layer", "--layer pattern 'x' matches no layer"),
+        ("a latency limit needs a table; give latency=TABLE", "a latency limit needs a table; give --latency TABLE"),
         ("target_sampling_error is for gauss_newton", "--target-sampling-error is for gauss_newton"),
     ],
 )
@@ -289,6 +290,8 @@ def test_arguments_become_options(text: str, expected: str) -> None:
         "layer 'image_size' and layer \"crop_share\"",
         "--exclude 'max_size_mib' matches no layer",
         "steps must be 3",
+        "the curvature holds no trace of fc; estimate it with weights=True",
+        "/runs/seed=1 is not a run directory",
     ],
 )
 def test_other_words_stay_as_they_are(text: str) -> None:

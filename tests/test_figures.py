@@ -24,6 +24,7 @@ from tracequant.core.curvature import Landscape, Landscapes
 from tracequant.report import paper_figures
 from tracequant.report.blocks import activation_blocks, block_names, weight_blocks
 from tracequant.report.drawing import NAME_LENGTH, name_axis, shortened
+from tracequant.report.paper import draw_figures
 from tracequant.run import examine
 from tracequant.run.directory import RunDirectory
 
@@ -185,6 +186,20 @@ def test_without_a_plan_the_others_are_drawn(
     assert f"tracequant plan {run} --max-size-mib X" in captured.err
     assert captured.err.count("is left out") == 3
     assert invoke("figures", run, "--figure", 4, "-q") == 2
+
+
+def test_a_figure_for_which_memory_does_not_suffice_leaves_the_others(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: object) -> None:
+        raise tq.ResourceError("memory does not suffice")
+
+    monkeypatch.setattr(examine, "landscapes", no_memory)
+    drawn = draw_figures(RunDirectory(copy))
+    assert drawn.left_out == {2: "memory does not suffice"}
+    assert list(drawn.files) == [4, 5, 6, 7, 8]
+    with pytest.raises(tq.ResourceError):
+        draw_figures(RunDirectory(copy), [2])
 
 
 @pytest.mark.parametrize(

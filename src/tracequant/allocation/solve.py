@@ -10,7 +10,7 @@ from tracequant.allocation.build import build
 from tracequant.allocation.pareto import best_choice
 from tracequant.allocation.problem import Problem, chosen_bits
 from tracequant.allocation.refuse import refuse, warn_of_slack
-from tracequant.allocation.request import check_request, describe
+from tracequant.allocation.request import check_criterion, check_request, describe
 from tracequant.core.errors import BudgetError
 from tracequant.core.options import resolve, takes
 from tracequant.core.plan import BitPlan, priced
@@ -47,11 +47,7 @@ def solve(
     request = resolve(PlanSettings, settings, fields)
     if request.by_accuracy:
         raise BudgetError("max_accuracy_drop and max_loss_increase need the model: use solve_by_accuracy")
-    if request.criterion not in (None, sensitivity.criterion):
-        raise BudgetError(
-            f"the sensitivities are by criterion {sensitivity.criterion!r}, the plan was asked for by"
-            f" {request.criterion!r}; measure the sensitivities by that one"
-        )
+    check_criterion(request, sensitivity)
     check_request(request)
     problems = build(sensitivity, request, ranking)
     choices: list[tuple[int, ...]] = []

@@ -167,6 +167,11 @@ def _narrowed(settings: PlanSettings, weight_bits: str | None, activation_bits: 
     ):
         if text is not None:
             bits, narrowed = parse_bits(text, flag), dict(rules[field] or {})
+            if not bits:
+                bad_parameter(
+                    f"a plan chooses from the {flag} that were analysed; to keep activations in float, analyze with"
+                    f" {flag} none"
+                )
             narrowed["*"] = tuple(b for b in bits if b in narrowed["*"]) if "*" in narrowed else bits
             rules[field] = narrowed
     return replace(

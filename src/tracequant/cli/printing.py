@@ -29,7 +29,8 @@ def open_run(path: Path, quiet: bool) -> RunDirectory:
         if not quiet:
             _errors.print(escape(text), style="dim")
 
-    return RunDirectory(path, say, progress=not quiet)
+    # In a message "seed=1" would be taken for an option; after a slash it is a path.
+    return RunDirectory(path.absolute() if "=" in str(path) else path, say, progress=not quiet)
 
 
 def escape(text: str) -> str:

@@ -69,6 +69,8 @@ def _with_value(entry: FieldOption, value: str) -> str:
     if entry.annotation is bool:
         on, off = entry.switches
         return on if value == "True" else off
+    if value in ("True", "False"):  # a Python argument that shares its name with an option, which is no switch
+        return f"{entry.name}={value}"
     if value.startswith("["):  # a repeatable option
         return " ".join(f"{entry.flag} {item}" for item in value[1:-1].split(", "))
     value = value.strip("'\"")

@@ -11,17 +11,22 @@ from numpy.typing import NDArray
 
 from tracequant.core.files import Saveable
 from tracequant.core.plan import BitPlan
+from tracequant.core.settings import WeightGrid
 
 
 @dataclass(frozen=True)
 class EvaluatedPlan:
-    """A plan's bits with the metric and the loss of the calibrated model, which was not fine-tuned."""
+    """A plan's bits with the metric and the loss of the calibrated model, which was not fine-tuned.
+
+    `weight_grid` is None where the file of an earlier version does not say it.
+    """
 
     weight_bits: dict[str, int]
     activation_bits: dict[str, int]
     size_bytes: int
     metric: float
     loss: float
+    weight_grid: WeightGrid | None = None
 
 
 @dataclass(frozen=True)

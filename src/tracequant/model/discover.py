@@ -18,6 +18,7 @@ from tracequant.model.batches import Batches
 from tracequant.model.calls import group_activations, output_points, record_calls
 from tracequant.model.hooks import weight_parameter
 from tracequant.model.kinds import CONVOLUTIONS, DTYPE_NAMES, TRANSPOSED
+from tracequant.model.memory import on_first_batch
 from tracequant.model.state import fingerprint
 from tracequant.model.task import Task, check_arguments
 
@@ -34,7 +35,8 @@ def discover(
     kinds with a weight (recurrent ones, a library's own linear layer) stay in float, with a warning.
 
     Raises `ModelError` for a pattern that matches no layer of the model, or if no layer is left, `DataError` for
-    batches that cannot be used, and `TaskError` for arguments in another order.
+    batches that cannot be used, and `TaskError` for arguments in another order. Where the first batch does not fit into
+    memory, fewer of its samples are taken.
     """
     request = resolve(DiscoverSettings, settings, fields)
     check_arguments(model, batches, task)
@@ -65,7 +67,8 @@ def discover(
         )
     candidates = {name: sites for name, sites in candidates.items() if name in kept}
 
-    calls = record_calls(model, batches, task, candidates)
+    # A few samples show what the whole batch does.
+    calls, _ = on_first_batch(task, batches, lambda first: record_calls(model, first, task, candidates))
     points = group_activations(calls)
     point_of = {consumer: point.name for point in points for consumer in point.consumers}
     modules = dict(model.named_modules())

@@ -19,10 +19,11 @@ from tracequant.run.directory import RunDirectory
 
 
 def evaluated_plans(sensitivity: Sensitivity, evaluations: Evaluations | None) -> list[tuple[EvaluatedPlan, float]]:
-    """Evaluated plans of this run's layers with their Ω by the plan's criterion, by size."""
+    """Evaluated plans of this run's layers and weight grid with their Ω by the plan's criterion, by size."""
     plans = []
     for row in evaluations.plans if evaluations is not None else ():
-        known = row.weight_bits.keys() == sensitivity.weight_omega.keys()
+        same_layers = row.weight_bits.keys() == sensitivity.weight_omega.keys()
+        known = same_layers and row.weight_grid == sensitivity.weight_grid
         if known and all(b in sensitivity.weight_omega[name] for name, b in row.weight_bits.items()):
             omega = math.fsum(sensitivity.weight_omega[name][b] for name, b in row.weight_bits.items())
             plans.append((row, omega))

@@ -123,6 +123,7 @@ class RunDirectory:
             return
         new_folders = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         self.ask(replace(before, analysis=analysis) if before is not None else RunSettings(analysis))
+        self._setup = None  # that of the settings before
         try:
             self.setup()
         except BaseException:

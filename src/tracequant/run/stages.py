@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 import typing
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +20,15 @@ from tracequant.allocation.stability import is_stable, plan_stability
 from tracequant.allocation.uniform import nearest_uniform
 from tracequant.core.cost import float_bytes
 from tracequant.core.curvature import Curvature, Perturbation
-from tracequant.core.errors import ModelError, RunError, SecondDerivativeError, TaskError, TracequantError
+from tracequant.core.errors import (
+    ArtifactError,
+    BudgetError,
+    ModelError,
+    RunError,
+    SecondDerivativeError,
+    TaskError,
+    TracequantError,
+)
 from tracequant.core.files import read_json, replace_file, write_json
 from tracequant.core.plan import BitPlan
 from tracequant.core.reasons import in_bits
@@ -35,6 +44,9 @@ if TYPE_CHECKING:
 
 # What belongs to one analysis only: a new analysis deletes it.
 _OF_THE_ANALYSIS = ("perturbation.json", "check.json", "spectrum.json", "hutchinson.json")
+
+# What `export` and `verify` made of one packed model: a new one deletes it.
+_OF_THE_PRODUCT = ("model.onnx", "verify.json")
 
 
 def analyze(run: RunDirectory) -> None:
@@ -88,12 +100,16 @@ def analyze(run: RunDirectory) -> None:
     perturbation = measure_run_perturbation(run, points) if criterion in EXPANSIONS else None
     if not first:
         return
-    if settings.eigenvalues or criterion.startswith("eigenvalue"):
-        run.say("analyze: largest eigenvalues, which may take longer than all before; --no-eigenvalues leaves them out")
+    required = criterion.startswith("eigenvalue")
+    if settings.eigenvalues or required:
+        optional = "" if required else "; --no-eigenvalues leaves them out"
+        run.say(f"analyze: largest eigenvalues, which may take longer than all before{optional}")
         try:
-            curvature = with_eigenvalues(model, batches, task, curvature, seed=seed, progress=run.progress)
+            curvature = with_eigenvalues(
+                model, batches, task, curvature, seed=seed, progress=run.progress, required=required
+            )
         except SecondDerivativeError as error:
-            if criterion.startswith("eigenvalue"):
+            if required:
                 raise
             run.say(f"analyze: no eigenvalues, HAWQ's point will be missing from the report ({error})")
     sensitivity = measure_sensitivity(
@@ -165,7 +181,14 @@ def solve(run: RunDirectory, settings: PlanSettings) -> BitPlan:
 
 
 def keep_plan(run: RunDirectory, settings: PlanSettings, plan: BitPlan) -> None:
-    """Make `plan`, which was solved for `settings`, the run's plan; it replaces an edited one too."""
+    """Make `plan`, which was solved for `settings`, the run's plan; it replaces an edited one too.
+
+    Where it is the run's plan already, the stages that are finished with it stay finished.
+    """
+    if run.settings().plan == settings and run.done("plan"):
+        with suppress(ArtifactError, BudgetError):  # damaged, or edited to what no plan can be
+            if run.plan() == plan:
+                return
     start = run.begin("plan")
     run.ask(replace(run.settings(), plan=settings))
     plan.save(run.path / "plan.json")
@@ -262,11 +285,11 @@ def finetune(run: RunDirectory, recipe: FinetuneSettings) -> None:
 
 
 def check_recipe(run: RunDirectory, recipe: FinetuneSettings) -> None:
-    """Raise `TaskError` if the recipe has a teacher and the task has no distillation loss."""
+    """Raise `TaskError` if the recipe trains with a teacher and the task has no distillation loss."""
     from tracequant.model.task import Task
 
     task = run.setup().task
-    if recipe.distillation > 0 and type(task).distillation_loss is Task.distillation_loss:
+    if recipe.steps > 0 and recipe.distillation > 0 and type(task).distillation_loss is Task.distillation_loss:
         raise TaskError(
             f"{type(task).__name__} has no distillation_loss(outputs, teacher_outputs); implement it, or fine-tune"
             " without a teacher (distillation=0)"
@@ -289,6 +312,8 @@ def pack(run: RunDirectory) -> None:
             f" {run.path}`, or take the packed model from before it, {run.path / 'quantized.safetensors'}"
         )
     start = run.begin("pack")
+    for name in _OF_THE_PRODUCT:
+        (run.path / name).unlink(missing_ok=True)
     quantized = _quantized(run, plan)
     if fine_tuned:
         quantized.load_state_dict(load_file(run.path / "finetuned.safetensors"))
