@@ -1,5 +1,9 @@
 """Solving by accuracy: the search, what it remembers, and what it refuses."""
 
+import dataclasses
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -7,6 +11,7 @@ import tiny_task
 import tracequant as tq
 from tracequant.measure import accuracy
 from tracequant.measure.accuracy import NEIGHBOURS, _smallest
+from tracequant.report.frontiers import evaluated_plans
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +170,31 @@ def test_evaluations_are_kept_and_not_repeated(case, tmp_path, monkeypatch) -> N
     assert calls
 
 
+def test_evaluations_of_another_weight_grid_are_not_taken(case, tmp_path) -> None:
+    """The same bits on another grid are another model; a file that does not name the grid is not believed either."""
+    setup, table = case
+    cache = tmp_path / "evaluations.json"
+    plan = tq.uniform_plan(table, 2)
+    other = dataclasses.replace(plan, weight_grid=tq.WeightGrid(per_channel=False, range="minmax"))
+
+    def evaluated(plan: tq.BitPlan, cache: Path | None = cache) -> tq.EvaluatedPlan:
+        return accuracy.Evaluator(
+            setup.model, setup.calibration, setup.task, evaluation=setup.evaluation, cache=cache
+        ).of(plan)
+
+    first, second = evaluated(plan), evaluated(other)
+    assert second == evaluated(other, None) != first
+    assert evaluated(plan) == first
+    assert len(tq.Evaluations.load(cache).plans) == 2
+    document = json.loads(cache.read_text())
+    document["plans"] = [dict(row, metric=0.0) for row in document["plans"][:1]]
+    del document["plans"][0]["weight_grid"]
+    cache.write_text(json.dumps(document))
+    assert evaluated(plan) == first
+    shown = evaluated_plans(table, tq.Evaluations.load(cache))
+    assert [row for row, _ in shown] == [first]
+
+
 def test_an_interrupted_search_goes_on(case, tmp_path, monkeypatch) -> None:
     cache = tmp_path / "evaluations.json"
     quantize = accuracy.quantize
@@ -193,6 +223,7 @@ def test_an_interrupted_search_goes_on(case, tmp_path, monkeypatch) -> None:
         ({"max_loss_increase": float("nan")}, "max_loss_increase must be a finite number"),
         ({"max_accuracy_drop": 1.0, "max_size_mib": 2.0}, "and max_size_mib too"),
         ({"max_accuracy_drop": 1.0, "solver": "pareto"}, "walks the exact frontier"),
+        ({"max_accuracy_drop": 1.0, "criterion": "l2"}, "by criterion 'trace', the plan was asked for by 'l2'"),
         ({"max_accuracy_drop": 1.0, "colour": 3}, "colour is not an argument here"),
         ({"max_accuracy_drop": 0.0, "max_loss_increase": 0.0, "allowed_bits": {"*": (1,)}}, "even the largest plan"),
     ],

@@ -151,6 +151,18 @@ def test_compare_solves_and_evaluates_by_each_metric(copy: Path, capsys: pytest.
     assert invoke("compare", copy, "--average-bits", "2.5", "--criteria", "trace,hessian") == 2
 
 
+def test_compare_says_which_criteria_it_leaves_out(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copy / "perturbation.json").unlink(missing_ok=True)
+    capsys.readouterr()
+    assert invoke("compare", copy, "--average-bits", "2.5", "-q") == 0
+    assert capsys.readouterr().err == ""
+    assert invoke("compare", copy, "--average-bits", "2.5") == 0
+    err = " ".join(capsys.readouterr().err.split())
+    assert (
+        f"Left out: quadratic and first+quadratic, for which nothing is measured yet; `tracequant check {copy}`" in err
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -245,8 +245,8 @@ def test_the_page_has_every_field() -> None:
         (lambda: FinetuneSettings(ema=1.0), "--ema must be a number >= 0 and < 1, got 1.0"),
         (lambda: declared.WeightGrid(range="max"), "--weight-range must be 'mse', 'percentile' or 'minmax'"),
         (lambda: declared.WeightGrid(symmetric=3), "--symmetric must be True or False, got 3"),
-        (lambda: PlanSettings(average_bits=-1), "--average-bits must be a number > 0 or None, got -1"),
-        (lambda: PlanSettings(max_accuracy_drop=-1), "--max-accuracy-drop must be a number >= 0 or None, got -1"),
+        (lambda: PlanSettings(average_bits=-1), "--average-bits must be a number > 0, got -1"),
+        (lambda: PlanSettings(max_accuracy_drop=-1), "--max-accuracy-drop must be a number >= 0, got -1"),
     ],
 )
 def test_wrong_settings_name_the_option(raised: Callable[[], object], expected: str) -> None:
@@ -266,6 +266,13 @@ def test_wrong_settings_name_the_option(raised: Callable[[], object], expected: 
         ("without a teacher (distillation=0)", "without a teacher (--distillation 0)"),
         ("give weights=FILE, or another model=NAME", "give --weights FILE, or another --model NAME"),
         ("has no parameter for data_dir='x y'", "has no parameter for --data-dir x y"),
+        ("max_size_mib, compression, average_bits", "--max-size-mib, --compression, --average-bits"),
+        (
+            "one of max_size_mib, compression and average_bits",
+            "one of --max-size-mib, --compression and --average-bits",
+        ),
+        ("layers pattern 'x' matches no layer", "--layer pattern 'x' matches no layer"),
+        ("a latency limit needs a table; give latency=TABLE", "a latency limit needs a table; give --latency TABLE"),
         ("target_sampling_error is for gauss_newton", "--target-sampling-error is for gauss_newton"),
     ],
 )
@@ -283,6 +290,8 @@ def test_arguments_become_options(text: str, expected: str) -> None:
         "layer 'image_size' and layer \"crop_share\"",
         "--exclude 'max_size_mib' matches no layer",
         "steps must be 3",
+        "the curvature holds no trace of fc; estimate it with weights=True",
+        "/runs/seed=1 is not a run directory",
     ],
 )
 def test_other_words_stay_as_they_are(text: str) -> None:
@@ -294,7 +303,7 @@ def test_other_words_stay_as_they_are(text: str) -> None:
     [
         (("--finetune-steps", "-5"), "--finetune-steps must be an integer >= 0, got -5"),
         (("--ema", "1.5"), "--ema must be a number >= 0 and < 1, got 1.5"),
-        (("--num-probes", "many"), "--num-probes must be an integer >= 1 or 'exact' or None, got 'many'"),
+        (("--num-probes", "many"), "--num-probes must be an integer >= 1 or 'exact', got 'many'"),
         (("--precision", "tf32", "--device", "cpu"), "--precision tf32 is for CUDA devices"),
         (("--workers", "2"), "has no parameter for --workers 2"),
     ],

@@ -125,6 +125,16 @@ def inputs_read(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
 # The argument
 
 
+def test_a_plan_of_other_weights_is_followed_with_a_warning() -> None:
+    model = build()
+    plan = plan_for(tq.discover(model, images(), TASK))
+    with torch.no_grad():
+        model.head.weight[0, 0] += 1  # type: ignore[operator]
+    with pytest.warns(UserWarning, match="the plan was made for other weights than the model's"):
+        quantized = tq.quantize(model, images(), TASK, plan)
+    assert len(weight_quantizers(quantized)) == len(plan.weight_bits)
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_the_argument_is_left_exactly_as_it_was(training: bool) -> None:
     model = build().train(training)

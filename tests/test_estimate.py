@@ -219,10 +219,12 @@ def test_a_curvature_of_many_layers_prints_on_one_screen() -> None:
 
 
 def test_a_curvature_of_few_layers_prints_all_of_them() -> None:
-    text = str(many(20, 0))
-    assert "more" not in text
-    assert "Activations" not in text
-    assert text.count("layer0") == 20
+    for count in (20, 21):
+        text = str(many(count, 0))
+        assert "more" not in text
+        assert "Activations" not in text
+        assert text.count("layer0") == count
+    assert "  ... 2 more ..." in str(many(22, 0))
     assert "layer003" in str(many(0, 4))
 
 

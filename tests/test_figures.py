@@ -24,6 +24,7 @@ from tracequant.core.curvature import Landscape, Landscapes
 from tracequant.report import paper_figures
 from tracequant.report.blocks import activation_blocks, block_names, weight_blocks
 from tracequant.report.drawing import NAME_LENGTH, name_axis, shortened
+from tracequant.report.paper import draw_figures
 from tracequant.run import examine
 from tracequant.run.directory import RunDirectory
 
@@ -187,12 +188,26 @@ def test_without_a_plan_the_others_are_drawn(
     assert invoke("figures", run, "--figure", 4, "-q") == 2
 
 
+def test_a_figure_for_which_memory_does_not_suffice_leaves_the_others(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: object) -> None:
+        raise tq.ResourceError("memory does not suffice")
+
+    monkeypatch.setattr(examine, "landscapes", no_memory)
+    drawn = draw_figures(RunDirectory(copy))
+    assert drawn.left_out == {2: "memory does not suffice"}
+    assert list(drawn.files) == [4, 5, 6, 7, 8]
+    with pytest.raises(tq.ResourceError):
+        draw_figures(RunDirectory(copy), [2])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--figure", 3), "no figure 3 to draw; choose from 2, 4, 5, 6, 7, 8"),
-        (("--layer", "nowhere*"), "layers pattern 'nowhere*' matches no layer; there are conv1"),
-        (("--block", "layer9.*"), "blocks pattern 'layer9.*' matches no layer"),
+        (("--layer", "nowhere*"), "--layer pattern 'nowhere*' matches no layer; there are conv1"),
+        (("--block", "layer9.*"), "--block pattern 'layer9.*' matches no layer"),
         (("--block", "blocks"), "the task does not say what its model's blocks are"),
         (("--figure", 2, "--grid", 4), "an odd number of points to a side"),
     ],
@@ -386,3 +401,12 @@ def test_a_run_of_ones_own_fills_a_row(tables: ModuleType, copy: Path, tmp_path:
     for wrong, message in ((f"2:HAWQ-V2={copy}", "3 rows 'HAWQ-V2'"), ("4:1=x", "takes TABLE:ROW=RUN")):
         with pytest.raises(SystemExit, match=message):
             tables.document(tmp_path, [wrong])
+
+
+@pytest.mark.parametrize(("name", "last"), [("accuracy %", 100), ("perplexity", 120)])
+def test_a_scale_of_percent_ends_at_a_hundred(name: str, last: float) -> None:
+    from tracequant.report.figures import accuracy_figure
+
+    (axes,) = accuracy_figure([("float32", 99.0, 1.0), ("mixed", 98.0, 0.1)], name).axes
+    low, high = axes.get_xlim()
+    assert max(tick for tick in axes.get_xticks() if low <= tick <= high) == last

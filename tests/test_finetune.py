@@ -919,6 +919,8 @@ def test_values_that_make_no_sense_are_refused(name: str, value: object, expecte
 def test_an_argument_that_does_not_exist_is_refused() -> None:
     with pytest.raises(SettingsError, match=r"^step is not an argument here; .*; did you mean 'steps'\?$"):
         tq.finetune(quantized(), loader(), TASK, step=3)
+    with pytest.raises(SettingsError, match=r"^lr is not an argument here; .*; did you mean 'learning_rate'\?$"):
+        tq.finetune(quantized(), loader(), TASK, lr=0.1)
 
 
 def test_settings_and_fields_by_keyword_are_the_same_call() -> None:

@@ -85,6 +85,19 @@ def test_a_pass_that_does_not_fit_is_cut_and_finds_the_same(measure: Callable[..
     assert snapshot(model) == before
 
 
+def test_discovery_takes_as_many_samples_as_fit() -> None:
+    batches = labelled(6, sizes=(9,))
+    model = Limited(limit=2)
+    before = snapshot(model)
+    assert discover(model, batches, TASK) == discover(Limited(), batches, TASK)
+    assert model.sizes == [9, 4, 2]
+    assert snapshot(model) == before
+    with pytest.raises(ResourceError, match=r"memory does not suffice for one sample \(CUDA out of memory\)"):
+        discover(Limited(limit=0), batches, TASK)
+    with pytest.raises(ResourceError, match="a batch of 9 samples does not fit into memory, and the batch is one gra"):
+        discover(Limited(limit=2), batches, Whole())
+
+
 def test_one_sample_that_does_not_fit_is_an_error() -> None:
     with pytest.raises(ResourceError, match=r"does not suffice for one sample at a time \(CUDA out of memory\)"):
         TASK.evaluate(Limited(limit=0), labelled(6))

@@ -13,11 +13,13 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+from torch import nn
 
+import tracequant as tq
 from tracequant.core.errors import ArtifactError, SettingsError
 from tracequant.core.files import Saveable
 from tracequant.core.options import Option, option, options, resolve, takes, validate
-from tracequant.core.settings import FinetuneSettings, WeightGrid
+from tracequant.core.settings import FinetuneSettings, SensitivitySettings, WeightGrid
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,24 @@ def test_a_door_lists_every_field_with_its_default() -> None:
     )
     assert door("model", rate=0.75) == Settings(rate=0.75)
     assert door.__name__ == "door"
+
+
+def test_a_door_leaves_out_what_it_ignores() -> None:
+    assert "uniform_too" not in str(inspect.signature(tq.finetune))
+    assert "uniform_too" not in str(tq.finetune.__doc__)
+    with pytest.raises(SettingsError, match="uniform_too is not an argument here"):
+        tq.finetune(nn.Identity(), [], tq.ClassificationTask(), uniform_too=True)
+
+
+def test_bit_widths_are_a_set() -> None:
+    """The order in which they are given is no other request."""
+    one, other = SensitivitySettings(weight_bits=(8, 4, 8)), SensitivitySettings(weight_bits=(4, 8))
+    assert one == other
+    assert one.weight_bits == (4, 8)
+    assert SensitivitySettings(activation_bits=(8, 4, 4)) == SensitivitySettings()
+    assert SensitivitySettings(activation_bits=()).activation_bits == ()
+    with pytest.raises(SettingsError, match="weight_bits is empty"):
+        SensitivitySettings(weight_bits=())
 
 
 def test_a_required_field_has_no_default_in_a_door() -> None:

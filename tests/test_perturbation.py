@@ -346,6 +346,22 @@ def test_the_model_comes_back_as_it_was_and_the_result_saves(tmp_path) -> None:
     assert Perturbation.load(tmp_path / "p.json") == result
 
 
+def test_a_checkpoint_is_of_its_activation_grids(tmp_path: Path) -> None:
+    """More batches widen the ranges: what was measured of the first batch is then not of these grids."""
+    model, (batch,) = conv_net(), images()
+    big = (batch[0] * 5, batch[1])
+    points = discover(model, [batch], TASK)
+
+    def measured(batches: list[Any], checkpoint: Path | None) -> Perturbation:
+        return measure_perturbation(
+            model, batches, TASK, points, weight_bits=(4,), activation_bits=(4,), checkpoint=checkpoint
+        )
+
+    first = measured([batch], tmp_path)
+    assert measured([batch, big], tmp_path) == measured([batch, big], None)
+    assert measured([batch], tmp_path) == first
+
+
 def test_errors_name_what_is_wrong() -> None:
     model = conv_net()
     points = discover(model, images(), TASK)

@@ -293,7 +293,7 @@ def test_all_bits_from_1_to_8_are_measured_and_more_bits_err_less():
 def test_no_weight_bits_are_refused():
     model = conv_net()
     curvature = made_up(discover(model, images(), TASK))
-    with pytest.raises(ModelError, match="weight_bits is empty"):
+    with pytest.raises(SettingsError, match="weight_bits is empty"):
         measure_sensitivity(model, images(), TASK, curvature, weight_bits=())
 
 
@@ -396,7 +396,7 @@ def test_eigenvalues_on_as_many_samples_as_fit(monkeypatch: pytest.MonkeyPatch) 
     expected = top_eigenvalues(model, few, TASK, curvature.points, seed=0)
     assert found.top_eigenvalues == {name: values[0] for name, values in expected.items()}
     monkeypatch.setattr(sensitivity_module, "top_eigenvalues", lambda *a, **o: limited(model, [(torch.ones(9),)]))
-    with pytest.raises(ResourceError, match="memory does not suffice for the graph of one sample"):
+    with pytest.raises(ResourceError, match="memory does not suffice for one sample"):
         sensitivity_module.with_eigenvalues(model, batches, TASK, curvature)
 
 

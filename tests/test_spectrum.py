@@ -21,6 +21,8 @@ from tracequant.curvature import spectrum
 from tracequant.curvature.products import exact_block
 from tracequant.curvature.spectrum import BASIS, WORK_VECTORS, _Search
 from tracequant.model import memory
+from tracequant.run import examine
+from tracequant.run.directory import RunDirectory
 
 TASK = tq.ClassificationTask()
 
@@ -204,6 +206,57 @@ def test_a_density_survives_a_file(tmp_path: Path) -> None:
     assert tq.Spectrum.load(tmp_path / "spectrum.json") == spectrum
     with pytest.raises(tq.ModelError, match="no layer 'nowhere'"):
         tq.spectral_density(model, batches, TASK, points, layer="nowhere")
+
+
+class Graphless(nn.Linear):
+    """Has no memory for the graph of more than 8 samples."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and len(x) > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().forward(x)
+
+
+def test_a_graph_that_does_not_fit_is_one_error() -> None:
+    model, batches = nn.Sequential(Graphless(5, 4)).double(), data(16)
+    points = tq.discover(model, batches, TASK)
+    message = "memory does not suffice for the graph of a batch.*smaller batches"
+    with pytest.raises(tq.ResourceError, match=message):
+        tq.top_eigenvalues(model, batches, TASK, points)
+    with pytest.raises(tq.ResourceError, match=message):
+        tq.spectral_density(model, batches, TASK, points)
+    with pytest.raises(tq.ResourceError, match=message):
+        tq.loss_landscapes(model, batches, TASK, points, layers=["0"], size=3)
+    x, y = batches[0]
+    assert tq.top_eigenvalues(model, [(x[:8], y[:8]), (x[8:], y[8:])], TASK, points)["0"]
+
+
+def test_a_run_measures_on_as_many_samples_as_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eigenvalues, densities and landscapes alike, and a warning says how many samples there were."""
+    path = tmp_path / "run"
+    task = f"{Path(tiny_task.__file__)}:build"
+    assert invoke("analyze", "--task", task, "--out", path, "--activation-bits", "none", "--no-eigenvalues", "-q") == 0
+    run = RunDirectory(path)
+    setup = run.setup()
+    size = len(setup.calibration[0][1])
+    setup.model[-1].__class__ = Graphless
+    with pytest.warns(UserWarning, match="the spectrum is of the first 8 samples, because the graph of more does not"):
+        found = examine.measure_spectrum(run, ["0"], 1, ["*"])
+    assert size > found.samples == 8
+    assert found.densities
+    with pytest.warns(UserWarning, match="the eigenvalues are of the first 8 samples"):
+        assert examine.eigenvalues(run, ["3"], 1).eigenvalues.keys() == {"0", "3"}
+    with pytest.warns(UserWarning, match="the landscapes are of the first 8 samples"):
+        assert examine.landscapes(run, ["0"], 3).samples == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_of_few_digits_is_refused(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(5, 4)).to(dtype)
+    batches = [(x.to(dtype), y) for x, y in data(4)]
+    points = tq.discover(model, batches, TASK)
+    with pytest.raises(tq.ModelError, match=r"float16 parameters, too coarse for curvature; use model.float\(\)"):
+        tq.top_eigenvalues(model, batches, TASK, points)
 
 
 def test_the_command_writes_eigenvalues_and_figure_which_the_report_takes_in(

@@ -52,6 +52,17 @@ def test_common_fluctuations_of_all_layers_do_not_matter() -> None:
     assert shares({"a": tuple(2 * v for v in common), "b": common}) == {"a": 1.0, "b": 1.0}
 
 
+def test_a_budget_above_every_plan_warns_once_and_not_for_the_resamples() -> None:
+    curvature = made_of({"a": (9.0, 10.0, 11.0), "b": (1.0, 1.1, 0.9)})
+    sensitivity = combine(curvature, {name: {2: 1.0, 4: 0.1} for name in "ab"}, {}, WeightGrid(), criterion="trace")
+    slack = PlanSettings(average_bits=9)
+    with pytest.warns(UserWarning, match="above the largest plan") as warned:
+        plan = solve(sensitivity, slack)
+    assert len(warned) == 1
+    # Here every warning is an error.
+    assert plan_stability(sensitivity, plan, curvature, slack) == {"a": 1.0, "b": 1.0}
+
+
 def test_without_several_values_there_is_no_answer() -> None:
     curvature = made_of({"a": (1.0,)})
     sensitivity = combine(curvature, {"a": {2: 1.0}}, {}, WeightGrid(), criterion="trace")
@@ -81,6 +92,27 @@ def test_without_a_budget_the_rule_takes_the_plan_half_way() -> None:
     toss_up = {"a": (1.0, 3.0, 1.1, 2.8), "b": (3.0, 1.0, 2.7, 1.0)}
     assert not stable(toss_up, 0.9, None)
     assert stable(toss_up, 1.0, PlanSettings(average_bits=4))
+
+
+def test_half_way_is_within_what_the_rules_leave() -> None:
+    """With every layer fixed there is no choice; with one fixed the others keep theirs, and where none is, no plan."""
+    toss_up = {"a": (1.0, 3.0, 1.1, 2.8), "b": (3.0, 1.0, 2.7, 1.0)}
+    assert stable(toss_up, 1.0, PlanSettings(fixed_bits={"*": 4}))
+    assert stable(toss_up, 1.0, PlanSettings(fixed_bits={"*": 2}))
+    assert stable(toss_up, 1.0, PlanSettings(max_bops_g=1.0, fixed_bits={"a": 4, "b": 2}))
+    assert not stable(toss_up | {"c": (5.0, 5.0, 5.0, 5.0)}, 0.9, PlanSettings(fixed_bits={"c": 4}))
+    assert not stable(toss_up, 0.0, PlanSettings(average_bits=1))
+
+
+def test_a_resample_without_a_plan_keeps_no_layer() -> None:
+    """In the monotone space the layer of larger trace must not be fixed to fewer bits, and here either may be it."""
+    curvature = made_of({"a": (1.0, 3.0, 1.1, 2.8), "b": (2.0, 1.0, 2.7, 1.0)})
+    errors = dict.fromkeys("ab", ERRORS)
+    sensitivity = combine(curvature, errors, {}, WeightGrid(), criterion="trace")
+    settings = PlanSettings(average_bits=3, space="monotone", fixed_bits={"a": 4, "b": 2})
+    found = plan_stability(sensitivity, solve(sensitivity, settings), curvature, settings)
+    assert found is not None
+    assert 0.3 < found["a"] == found["b"] < 1
 
 
 def test_one_value_is_never_stable() -> None:

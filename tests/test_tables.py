@@ -294,3 +294,11 @@ def test_planning_from_a_table_needs_no_torch_and_prints_nothing_but_json(tmp_pa
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["kind"] == "BitPlan"
+
+
+def test_the_example_of_the_docs_runs_as_printed(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "tables.md").read_text()
+    (tmp_path / "table.json").write_text(page.partition("```json\n")[2].partition("```")[0])
+    sensitivity = tq.read_sensitivity(tmp_path / "table.json")
+    plan = tq.solve(sensitivity, average_bits=6, max_latency_ms=0.7)
+    assert plan.weight_bits["layer2.0.conv1"] == plan.weight_bits["layer2.0.downsample.0"]

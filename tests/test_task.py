@@ -574,3 +574,32 @@ def test_a_batch_size_that_fails_on_a_part_says_what_to_do():
 
     with pytest.raises(TaskError, match=r"cannot be divided \(4 expected\); give Counted a select"):
         Counted(size).select(rows(4), 0, 2)
+
+
+CALLS: dict[str, Callable[..., object]] = {
+    "discover": tq.discover,
+    "estimate_curvature": tq.estimate_curvature,
+    "evaluate": tq.evaluate,
+    "finetune": tq.finetune,
+    "measure_sensitivity": lambda *arguments: tq.measure_sensitivity(*arguments, None),
+    "quantize": lambda *arguments: tq.quantize(*arguments, None),
+}
+
+
+@pytest.mark.parametrize("name", list(CALLS))
+def test_arguments_in_another_order_are_one_clear_error(name: str) -> None:
+    model, task = nn.Linear(4, 3), tq.ClassificationTask()
+    batches = [(torch.randn(8, 4), torch.zeros(8, dtype=torch.long))]
+    with pytest.raises(TaskError, match=r"\(model, batches, task\).*; got Linear, ClassificationTask, list"):
+        CALLS[name](model, task, batches)
+    with pytest.raises(TaskError, match=r"got Linear, list, NoneType"):
+        CALLS[name](model, batches, None)
+
+
+def test_a_model_of_doubles_and_a_batch_of_floats_are_one_clear_error() -> None:
+    task, targets = tq.ClassificationTask(), torch.zeros(8, dtype=torch.long)
+    for model, inputs in ((nn.Linear(4, 3).double(), torch.randn(8, 4)), (nn.Linear(4, 3), torch.randn(8, 4).double())):
+        with pytest.raises(DataError, match=r"the model has torch\.float(32|64) parameters and the batch holds"):
+            tq.estimate_curvature(model, [(inputs, targets)], task)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):  # the user's own, with its traceback
+        tq.discover(nn.Linear(4, 3), [(torch.randn(8, 5), targets)], task)

@@ -74,6 +74,7 @@ def test_random_crop_moves_and_mirrors_whole_images() -> None:
     ("options", "message"),
     [
         (TaskOptions(), "needs data_dir"),
+        (TaskOptions(data_dir="missing"), "data_dir missing does not exist"),
         (TaskOptions(data_dir="x"), "needs weights"),
         (TaskOptions(data_dir="x", weights="nothing.safetensors"), "does not exist"),
         (TaskOptions(data_dir="x", weights="resnet20-x.safetensors", model="resnet21"), "unknown model 'resnet21'"),
@@ -88,6 +89,7 @@ def test_cifar10_says_what_is_missing(
     monkeypatch.chdir(tmp_path)
     safetensors.torch.save_file(SmallResNet(3).state_dict(), "resnet20-x.safetensors")
     Path("text.txt").write_text("not weights")
+    Path("x").mkdir()
     with pytest.raises(tq.TaskError, match=message):
         load_task("cifar10", options)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from tracequant.core import cost
 from tracequant.core.plan import MIB, PRICE_UNITS, BitPlan
 from tracequant.core.points import Layer
-from tracequant.core.reasons import aligned, neighbours, ordinal, trace_ranks
+from tracequant.core.reasons import aligned, in_bits, neighbours, ordinal, trace_ranks
 from tracequant.core.sensitivity import Sensitivity
 from tracequant.core.settings import Latency
 
@@ -166,18 +166,19 @@ class _Steps:
             if resource not in ("size", *plan.prices):
                 continue
             try:
-                change = abs(self._amount(resource, stepped) - self._amount(resource, plan))
+                difference = abs(self._amount(resource, stepped) - self._amount(resource, plan))
             except KeyError:  # the latency table has no such entry, or is not at hand
                 continue
-            worth += plan.prices.get(resource, 0.0) * change
-            if change and text:
-                used.append(text(change))
+            worth += plan.prices.get(resource, 0.0) * difference
+            if difference and text:
+                used.append(text(difference))
         amount = " and ".join(used) or "nothing"
         if num_bits < now:
-            sentence = f"{prefix}{num_bits} bits would save {amount} and add {_percent(-gain / total)} to the total Ω"
-            return sentence + (f"; spent elsewhere that takes off {_percent(worth / total)}" if worth else "")
-        sentence = f"{prefix}{num_bits} bits would cost {amount} and take off {_percent(gain / total)}"
-        return sentence + (f"; elsewhere that takes off {_percent(worth / total)}" if worth else "")
+            change = f"save {amount} and add {_percent(-gain / total)} to the total Ω"
+        else:
+            change = f"cost {amount} and take off {_percent(gain / total)}"
+        elsewhere = f"; the same spent on other layers takes off {_percent(worth / total)}" if worth else ""
+        return f"{prefix}{in_bits(num_bits)} would {change}{elsewhere}"
 
     def _amount(self, resource: str, plan: BitPlan) -> float:
         """How much of a resource a plan uses, in the unit of `PRICE_UNITS`."""

@@ -15,7 +15,7 @@ from tracequant.allocation.build import build
 from tracequant.allocation.limits import base_bytes
 from tracequant.allocation.pareto import pareto_frontier, weight_units
 from tracequant.allocation.problem import chosen_bits
-from tracequant.allocation.request import WEIGHT_LIMITS, check_request
+from tracequant.allocation.request import LOSS_LIMITS, WEIGHT_LIMITS, check_criterion, check_request
 from tracequant.core.errors import BudgetError
 from tracequant.core.options import resolve, takes
 from tracequant.core.plan import BitPlan, priced
@@ -68,11 +68,12 @@ def frontier(
     dynamic programming over bytes, "pareto" those that Appendix E finds. Activations are as in `solve`, or those of
     `activation_bits`, such as a plan's.
 
-    Raises `BudgetError` as `solve` does, for a limit on the weights, and where the exact tables would not fit into
-    memory.
+    Raises `BudgetError` as `solve` does, for a limit on the weights or on what a plan loses, and where the exact tables
+    would not fit into memory.
     """
     request = resolve(PlanSettings, settings, fields)
-    if limits := [name for name in WEIGHT_LIMITS if getattr(request, name) is not None]:
+    check_criterion(request, sensitivity)
+    if limits := [name for name in (*WEIGHT_LIMITS, *LOSS_LIMITS) if getattr(request, name) is not None]:
         raise BudgetError(f"a frontier has plans of every size: leave out {', '.join(limits)}")
     # A size that no plan exceeds: only the file's bytes are wanted, as costs.
     request = replace(request, max_size_mib=1e12)

@@ -213,8 +213,8 @@ def _of_products(offer: Offer, price: Callable[[Layer, int, int], float], dtype:
 def _reader(latency: Latency) -> Callable[[Layer, int, int], float]:
     if not latency:
         raise BudgetError(
-            "a latency limit needs a table of milliseconds by layer, weight bits and activation bits: latency="
-            "tq.read_latency(file), or a sensitivity table that has latencies"
+            "a latency limit needs a table of milliseconds by layer, weight bits and activation bits; give"
+            " latency=TABLE, or a sensitivity table that has latencies"
         )
 
     def read(layer: Layer, weight_bits: int, input_bits: int) -> float:

@@ -1,7 +1,8 @@
-"""Budgets that no plan meets, or every plan: errors that name the nearest budget."""
+"""Budgets that no plan meets: errors that name the nearest one. Budgets that every plan meets: a warning."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NoReturn
@@ -10,14 +11,14 @@ from tracequant.allocation import exact
 from tracequant.allocation.problem import Problem
 from tracequant.allocation.request import WEIGHT_LIMITS
 from tracequant.core.errors import BudgetError
+from tracequant.core.settings import PlanSettings
 
-# How far above the largest plan a budget may be before it is refused: as far as rounding it to a readable number takes
-# it.
+# How far above the largest plan a budget may be without a remark: as far as rounding it to a readable number takes it.
 SLACK = 1e-3
 
 
-def refuse_too_large(problems: Sequence[Problem]) -> None:
-    """Raise `BudgetError` if the largest plan is within all limits on weights: none of them says anything."""
+def warn_of_slack(problems: Sequence[Problem], request: PlanSettings) -> None:
+    """Warn the caller of `solve` where the largest plan is within all limits on weights: they limit nothing."""
     limits = [(limit, problem) for problem in problems for limit in problem.limits if limit.name in WEIGHT_LIMITS]
     largest = [limit.amounts.most() for limit, _ in limits]
     idle = [
@@ -28,9 +29,13 @@ def refuse_too_large(problems: Sequence[Problem]) -> None:
         return
     needs = ", ".join(limit.say(most) for (limit, _), most in zip(limits, largest, strict=True))
     asked = ", ".join(limit.asked for limit, _ in limits)
-    raise BudgetError(
-        f"the budget, {asked}, is above the largest plan: with every layer at its most bits of"
-        f" {offered_bits(limits[0][1])} it needs {needs}; ask for less, or measure more bits (weight_bits)"
+    rules = [name for name in ("fixed_bits", "allowed_bits") if getattr(request, name)]
+    after_rules = f" that {' and '.join(rules)} leave" if rules else ""
+    larger = f"looser {' and '.join(rules)}" if rules else "measuring more bits (weight_bits)"
+    warnings.warn(
+        f"the budget, {asked}, is above the largest plan{after_rules}, which has {needs} with the most bits of"
+        f" {offered_bits(limits[0][1])} in every layer; it limits nothing, and only {larger} would give a larger plan",
+        stacklevel=3,
     )
 
 

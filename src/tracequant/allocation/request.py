@@ -6,9 +6,11 @@ from collections.abc import Iterable
 
 from tracequant.allocation.problem import Problem
 from tracequant.core.errors import BudgetError
+from tracequant.core.sensitivity import Sensitivity
 from tracequant.core.settings import PlanSettings
 
 WEIGHT_LIMITS = ("max_size_mib", "compression", "average_bits", "max_bops_g", "max_latency_ms")
+LOSS_LIMITS = ("max_accuracy_drop", "max_loss_increase")
 ACTIVATION_LIMITS = ("average_activation_bits", "activation_compression", "max_activation_mib")
 
 
@@ -30,6 +32,15 @@ def check_request(request: PlanSettings) -> None:
         raise BudgetError(
             "Appendix E's search (solver='pareto') takes exactly one of max_size_mib, compression and average_bits,"
             f" got {', '.join(given) or 'none'}; leave the solver at 'exact'"
+        )
+
+
+def check_criterion(request: PlanSettings, sensitivity: Sensitivity) -> None:
+    """Raise `BudgetError` if the plan was asked for by another criterion than the sensitivities'."""
+    if request.criterion not in (None, sensitivity.criterion):
+        raise BudgetError(
+            f"the sensitivities are by criterion {sensitivity.criterion!r}, the plan was asked for by"
+            f" {request.criterion!r}; measure the sensitivities by that one"
         )
 
 

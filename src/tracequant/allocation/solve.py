@@ -10,8 +10,8 @@ from tracequant.allocation.build import build
 from tracequant.allocation.pareto import best_choice
 from tracequant.allocation.perturbation import least_perturbation
 from tracequant.allocation.problem import Problem, chosen_bits
-from tracequant.allocation.refuse import refuse, refuse_too_large
-from tracequant.allocation.request import check_request, describe
+from tracequant.allocation.refuse import refuse, warn_of_slack
+from tracequant.allocation.request import check_criterion, check_request, describe
 from tracequant.allocation.undecided import undecided
 from tracequant.core.errors import BudgetError
 from tracequant.core.options import resolve, takes
@@ -45,16 +45,13 @@ def solve(
     that is given.
 
     Raises `SettingsError` for options that do not exist or are out of range, and `BudgetError` if no plan is within the
-    limits, naming the ones that bind and the nearest that can be met, or if even the largest plan is.
+    limits, naming the ones that bind and the nearest that can be met. Warns if every plan is within the limits on
+    weights.
     """
     request = resolve(PlanSettings, settings, fields)
     if request.by_accuracy:
         raise BudgetError("max_accuracy_drop and max_loss_increase need the model: use solve_by_accuracy")
-    if request.criterion not in (None, sensitivity.criterion):
-        raise BudgetError(
-            f"the sensitivities are by criterion {sensitivity.criterion!r}, the plan was asked for by"
-            f" {request.criterion!r}; measure the sensitivities by that one"
-        )
+    check_criterion(request, sensitivity)
     check_request(request)
     problems = build(sensitivity, request, ranking)
     choices: list[tuple[int, ...]] = []
@@ -75,7 +72,7 @@ def solve(
         for limit, price in zip(problem.limits, solution.prices, strict=True):
             if price > 0:
                 prices[limit.resource] = prices.get(limit.resource, 0.0) + price * limit.price_unit
-    refuse_too_large(problems)
+    warn_of_slack(problems, request)
     weight_bits, activation_bits = chosen_bits(problems, choices)
     plan = priced(
         sensitivity,

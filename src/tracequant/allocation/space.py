@@ -14,6 +14,15 @@ def full_space(layers: int, options: int) -> int:
     return int(options**layers)
 
 
+def counted(number: int) -> str:
+    """A number of assignments in digits, or as a power of ten.
+
+    >>> counted(390625), counted(full_space(50, 4))
+    ('390,625', 'about 10^30.1')
+    """
+    return f"{number:,}" if number < 10**9 else f"about 10^{math.log10(number):.1f}"
+
+
 def monotone_space(layers: int, options: int) -> int:
     """Number of assignments in which a layer with a larger average trace never has fewer bits: Σ_j C(m, j) C(L−1, j−1).
 

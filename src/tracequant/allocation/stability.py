@@ -8,12 +8,15 @@ keeps its bits.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
 
+from tracequant.allocation.build import build
 from tracequant.allocation.solve import solve
 from tracequant.core.curvature import Curvature
+from tracequant.core.errors import BudgetError
 from tracequant.core.plan import BitPlan
 from tracequant.core.sensitivity import Sensitivity, combine
 from tracequant.core.settings import PlanSettings, WeightGrid
@@ -32,7 +35,8 @@ def is_stable(
 ) -> bool:
     """Whether every layer keeps its bits in at least `share` of the resamples, for a rule when to stop measuring.
 
-    Only limits on weights count here; without any the plan is the one half way between the least and the most bits.
+    Only limits on weights count here; without any the plan is the one half way between the least and the most bits that
+    the rules leave. Where no plan is within the limits, nothing is stable.
     """
     asked = settings or PlanSettings()
     weights_only = PlanSettings(
@@ -45,13 +49,25 @@ def is_stable(
         space=asked.space,
         solver=asked.solver,
     )
-    if not (weights_only.max_size_mib or weights_only.compression or weights_only.average_bits):
-        widths = [b for options in weight_errors.values() for b in options]
-        weights_only = replace(weights_only, average_bits=(min(widths) + max(widths)) / 2)
     sensitivity = combine(curvature, weight_errors, {}, weight_grid, criterion="trace")
-    plan = solve(sensitivity, weights_only)
+    try:
+        if not (weights_only.max_size_mib or weights_only.compression or weights_only.average_bits):
+            weights_only = replace(weights_only, average_bits=_half_way(sensitivity, weights_only))
+        plan = _solve_silently(sensitivity, weights_only)
+    except BudgetError:
+        return False
     kept = plan_stability(sensitivity, plan, curvature, weights_only, resamples=STOP_RESAMPLES)
     return kept is not None and min(kept.values()) >= share
+
+
+def _half_way(sensitivity: Sensitivity, rules: PlanSettings) -> float:
+    """Half way between the least and the most bits for each weight, on average, that the rules leave."""
+    # A size that no plan exceeds: only the choices of bits are wanted.
+    decisions = build(sensitivity, replace(rules, max_size_mib=1e12))[0].decisions
+    by_name = sensitivity.points.by_name
+    numels = [sum(by_name[name].numel for name in decision.weights) for decision in decisions]
+    ends = [min(decision.bits) + max(decision.bits) for decision in decisions]
+    return sum(numel * end for numel, end in zip(numels, ends, strict=True)) / (2 * sum(numels))
 
 
 def plan_stability(
@@ -93,7 +109,17 @@ def plan_stability(
             sensitivity.weight_grid,
             criterion=sensitivity.criterion,
         )
-        again = solve(replace(resampled, trace_covariance=()), settings)
+        try:
+            again = _solve_silently(replace(resampled, trace_covariance=()), settings)
+        except BudgetError:  # the drawn traces have an order that the rules forbid: no layer keeps its bits
+            continue
         for name in names:
             kept[name] += again.weight_bits[name] == plan.weight_bits[name]
     return {name: count / resamples for name, count in kept.items()}
+
+
+def _solve_silently(sensitivity: Sensitivity, settings: PlanSettings) -> BitPlan:
+    """The plan, without the warning about a budget that limits nothing: who solved first has seen it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return solve(sensitivity, settings)

@@ -6,6 +6,7 @@ from tracequant.allocation.activations import decided_activations
 from tracequant.allocation.request import check_request
 from tracequant.core.errors import BudgetError
 from tracequant.core.plan import BitPlan, priced
+from tracequant.core.reasons import in_bits
 from tracequant.core.sensitivity import Sensitivity
 from tracequant.core.settings import PlanSettings
 
@@ -32,4 +33,12 @@ def uniform_plan(
         check_request(request)
         activation_bits = decided_activations(sensitivity, request)
     weight_bits = dict.fromkeys(sensitivity.weight_omega, num_bits)
-    return priced(sensitivity, weight_bits, activation_bits, solver="uniform", budget=f"{num_bits} bits everywhere")
+    return priced(sensitivity, weight_bits, activation_bits, solver="uniform", budget=f"{in_bits(num_bits)} everywhere")
+
+
+def nearest_uniform(sensitivity: Sensitivity, plan: BitPlan) -> tuple[int, BitPlan]:
+    """The offered width at which a uniform plan's file is nearest in size to the plan's, and that uniform plan."""
+    offered = sorted({b for options in sensitivity.weight_omega.values() for b in options})
+    plans = {b: uniform_plan(sensitivity, b, activation_bits=plan.activation_bits) for b in offered}
+    best = min(offered, key=lambda b: abs(plans[b].size_bytes - plan.size_bytes))
+    return best, plans[best]

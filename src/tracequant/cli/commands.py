@@ -20,6 +20,7 @@ from tracequant.cli.printing import (
     print_sensitivity,
 )
 from tracequant.cli.requests import absolute, absolute_task
+from tracequant.core.evaluations import with_unit
 from tracequant.core.settings import (
     AnalysisSettings,
     FinetuneSettings,
@@ -105,7 +106,8 @@ def evaluate(
     if as_json:
         print_json({"file": path.name, "metric": result.metric, "loss": result.loss, "size_bytes": size})
     elif not quiet:
-        print(f"{path.name}: {result.metric:.2f}, loss {result.loss:.6f}, {size:,} bytes on disk")
+        metric = with_unit(result.metric_name, result.metric)
+        print(f"{path.name}: {metric}, loss {result.loss:.6f}, {size:,} bytes on disk")
 
 
 def run(

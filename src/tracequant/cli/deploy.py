@@ -12,6 +12,7 @@ from rich.table import Table
 
 from tracequant.cli.options import AsJson, Quiet, RunPath
 from tracequant.cli.printing import open_run, print_json
+from tracequant.core.evaluations import with_unit
 from tracequant.run import deploy
 
 
@@ -61,7 +62,7 @@ def verify(run_path: RunPath, quiet: Quiet = False, as_json: AsJson = False) -> 
         f"Exact arithmetic: largest difference {result.difference:.1e} of the largest output;"
         f" {result.samples_within:.2%} of {result.samples:,} samples within 1e-5."
     )
-    table = Table(title=f"Fake-quantized model: {result.metric_name} {result.metric:.2f}", title_justify="left")
+    table = Table(title=f"Fake-quantized model: {with_unit(result.metric_name, result.metric)}", title_justify="left")
     for column in ("runtime", result.metric_name, "equal predictions", "ms", "float32 ms", "speedup"):
         table.add_column(column, justify="left" if column == "runtime" else "right")
     for row in result.runtimes:

@@ -83,6 +83,9 @@ def compare(
         float_size = f"{float_bytes(run.sensitivity().points) / MIB:.4f}"
         table.add_row("float", f"{evaluations.float_metric:.2f}", f"{evaluations.float_loss:.4f}", float_size, "", "")
         Console().print(table)
+        if criteria is None:
+            for text in run.missing_criteria():
+                note(f"Left out: {text}")
 
 
 def spectrum(

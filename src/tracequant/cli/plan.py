@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +15,7 @@ from tracequant.cli.options import AsJson, Quiet
 from tracequant.cli.presets import PRESETS
 from tracequant.cli.printing import note, open_run, print_json, print_plan
 from tracequant.cli.requests import bad_parameter, parse_bits
+from tracequant.core.errors import TracequantError
 from tracequant.core.plan import BitPlan
 from tracequant.core.settings import PlanSettings
 from tracequant.core.tables import read_sensitivity
@@ -110,8 +112,8 @@ def plan(
     The model is not needed. --max-accuracy-drop and --max-loss-increase evaluate a dozen plans instead, after
     calibration and without fine-tuning, and give the smallest plan that keeps to them.
 
-    The first plan becomes the run's plan. Once the run is quantized, further plans are only shown, unless --apply is
-    given. With --sensitivity FILE there is no run, only the answer.
+    The first plan becomes the run's plan, and a later one replaces it. Once the run was quantized, further plans are
+    only shown, unless --apply is given. With --sensitivity FILE there is no run, only the answer.
     """
     if (run_path is None) == (sensitivity is None):
         bad_parameter("give a run directory or --sensitivity FILE, one of the two")
@@ -130,7 +132,11 @@ def plan(
         solved = solve(table, settings)
     if out is not None:
         solved.save(out)
-    keep = run is not None and (apply or not run.done("quantize"))
+    before: BitPlan | None = None
+    if run is not None and run.done("plan"):
+        with suppress(TracequantError):  # a damaged plan is replaced
+            before = run.plan()
+    keep = run is not None and (apply or before is None or not run.was_quantized())
     if run is not None and keep:
         stages.keep_plan(run, settings, solved)
     if as_json:
@@ -138,11 +144,8 @@ def plan(
     elif not quiet:
         stable = plan_stability(table, solved, run.curvature(), settings) if run is not None and stability else None
         print_plan(table, solved, settings, stable)
-        if run is not None and not keep:
-            if _same_bits(run.plan(), solved):
-                note("The run is quantized by this very plan.")
-            else:
-                note("The run is quantized by another plan and keeps it; add --apply to replace it.")
+        if run is not None:
+            _print_place(run, before, solved, keep)
 
 
 def presets(as_json: AsJson = False) -> None:
@@ -164,6 +167,11 @@ def _narrowed(settings: PlanSettings, weight_bits: str | None, activation_bits: 
     ):
         if text is not None:
             bits, narrowed = parse_bits(text, flag), dict(rules[field] or {})
+            if not bits:
+                bad_parameter(
+                    f"a plan chooses from the {flag} that were analysed; to keep activations in float, analyze with"
+                    f" {flag} none"
+                )
             narrowed["*"] = tuple(b for b in bits if b in narrowed["*"]) if "*" in narrowed else bits
             rules[field] = narrowed
     return replace(
@@ -171,6 +179,22 @@ def _narrowed(settings: PlanSettings, weight_bits: str | None, activation_bits: 
         allowed_bits=rules["allowed_bits"],
         allowed_activation_bits=rules["allowed_activation_bits"],
     )
+
+
+def _print_place(run: RunDirectory, before: BitPlan | None, solved: BitPlan, keep: bool) -> None:
+    """Print what became of the run's plan, `before` being the earlier one, and the command that comes next."""
+    if not keep:
+        assert before is not None
+        by = "is quantized by" if run.done("quantize") else "has"
+        if _same_bits(before, solved):
+            note(f"The run {by} this very plan.")
+        else:
+            note(f"The run {by} another plan and keeps it; add --apply to replace it.")
+        return
+    if before is not None and not _same_bits(before, solved):
+        note(f"This is the run's plan now. It replaces the one for {before.budget}.")
+    if not run.done("quantize"):
+        print(f"Next: tracequant quantize {run.path}")
 
 
 def _same_bits(one: BitPlan, other: BitPlan) -> bool:

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from tracequant.allocation.explain import exchange_rates, explain
-from tracequant.allocation.space import full_space, monotone_space
+from tracequant.allocation.space import counted, full_space, monotone_space
 from tracequant.core import cost
-from tracequant.core.evaluations import Check
+from tracequant.core.evaluations import Check, with_unit
 from tracequant.core.plan import MIB, BitPlan
 from tracequant.core.sensitivity import Sensitivity
 from tracequant.core.settings import PlanSettings
@@ -29,7 +29,8 @@ def open_run(path: Path, quiet: bool) -> RunDirectory:
         if not quiet:
             _errors.print(escape(text), style="dim")
 
-    return RunDirectory(path, say, progress=not quiet)
+    # In a message "seed=1" would be taken for an option; after a slash it is a path.
+    return RunDirectory(path.absolute() if "=" in str(path) else path, say, progress=not quiet)
 
 
 def escape(text: str) -> str:
@@ -94,19 +95,21 @@ def print_plan(
         spent.append(f"{cost.latency_ms(points, plan.weight_bits, plan.activation_bits, latency):.4g} ms")
     if plan.activation_bits and not sensitivity.same_bits:
         average = cost.average_activation_bits(points, plan.activation_bits)
-        spent.append(f"activations {average:.2f} bits on average, Ω {plan.activation_omega:.2g}")
+        spent.append(f"activations {average:.2f} bits on average, Ω activations {plan.activation_omega:.4g}")
     print(f"Asked for: {plan.budget}. Uses {plan.size_bytes:,} bytes, {', '.join(spent)}.")
     units, options = len(points.weight_units), max(len(omega) for omega in sensitivity.weight_omega.values())
     print(
-        f"Search space: {_count(full_space(units, options))} assignments of weight bits,"
-        f" {_count(monotone_space(units, options))} of them monotone."
+        f"Search space: {counted(full_space(units, options))} assignments of weight bits,"
+        f" {counted(monotone_space(units, options))} of them monotone."
     )
+    parts = " (weights + activations)" if plan.activation_bits else ""
     if plan.gap is None:
         print(f"Found by {plan.solver}; nothing is proven about better plans.")
     elif plan.gap == 0:
-        print(f"Proven: no plan within the budget has a lower Ω than {plan.total_omega:.6g}.")
+        print(f"Proven: no plan within the budget has a lower Ω total than {plan.total_omega:.6g}{parts}.")
     else:
-        print(f"Not proven within the time: the best Ω is between {plan.bound:.6g} and {plan.total_omega:.6g}.")
+        limits = f"{plan.bound:.6g} and {plan.total_omega:.6g}"
+        print(f"Not proven within the time: the best Ω total is between {limits}{parts}.")
     for rate in exchange_rates(plan):
         print(f"Rate of exchange: {rate}.")
     if plan.doubt:
@@ -133,9 +136,10 @@ def print_packed(run: RunDirectory) -> None:
     """Print what is in the packed file and what it gives when it is loaded."""
     packed, plan = run.pack_result(), run.plan()
     kind = "" if packed.fine_tuned else " (not fine-tuned)"
+    gives = with_unit(run.quantize_result().metric_name, packed.evaluation.metric)
     print(
         f"Packed{kind}: {run.path / 'model.safetensors'}, {packed.file_bytes:,} bytes ({packed.promised_bytes:,}"
-        f" promised); loaded again it gives {packed.evaluation.metric:.2f}"
+        f" promised); loaded again it gives {gives}"
     )
     print(f"Size: {plan.whole_size}")
 
@@ -180,7 +184,3 @@ def _plan_table(
 
 def _error(value: float) -> str:
     return "–" if math.isinf(value) else f"{value:.1g}"
-
-
-def _count(number: int) -> str:
-    return f"{number:,}" if number < 10**9 else f"about 10^{math.log10(number):.1f}"

@@ -21,13 +21,18 @@ def in_shell_words(text: str, argument: str | None = None) -> str:
     "for instance with --exclude 'aux.*' --exclude 'head'"
     >>> in_shell_words("steps must be an integer >= 0, got -1", "steps")
     '--finetune-steps must be an integer >= 0, got -1'
+    >>> in_shell_words("give at least one budget: max_size_mib, compression, average_bits")
+    'give at least one budget: --max-size-mib, --compression, --average-bits'
     """
     entries = _entries()
     if argument in entries and re.match(rf"{argument}\b", text):
         text = _bare(entries[argument]) + text.removeprefix(argument)
+        text = text.replace(" or None, got", ", got")  # in the shell, None is to leave the option out
+    text = re.sub(r"^(layer|block)s pattern\b", r"--\1 pattern", text)  # of `figures`, whose options are no settings
     with_value, alone = _patterns()
     text = with_value.sub(lambda match: _with_value(entries[match[1]], match[2]), text)
-    return alone.sub(lambda match: _bare(entries[match[1]]), text)
+    text = alone.sub(lambda match: _bare(entries[match[1]]), text)
+    return _in_a_list().sub(lambda match: _bare(entries[match[0]]), text)
 
 
 @functools.cache
@@ -49,6 +54,13 @@ def _patterns() -> tuple[re.Pattern[str], re.Pattern[str]]:
     )
 
 
+@functools.cache
+def _in_a_list() -> re.Pattern[str]:
+    """What finds a name of one word that stands right before an option, in a list of options."""
+    words = sorted((name for name in _entries() if "_" not in name), key=len, reverse=True)
+    return re.compile(rf"(?<![\w./'\"=-])({'|'.join(words)})(?=(?:, | and | or )--\w)")
+
+
 def _bare(entry: FieldOption) -> str:
     return entry.flag.split("/")[0]
 
@@ -57,6 +69,8 @@ def _with_value(entry: FieldOption, value: str) -> str:
     if entry.annotation is bool:
         on, off = entry.switches
         return on if value == "True" else off
+    if value in ("True", "False"):  # a Python argument that shares its name with an option, which is no switch
+        return f"{entry.name}={value}"
     if value.startswith("["):  # a repeatable option
         return " ".join(f"{entry.flag} {item}" for item in value[1:-1].split(", "))
     value = value.strip("'\"")

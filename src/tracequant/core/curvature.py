@@ -234,14 +234,15 @@ def summarize(values: Sequence[Sequence[float]], batch_sizes: Sequence[int], num
 
 
 def _table(kind: str, estimates: dict[str, TraceEstimate]) -> list[str]:
-    """Lines of a table of at most `SCREEN_LAYERS` estimates, the largest average traces first."""
+    """Lines of a table of at most `SCREEN_LAYERS` estimates and a line, the largest average traces first."""
     ranked = sorted(estimates, key=lambda name: -estimates[name].average_trace)
     half = SCREEN_LAYERS // 2
-    shown = ranked if len(ranked) <= SCREEN_LAYERS else ranked[:half] + ranked[-half:]
+    # The line that says how many are left out would take the place of a single one.
+    shown = ranked if len(ranked) <= SCREEN_LAYERS + 1 else ranked[:half] + ranked[-half:]
     width = max([len(kind), *(min(len(name), SCREEN_NAME) for name in shown)])
     lines = [f"  {kind:{width}}  {'elements':>12}  {'average trace':>13}  {'probe error':>11}  {'sampling error':>14}"]
     for position, name in enumerate(shown):
-        if position == half and len(ranked) > SCREEN_LAYERS:
+        if position == half and len(shown) < len(ranked):
             lines.append(f"  ... {len(ranked) - SCREEN_LAYERS} more ...")
         e = estimates[name]
         errors = [_share(error, e.trace) for error in (e.standard_error, e.sampling_error)]

@@ -41,7 +41,7 @@ class TaskError(TracequantError):
 
 
 class BudgetError(TracequantError):
-    """No plan fits the budget, or every plan does; the message names the nearest sensible budget."""
+    """No plan fits the budget; the message names the nearest that one does."""
 
 
 class ResourceError(TracequantError):

@@ -11,17 +11,22 @@ from numpy.typing import NDArray
 
 from tracequant.core.files import Saveable
 from tracequant.core.plan import BitPlan
+from tracequant.core.settings import WeightGrid
 
 
 @dataclass(frozen=True)
 class EvaluatedPlan:
-    """A plan's bits with the metric and the loss of the calibrated model, which was not fine-tuned."""
+    """A plan's bits with the metric and the loss of the calibrated model, which was not fine-tuned.
+
+    `weight_grid` is None where the file of an earlier version does not say it.
+    """
 
     weight_bits: dict[str, int]
     activation_bits: dict[str, int]
     size_bytes: int
     metric: float
     loss: float
+    weight_grid: WeightGrid | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class AccuracySearch(Saveable):
 
     def __str__(self) -> str:
         return (
-            f"{self.plan.size_mib:.4g} MiB with {self.metric_name} {self.found.metric:.2f} (float"
+            f"{self.plan.size_mib:.4g} MiB with {with_unit(self.metric_name, self.found.metric)} (float"
             f" {self.float_metric:.2f}) and loss {self.found.loss:.4f} (float {self.float_loss:.4f}), after"
             f" {len(self.steps)} evaluations"
         )
@@ -109,6 +114,16 @@ class Check(Saveable):
     def groups(self) -> list[str]:
         """The names of all groups, in order."""
         return list(dict.fromkeys(group for by_group in self.correlations.values() for group in by_group))
+
+
+def with_unit(metric_name: str, value: float) -> str:
+    """A metric with its name, the unit at the end.
+
+    >>> with_unit("accuracy %", 100.0), with_unit("perplexity", 5.432)
+    ('accuracy 100.00 %', 'perplexity 5.43')
+    """
+    name = metric_name.removesuffix(" %")
+    return f"{name} {value:.2f}{' %' if name != metric_name else ''}"
 
 
 def plan_group(offered: Sequence[int]) -> str:

@@ -23,7 +23,7 @@ FORMAT_VERSION = 2
 def replace_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, renamed onto it when the block ends and removed when it fails.
 
-    A reader therefore sees the old file or the complete new one, never a part.
+    A reader therefore sees the old file or the complete new one, never a part. Folders that are missing are made.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,15 +53,15 @@ def write_json(path: str | Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
-def read_json(path: str | Path) -> Any:
-    """The JSON value in `path`; `ArtifactError` if the file is missing or damaged."""
+def read_json(path: str | Path, advice: str = "delete it to have it made anew") -> Any:
+    """The JSON value in `path`; `ArtifactError` if the file is missing, or damaged, which ends with the advice."""
     path = Path(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ArtifactError(f"{path} does not exist") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ArtifactError(f"{path} cannot be read as JSON ({error}); delete it to have it made anew") from None
+        raise ArtifactError(f"{path} cannot be read as JSON ({error}); {advice}") from None
 
 
 class Saveable:

@@ -24,7 +24,7 @@ import math
 import numbers
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
@@ -116,12 +116,25 @@ def validate(settings: Any) -> None:
         object.__setattr__(settings, field.name, checked)  # the class is frozen, and this object is not finished yet
 
 
-def resolve(kind: type[S], settings: S | None, fields: Mapping[str, object]) -> S:
+def ascending(settings: Any, *names: str, required: Iterable[str] = ()) -> None:
+    """Sort the numbers of these fields, each once: their order says nothing, and equal requests are then equal.
+
+    To be called after `validate`. Raises `SettingsError` if a field that is `required` has none.
+    """
+    for name in names:
+        numbers_once = tuple(sorted(set(getattr(settings, name))))
+        if not numbers_once and name in required:
+            raise SettingsError(f"{name} is empty; name at least one", name)
+        object.__setattr__(settings, name, numbers_once)
+
+
+def resolve(kind: type[S], settings: S | None, fields: Mapping[str, object], without: Collection[str] = ()) -> S:
     """The settings with `fields` replaced; without settings, the defaults of `kind` with `fields` replaced.
 
-    Raises `SettingsError` if a field does not exist or a value is not allowed.
+    The fields in `without` are no arguments of the function. Raises `SettingsError` if a field does not exist or a
+    value is not allowed.
     """
-    names = [field.name for field in dataclasses.fields(typing.cast(Any, kind))]
+    names = [field.name for field in dataclasses.fields(typing.cast(Any, kind)) if field.name not in without]
     for name in fields:
         if name not in names:
             raise SettingsError(
@@ -139,10 +152,10 @@ def resolve(kind: type[S], settings: S | None, fields: Mapping[str, object]) -> 
     return typing.cast(S, dataclasses.replace(typing.cast(Any, settings), **fields))
 
 
-def takes(kind: type[Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def takes(kind: type[Any], without: Collection[str] = ()) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """A decorator for a function that takes the fields of `kind` as `**fields`.
 
-    Its signature and its docstring then list the fields with their defaults and help texts.
+    Its signature and its docstring then list the fields with their defaults and help texts, except those in `without`.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -156,9 +169,12 @@ def takes(kind: type[Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
                 annotation=field.type,
             )
             for field in dataclasses.fields(kind)
+            if field.name not in without
         ]
         typing.cast(Any, function).__signature__ = signature.replace(parameters=[*own, *by_keyword])
-        listing = "\n".join(f"    {name}: {_help_line(described)}" for name, described in options(kind).items())
+        listing = "\n".join(
+            f"    {name}: {_help_line(described)}" for name, described in options(kind).items() if name not in without
+        )
         text = inspect.cleandoc(function.__doc__ or "")
         function.__doc__ = f"{text}\n\nFields of {kind.__name__}:\n\n{listing}\n"
         return function
@@ -275,8 +291,12 @@ def _choices(annotation: Any) -> list[str]:
 
 
 def _suggestion(value: object, known: Iterable[str]) -> str:
-    """A question about the nearest of the known names, empty if none is near."""
-    near = difflib.get_close_matches(value, list(known), n=1) if isinstance(value, str) else []
+    """A question about the nearest of the known names, or the one with these initials (lr); empty if none is near."""
+    if not isinstance(value, str):
+        return ""
+    names = list(known)
+    near = difflib.get_close_matches(value, names, n=1)
+    near += [name for name in names if "_" in name and value == "".join(word[:1] for word in name.split("_"))]
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

@@ -111,7 +111,7 @@ class BitPlan(Saveable):
     @property
     def summary(self) -> str:
         """The plan in one line: `whole_size`, and how many layers have how many bits."""
-        return f"BitPlan: {self.whole_size}; layers: {_spread(self.weight_bits)}; omega {self.omega:.4g}"
+        return f"BitPlan: {self.whole_size}; layers: {_spread(self.weight_bits)}; Ω weights {self.omega:.4g}"
 
     @property
     def doubt(self) -> str:
@@ -139,7 +139,8 @@ class BitPlan(Saveable):
         the Ω of every width. The limits that the plan was solved for are not checked, and nothing is proven about it.
 
         Raises `BudgetError` for a pattern that matches nothing, for bits that were not measured, for tied layers that
-        would have different bits, and for a sensitivity of another model.
+        would have different bits, for an input that would have other bits than the layers that read it where the table
+        has one width for both, and for a sensitivity of another model.
         """
         points = sensitivity.points
         if self.fingerprint != points.fingerprint:
@@ -153,10 +154,12 @@ class BitPlan(Saveable):
         changed_activations = _changes("activation_bits", "activation", activation_bits or {}, choosable)
         bits = self.weight_bits | changed
         if sensitivity.same_bits:
+            _check_agreement(points, bits, changed_activations)
             changed_activations |= _shared_bits(points, bits, changed)
         edited = replace(self, weight_bits=bits, activation_bits=self.activation_bits | changed_activations)
         again = reprice(sensitivity, edited)
-        reasons = short_reasons(sensitivity, bits, dict.fromkeys(changed, "edited"))
+        edits = {name: "edited" for name, num_bits in changed.items() if num_bits != self.weight_bits[name]}
+        reasons = short_reasons(sensitivity, bits, edits)
         return replace(again, solver="edited", bound=None, prices={}, reasons=reasons, undecided={})
 
     def __str__(self) -> str:
@@ -243,6 +246,20 @@ def _check_ties(points: QuantizationPoints, weight_bits: Mapping[str, int]) -> N
         if len({weight_bits[name] for name in group}) > 1:
             each = ", ".join(f"{name}: {weight_bits[name]}" for name in group)
             raise BudgetError(f"tied layers have the same bits, and these would differ ({each}); name all of them")
+
+
+def _check_agreement(
+    points: QuantizationPoints, weight_bits: Mapping[str, int], activation_bits: Mapping[str, int]
+) -> None:
+    """Raise `BudgetError` if a layer and its input, which have one width in this table, would have different ones."""
+    for layer in points.layers:
+        num_bits = activation_bits.get(layer.activation or "", weight_bits[layer.name])
+        if num_bits != weight_bits[layer.name]:
+            raise BudgetError(
+                f"in this table a layer and its input have the same bits, and layer {layer.name} would have"
+                f" {weight_bits[layer.name]} and its input {layer.activation} {num_bits}; change weight_bits alone,"
+                " and the input follows"
+            )
 
 
 def _shared_bits(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from tracequant.core.files import Saveable
-from tracequant.core.options import option, validate
+from tracequant.core.options import ascending, option, validate
 
 # What stands for the loss that a layer's rounding costs; docs/method.md has the formulas. "trace" is HAWQ-V2's Eq. 10.
 Criterion = Literal["trace", "l2", "eigenvalue", "eigenvalue_alone", "quadratic", "first+quadratic"]
@@ -197,6 +197,7 @@ class SensitivitySettings:
 
     def __post_init__(self) -> None:
         validate(self)
+        ascending(self, "weight_bits", "activation_bits", required=("weight_bits",))
 
 
 @dataclass(frozen=True)

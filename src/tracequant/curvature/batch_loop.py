@@ -18,7 +18,7 @@ from torch import nn
 
 from tracequant.core import errors
 from tracequant.core.curvature import Curvature
-from tracequant.core.errors import DataError, ModelError, ResourceError, RunError, TaskError, TracequantError
+from tracequant.core.errors import DataError, ResourceError, RunError, TaskError, TracequantError
 from tracequant.core.progress import track
 from tracequant.curvature import microbatch
 from tracequant.curvature.microbatch import Microbatch
@@ -26,7 +26,7 @@ from tracequant.curvature.parts import Part, all_notes
 from tracequant.curvature.store import Store
 from tracequant.model import distributed, memory
 from tracequant.model.batches import Batch, Batches, reusable
-from tracequant.model.device import Precision, measuring, model_device
+from tracequant.model.device import Precision, check_parameters, measuring, model_device
 from tracequant.model.digest import digest
 from tracequant.model.task import Task, checked
 
@@ -82,12 +82,7 @@ def collect(
     get the whole result; `stop` is then asked after every round of them. A batch that does not fit into memory is
     measured in microbatches. The model is left as it was.
     """
-    reduced = {p.dtype for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)}
-    if reduced:
-        raise ModelError(
-            f"the model has {', '.join(sorted(str(d) for d in reduced))} parameters, too coarse for curvature; use"
-            " model.float(), and precision='bfloat16' if it must be fast"
-        )
+    check_parameters(model, "model.float(), and precision='bfloat16' if it must be fast")
     rank, processes = distributed.rank(), distributed.world_size()
     batches = reusable(batches)
     shares = _shares(estimator, batches, processes)

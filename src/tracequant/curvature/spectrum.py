@@ -34,7 +34,7 @@ from tracequant.curvature.products import (
 )
 from tracequant.model import memory
 from tracequant.model.batches import Batches, reusable
-from tracequant.model.device import measuring, model_device
+from tracequant.model.device import check_parameters, measuring, model_device
 from tracequant.model.state import double_backward
 from tracequant.model.task import Task, checked, forward
 
@@ -160,6 +160,7 @@ def _blocks(
     model: nn.Module, batches: Batches, task: Task, points: QuantizationPoints
 ) -> Iterator[Callable[[list[str]], tuple[_Operator, Tensor]]]:
     """Yield a function from layer names to the operator of their joint block and a vector of its size."""
+    check_parameters(model)
     with measuring(model), double_backward():
         parameters = require_grad(model, points)
         data = list(checked(reusable(batches), task, model))
@@ -169,12 +170,14 @@ def _blocks(
             _, loss = forward(task, model, data[index])
             return first_derivatives(loss, {"weights": {name: [p] for name, p in parameters.items()}})["weights"]
 
-        kept = gradients(0) if len(data) == 1 else None
+        with _graph():
+            kept = gradients(0) if len(data) == 1 else None
 
         def block(names: list[str]) -> tuple[_Operator, Tensor]:
             targets = [parameters[name] for name in names]
             sizes = [target.numel() for target in targets]
 
+            @_graph()
             def product(vector: Tensor) -> Tensor:
                 parts = [part.view_as(t) for part, t in zip(torch.split(vector, sizes), targets, strict=True)]
                 result = torch.zeros_like(vector)
@@ -188,6 +191,20 @@ def _blocks(
             return product, torch.cat([target.detach().flatten() for target in targets])
 
         yield block
+
+
+@contextmanager
+def _graph() -> Iterator[None]:
+    """Inside the block a lack of memory is put down to the samples' graph."""
+    try:
+        yield
+    except Exception as error:
+        if not memory.out_of_memory(error):
+            raise
+        raise memory.GraphTooLarge(
+            f"memory does not suffice for the graph of a batch, which second derivatives need ({error}); give the"
+            " samples in smaller batches, or fewer of them"
+        ) from None
 
 
 def _lanczos(operator: _Operator, start: Tensor, steps: int) -> Iterator[tuple[float, float, Tensor]]:

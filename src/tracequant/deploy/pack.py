@@ -43,7 +43,7 @@ _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 def pack(model: nn.Module, path: str | Path) -> int:
-    """Write a fake-quantized model to `path` (replaced whole or not at all) and return its size in bytes.
+    """Write a fake-quantized model to `path` (replaced whole or not at all, folders made) and return its size in bytes.
 
     Raises `ModelError` if the model is not quantized, its weights are not float32, or a quantizer is switched off.
     """

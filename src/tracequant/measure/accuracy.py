@@ -15,7 +15,7 @@ from torch import nn
 
 from tracequant.allocation.activations import decided_activations
 from tracequant.allocation.frontier import frontier
-from tracequant.allocation.request import check_request
+from tracequant.allocation.request import check_criterion, check_request
 from tracequant.core.errors import ArtifactError, BudgetError, DataError
 from tracequant.core.evaluations import AccuracySearch, EvaluatedPlan, Evaluations
 from tracequant.core.options import resolve, takes
@@ -70,12 +70,20 @@ class Evaluator:
 
     def of(self, plan: BitPlan) -> EvaluatedPlan:
         """Metric and loss of the model quantized by `plan`, measured only where that was not done before."""
+        asked = (plan.weight_bits, plan.activation_bits, plan.weight_grid)
         for known in self.results.plans:
-            if known.weight_bits == plan.weight_bits and known.activation_bits == plan.activation_bits:
+            if (known.weight_bits, known.activation_bits, known.weight_grid) == asked:
                 return known
         quantized = quantize(self._model, self._calibration, self._task, plan, progress=self._progress)
         result = self._evaluated(quantized, self._evaluation)
-        found = EvaluatedPlan(plan.weight_bits, plan.activation_bits, plan.size_bytes, result.metric, result.loss)
+        found = EvaluatedPlan(
+            plan.weight_bits,
+            plan.activation_bits,
+            size_bytes=plan.size_bytes,
+            metric=result.metric,
+            loss=result.loss,
+            weight_grid=plan.weight_grid,
+        )
         self.results = replace(self.results, plans=(*self.results.plans, found))
         self._save()
         return found
@@ -131,6 +139,7 @@ def solve_by_accuracy(
     request = resolve(PlanSettings, settings, fields)
     if not request.by_accuracy:
         raise BudgetError("give max_accuracy_drop or max_loss_increase")
+    check_criterion(request, sensitivity)
     check_request(request)
     max_drop, max_increase = request.max_accuracy_drop, request.max_loss_increase
     front = frontier(

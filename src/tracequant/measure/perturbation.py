@@ -140,7 +140,7 @@ class _Perturbations(Passes):
             "model": self._points.fingerprint,
             "layers": [layer.name for layer in self._points.layers],
             "bits": self._widths,
-            "activation_bits": [sorted(own) for own in self._activation_grids.values()],
+            "activation_grids": [[_values(grid) for grid in own.values()] for own in self._activation_grids.values()],
             "grid": [self._grid.per_channel, self._grid.symmetric, self._grid.range],
         }
 
@@ -309,6 +309,11 @@ class _Move:
     def along(self, gradient: Tensor) -> Tensor:
         """u_n · Δa_n for a gradient `[samples, elements]`, float64 `[samples, widths]`."""
         return torch.matmul(self.moves, gradient.to(self.moves.dtype)[:, :, None])[:, :, 0].double()
+
+
+def _values(grid: Grid) -> list[Any]:
+    """What decides a grid, for a checkpoint's key; to five digits, because a GPU's sums differ in the last ones."""
+    return [grid.num_bits, *(f"{x:.5g}" for part in (grid.scale, grid.zero_point) for x in part.flatten().tolist())]
 
 
 def _few_columns(hessian: Factored) -> bool:

@@ -23,8 +23,8 @@ from tracequant.measure.perturbation import measure_perturbation
 from tracequant.model.batches import Batch, Batches, reusable
 from tracequant.model.device import measuring
 from tracequant.model.hooks import reading, weight_parameter
-from tracequant.model.memory import Microbatches, out_of_memory
-from tracequant.model.task import Task, checked
+from tracequant.model.memory import Microbatches, on_first_batch
+from tracequant.model.task import Task, check_arguments, checked
 from tracequant.quantization.calibrate import activation_options, calibrate
 from tracequant.quantization.grid import Grid, check_bits, choose_weight_grid
 
@@ -57,11 +57,10 @@ def measure_sensitivity(
     curvature without activations.
     """
     request = resolve(SensitivitySettings, settings, fields)
+    check_arguments(model, batches, task)
     batches = reusable(batches)
     points, criterion, weight_grid = curvature.points, request.criterion, request.weight_grid
-    weight_bits, activation_bits = sorted(set(request.weight_bits)), sorted(set(request.activation_bits))
-    if not weight_bits:
-        raise ModelError("weight_bits is empty; name at least one bit width from 1 to 8")
+    weight_bits, activation_bits = request.weight_bits, request.activation_bits
     if activation_bits and points.activations and not curvature.activations:
         raise ModelError(
             "the curvature was measured for weights only; estimate it with activations=True, or pass activation_bits=()"
@@ -114,7 +113,11 @@ def with_eigenvalues(
     `required`, a warning says it and the curvature comes back without them.
     """
     try:
-        found, samples = _eigenvalues(model, curvature, list(itertools.islice(batches, 1)), task, seed, progress)
+        found, samples = on_first_batch(
+            task,
+            batches,
+            lambda first: top_eigenvalues(model, first, task, curvature.points, seed=seed, progress=progress),
+        )
     except ResourceError as error:
         if required:
             raise
@@ -127,30 +130,6 @@ def with_eigenvalues(
             stacklevel=2,
         )
     return replace(curvature, top_eigenvalues={name: values[0] for name, values in found.items()})
-
-
-def _eigenvalues(
-    model: nn.Module, curvature: Curvature, first: list[Batch], task: Task, seed: int, progress: bool
-) -> tuple[dict[str, tuple[float, ...]], int | None]:
-    """Eigenvalues on as many samples of one batch as fit into memory, and their number; None for all of them."""
-    fewer: int | None = None
-    while True:
-        try:
-            return top_eigenvalues(model, first, task, curvature.points, seed=seed, progress=progress), fewer
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            size = task.batch_size(first[0])
-            if size == 1:
-                raise ResourceError(
-                    f"memory does not suffice for the graph of one sample, which eigenvalues need ({error}); use"
-                    " smaller inputs, another device or a machine with more memory"
-                ) from None
-        # Here the failed attempt's tensors are gone, which the exception had kept.
-        fewer = size // 2
-        first = [task.select(first[0], 0, fewer)]
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 def measure_weight_errors(

@@ -18,7 +18,7 @@ from tracequant.model.hooks import replace_inputs
 from tracequant.model.kinds import CONVOLUTIONS, TRANSPOSED, is_norm
 from tracequant.model.operations import WeightReads
 from tracequant.model.sites import Matrix, known_parameters
-from tracequant.model.task import Task
+from tracequant.model.task import Task, first_outputs
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class ReadTensor:
 class Calls:
     """What an example forward pass showed: which module read which tensors, MACs of each layer for one sample.
 
-    `outputs` are what the task made of the model's outputs.
+    `batch` is what was looked at, and `outputs` are the task's outputs for it.
     """
 
     def __init__(self, modules: Iterable[str]) -> None:
@@ -41,6 +41,7 @@ class Calls:
         self.flow = Flow()
         self.macs: dict[str, float] = defaultdict(float)
         self.samples = 1
+        self.batch: Batch = None
         self.outputs: Any = None
 
 
@@ -92,7 +93,7 @@ def record_calls(model: nn.Module, batch: Batch, task: Task, candidates: Mapping
         with measuring(model), torch.no_grad():
             calls.samples = task.batch_size(batch)
             with flow, reads:
-                outputs = task.outputs(model, batch)
+                outputs = first_outputs(task, model, batch)
                 flow.finish(outputs)
             task.check(outputs, batch)
     finally:
@@ -103,7 +104,7 @@ def record_calls(model: nn.Module, batch: Batch, task: Task, candidates: Mapping
         # A known module's own reads are counted above, for it may compute them in ways that are not seen.
         macs = reads.macs if not matrix.known else reads.macs_outside
         calls.macs[name] += macs[id(getattr(modules[module_name], parameter))] / calls.samples
-    calls.outputs = outputs
+    calls.batch, calls.outputs = batch, outputs
     return calls
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from tracequant.core.errors import ResourceError, RunError
+from tracequant.core.errors import ModelError, ResourceError, RunError
 from tracequant.model.state import frozen_evaluation
 
 Precision = Literal["float32", "tf32", "bfloat16"]
@@ -63,6 +63,15 @@ def _tf32_switches() -> list[tuple[Any, str, Any, Any]]:
         backends = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
         return [(backend, "fp32_precision", "tf32", "ieee") for backend in backends]
     return [(backend, "allow_tf32", True, False) for backend in (torch.backends.cuda.matmul, cudnn)]
+
+
+def check_parameters(model: nn.Module, advice: str = "model.float()") -> None:
+    """Raise `ModelError` if parameters have too few digits for curvature; `advice` says what to use."""
+    reduced = {str(p.dtype) for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)}
+    if reduced:
+        raise ModelError(
+            f"the model has {', '.join(sorted(reduced))} parameters, too coarse for curvature; use {advice}"
+        )
 
 
 def model_device(model: nn.Module) -> torch.device:

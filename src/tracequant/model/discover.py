@@ -17,9 +17,10 @@ from tracequant.model.calls import group_activations, output_points, record_call
 from tracequant.model.hooks import weight_parameter
 from tracequant.model.kinds import DTYPE_NAMES
 from tracequant.model.mean_loss import check_mean_loss
-from tracequant.model.sites import check_plain, example, find_matrices, matrix_names
+from tracequant.model.memory import on_first_batch
+from tracequant.model.sites import check_plain, example, first_look, matrix_names
 from tracequant.model.state import fingerprint
-from tracequant.model.task import Task
+from tracequant.model.task import Task, check_arguments
 
 
 @takes(DiscoverSettings)
@@ -39,17 +40,19 @@ def discover(
     left.
 
     Raises `ModelError` for a pattern that matches no layer of the model, or if no layer is left, `DataError` for
-    batches that cannot be used, and `TaskError` for a loss that is a sum over the batch (`check_mean_loss`).
+    batches that cannot be used, and `TaskError` for arguments in another order and for a loss that is a sum over the
+    batch (`check_mean_loss`). Where the first batch does not fit into memory, fewer of its samples are taken.
     """
     request = resolve(DiscoverSettings, settings, fields)
+    check_arguments(model, batches, task)
     if isinstance(batches, Iterator):
         raise DataError(
             "batches is an iterator, which can be read only once, and discover would take its first batch away from the"
             " next step; pass a list or a DataLoader"
         )
     check_plain(model)
-    batch = example(model, batches, task)
-    matrices = find_matrices(model, batch, task)
+    # A few samples show what the whole batch does.
+    batch, matrices = first_look(model, batches, task)
     _warn_of_others(model, matrices.others)
     names = list(matrices.layers)
     if not names:
@@ -65,8 +68,10 @@ def discover(
         )
     candidates = {name: matrix for name, matrix in matrices.layers.items() if name in kept}
 
-    calls = record_calls(model, batch, task, candidates)
-    check_mean_loss(model, batches, task, calls.outputs, batch)
+    calls, _ = on_first_batch(
+        task, [batch], lambda few: record_calls(model, example(model, few, task), task, candidates)
+    )
+    check_mean_loss(model, batches, task, calls.outputs, calls.batch)
     points = group_activations(calls)
     point_of = {consumer: point.name for point in points for consumer in point.consumers}
     modules = dict(model.named_modules())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tracequant.core.errors import ResourceError, TaskError
-from tracequant.model.batches import Batch, join
+from tracequant.model.batches import Batch, Batches, join
 
 if sys.platform != "win32":
     import resource
@@ -91,6 +91,41 @@ class Microbatches:
             # Here the failed attempt's tensors are gone, which the exception had kept.
             self._count = 2 * count
             release()
+
+
+class GraphTooLarge(ResourceError):
+    """The graph of a batch does not fit into memory; that of fewer samples may."""
+
+
+def on_first_batch(
+    task: Divisible, batches: Batches, attempt: Callable[[list[Batch]], Result]
+) -> tuple[Result, int | None]:
+    """What `attempt` returns for the first batch, or for the first half of its samples, or a quarter, until they fit.
+
+    And the number of these samples; None for all. `attempt` gets a list of the batch, which is empty where there is
+    none. Raises `ResourceError` where memory does not suffice for one sample, or the batch cannot be divided.
+    """
+    first = list(itertools.islice(batches, 1))
+    fewer: int | None = None
+    while True:
+        try:
+            return attempt(first), fewer
+        except Exception as error:
+            if not (first and (isinstance(error, GraphTooLarge) or out_of_memory(error))):
+                raise
+            size = task.batch_size(first[0])
+            if size <= 1:
+                raise ResourceError(
+                    f"memory does not suffice for one sample ({error}); use smaller inputs, another device or a machine"
+                    " with more memory"
+                ) from None
+        # Here the failed attempt's tensors are gone, which the exception had kept.
+        fewer = size // 2
+        try:
+            first = [task.select(first[0], 0, fewer)]
+        except TaskError as error:
+            raise ResourceError(f"a batch of {size} samples does not fit into memory, and {error}") from error
+        release()
 
 
 def release() -> None:

@@ -16,6 +16,7 @@ from tracequant.model.device import measuring
 from tracequant.model.fuse import computes_weights, is_quantized
 from tracequant.model.hooks import replace_inputs
 from tracequant.model.kinds import CONVOLUTIONS, RECURRENT, TRANSPOSED
+from tracequant.model.memory import on_first_batch
 from tracequant.model.operations import WeightReads
 from tracequant.model.task import Task, checked
 
@@ -48,6 +49,16 @@ def example(model: nn.Module, batches: Batches, task: Task) -> Batch:
     """The first batch, on the model's device; random numbers that a loader draws are given back."""
     with measuring(model):
         return next(iter(checked(batches, task, model)))
+
+
+def first_look(model: nn.Module, batches: Batches, task: Task) -> tuple[Batch, Matrices]:
+    """The first batch, or as many of its samples as fit into memory, and the matrices that it shows."""
+
+    def look(first: Batches) -> tuple[Batch, Matrices]:
+        batch = example(model, first, task)
+        return batch, find_matrices(model, batch, task)
+
+    return on_first_batch(task, batches, look)[0]
 
 
 def known_parameters(module: nn.Module) -> tuple[str, ...]:

@@ -231,6 +231,14 @@ class TaskSetup:
         return self
 
 
+def check_arguments(model: nn.Module, batches: Batches, task: Task) -> None:
+    """Raise `TaskError` where these are not a model, batches and a task: arguments in another order, as a rule."""
+    if isinstance(model, nn.Module) and not isinstance(batches, (Task, nn.Module)) and isinstance(task, Task):
+        return
+    kinds = ", ".join(type(argument).__name__ for argument in (model, batches, task))
+    raise TaskError(f"the first arguments are (model, batches, task), a torch module, its data and a Task; got {kinds}")
+
+
 def total_loss(task: Task, outputs: Any, batch: Batch) -> Tensor:
     """The task's loss as one scalar; the terms of a dictionary are summed."""
     loss = task.loss(outputs, batch)
@@ -249,6 +257,22 @@ def total_loss(task: Task, outputs: Any, batch: Batch) -> Tensor:
             " or a dictionary of them"
         )
     return loss.reshape(())
+
+
+def first_outputs(task: Task, model: nn.Module, batch: Batch) -> Any:
+    """The outputs of the batch that a model is looked at with; `DataError` where it holds numbers of another type."""
+    try:
+        return task.outputs(model, batch)
+    except RuntimeError as error:
+        of_model = {p.dtype for p in model.parameters() if p.is_floating_point()}
+        of_batch = {x.dtype for x in pytree.tree_leaves(batch) if isinstance(x, Tensor) and x.is_floating_point()}
+        if of_model and of_batch and not of_model & of_batch:
+            names = [" and ".join(sorted(map(str, dtypes))) for dtypes in (of_model, of_batch)]
+            raise DataError(
+                f"the model has {names[0]} parameters and the batch holds {names[1]} values; convert one of them:"
+                " tracequant packs float32 (model.float())"
+            ) from error
+        raise
 
 
 def forward(task: Task, model: nn.Module, batch: Batch) -> tuple[Any, Tensor]:
@@ -272,6 +296,7 @@ def checked_loss(task: Task, outputs: Any, batch: Batch) -> Tensor:
 def checked(batches: Batches, task: Task, model: nn.Module) -> Iterable[Batch]:
     """The batches on the model's device, by their parts; `DataError` for an empty loader, no samples, or values that
     are not finite."""
+    check_arguments(model, batches, task)
     device = model_device(model)
 
     def generate() -> Iterator[Batch]:
@@ -292,6 +317,7 @@ def checked(batches: Batches, task: Task, model: nn.Module) -> Iterable[Batch]:
 def evaluate(model: nn.Module, batches: Batches, task: Task, *, progress: bool = False) -> Evaluation:
     """Metric and mean loss of a model, float or quantized, over `batches`; the model is left as it was.
 
-    Raises `DataError` for batches that cannot be used.
+    Raises `DataError` for batches that cannot be used, and `TaskError` for arguments in another order.
     """
+    check_arguments(model, batches, task)
     return task.evaluate(model, batches, progress)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import glob
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -18,8 +19,8 @@ from tracequant.model.batches import Batches, reusable
 from tracequant.model.discover import discover
 from tracequant.model.fuse import keep_order, make_plain
 from tracequant.model.hooks import weight_parameter
-from tracequant.model.sites import check_plain, example, find_matrices
-from tracequant.model.task import Task
+from tracequant.model.sites import check_plain, first_look
+from tracequant.model.task import Task, check_arguments
 from tracequant.quantization.calibrate import calibrate
 from tracequant.quantization.grid import Grid, choose_weight_grid
 from tracequant.quantization.quantizer import ActivationQuantizer, OutputQuantizer, WeightQuantizer
@@ -36,14 +37,22 @@ def quantize(model: nn.Module, batches: Batches, task: Task, plan: BitPlan, *, p
     bits, where the plan quantizes the convolution's input. Ranges are chosen on `batches` with the weights already
     quantized. Layers and activations that the plan does not name stay in float.
 
-    Raises `ModelError` if the plan names something that the model does not have.
+    Raises `ModelError` if the plan names something that the model does not have, and `TaskError` for arguments in
+    another order. Warns if the plan was made for other weights than the model's.
     """
+    check_arguments(model, batches, task)
     batches = reusable(batches)
     check_plain(model)
-    known = find_matrices(model, example(model, batches, task), task).layers
-    _check_names(plan.weight_bits, known, "layer")
+    _check_names(plan.weight_bits, first_look(model, batches, task)[1].layers, "layer")
     points = discover(model, batches, task, include=tuple(glob.escape(name) for name in plan.weight_bits))
     _check_names(plan.activation_bits, list(points.activation_by_name), "activation")
+    if plan.fingerprint != points.fingerprint:
+        warnings.warn(
+            f"the plan was made for other weights than the model's (fingerprint {plan.fingerprint}, the model has"
+            f" {points.fingerprint}): its bits were chosen for the curvature of those weights; if the model was trained"
+            " since, measure it anew",
+            stacklevel=2,
+        )
     quantized = copy.deepcopy(model)
     for layer in points.layers:
         weight = weight_parameter(quantized, layer)

@@ -18,7 +18,7 @@ from tracequant.core.settings import FinetuneSettings
 from tracequant.model import distributed
 from tracequant.model.batches import Batches
 from tracequant.model.device import model_device
-from tracequant.model.task import Task
+from tracequant.model.task import Task, check_arguments
 from tracequant.quantization import checkpoint as checkpoints
 from tracequant.quantization.batchnorm import average_statistics, reestimate_statistics, set_batchnorm_mode
 from tracequant.quantization.objective import Objective, teaching
@@ -26,6 +26,8 @@ from tracequant.quantization.training import Training, quantizers_of
 
 # BatchNorm's statistics are measured anew on this many batches.
 REESTIMATION_BATCHES = 50
+# Fields of the recipe that say what a run does, and nothing about one training.
+OF_A_RUN = ("uniform_too",)
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class FinetuneResult:
     steps_run: int
 
 
-@takes(FinetuneSettings)
+@takes(FinetuneSettings, without=OF_A_RUN)
 def finetune(
     model: nn.Module,
     batches: Batches,
@@ -84,7 +86,8 @@ def finetune(
     and `DataError` if the loader is empty or the loss stops being finite. On a GPU that is noticed up to 50 steps
     later, and the checkpoint is of a step before.
     """
-    recipe = resolve(FinetuneSettings, settings, fields)
+    recipe = resolve(FinetuneSettings, settings, fields, without=OF_A_RUN)
+    check_arguments(model, batches, task)
     if teacher is None:
         _check_no_teacher(recipe, fields)
     quantizers_of(model)
@@ -141,7 +144,7 @@ def _check_no_teacher(recipe: FinetuneSettings, fields: Mapping[str, object]) ->
 
 def _shared_settings(training: Training, recipe: FinetuneSettings, seed: int, has_teacher: bool) -> dict[str, Any]:
     """What a checkpoint must share with the call that resumes from it."""
-    values = {name: value for name, value in asdict(recipe).items() if name != "uniform_too"}
+    values = {name: value for name, value in asdict(recipe).items() if name not in OF_A_RUN}
     return values | {
         "seed": seed,
         "teacher": has_teacher,

@@ -130,12 +130,16 @@ def spectrum_figure(spectrum: Spectrum, curvature: Curvature) -> Figure:
 
 
 def frontier_figure(
-    fronts: Mapping[str, Frontier], markers: Sequence[Marker], evaluated: Sequence[tuple[float, float, float]] = ()
+    fronts: Mapping[str, Frontier],
+    markers: Sequence[Marker],
+    evaluated: Sequence[tuple[float, float, float]] = (),
+    *,
+    metric_name: str = "",
 ) -> Figure:
     """File size against the sum of Ω (as the paper's Figure 4): the frontiers and the plans to point out.
 
     The exact frontier is a line, what Appendix E's search finds are dots on or above it. `evaluated` are plans whose
-    metric was measured: (bytes, Ω, metric), the metric as their colour.
+    metric, called `metric_name`, was measured: (bytes, Ω, metric), the metric as their colour.
     """
     figure = Figure(figsize=(8, 5.0), layout="constrained")
     axes = figure.subplots()
@@ -170,7 +174,7 @@ def frontier_figure(
             zorder=2.5,
             label="evaluated plans",
         )
-        figure.colorbar(drawn, ax=axes, label="metric, evaluated without fine-tuning")
+        figure.colorbar(drawn, ax=axes, label=f"{metric_name}, evaluated without fine-tuning")
     if positive:
         axes.set_yscale("log")
     axes.set_xlabel("size of the packed file (MiB)")
@@ -266,6 +270,10 @@ def accuracy_figure(rows: Sequence[tuple[str, float, float]], metric_name: str) 
     axes.set_xlabel(metric_name)
     axes.margins(x=0.22)
     despine(axes)
+    if metric_name.endswith("%"):  # the room for the text to the right of the bars is not part of the scale
+        low, high = axes.get_xlim()
+        axes.set_xticks([tick for tick in axes.get_xticks() if low <= tick <= min(high, 100)])
+        axes.spines["bottom"].set_bounds(low, min(high, 100))
     return figure
 
 

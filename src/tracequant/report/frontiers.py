@@ -11,6 +11,7 @@ from tracequant.allocation.uniform import uniform_plan
 from tracequant.core.errors import BudgetError
 from tracequant.core.evaluations import EvaluatedPlan, Evaluations
 from tracequant.core.plan import MIB, BitPlan
+from tracequant.core.reasons import in_bits
 from tracequant.core.sensitivity import Sensitivity
 from tracequant.core.settings import PlanSettings
 from tracequant.report import figures
@@ -18,10 +19,11 @@ from tracequant.run.directory import RunDirectory
 
 
 def evaluated_plans(sensitivity: Sensitivity, evaluations: Evaluations | None) -> list[tuple[EvaluatedPlan, float]]:
-    """Evaluated plans of this run's layers with their Ω by the plan's criterion, by size."""
+    """Evaluated plans of this run's layers and weight grid with their Ω by the plan's criterion, by size."""
     plans = []
     for row in evaluations.plans if evaluations is not None else ():
-        known = row.weight_bits.keys() == sensitivity.weight_omega.keys()
+        same_layers = row.weight_bits.keys() == sensitivity.weight_omega.keys()
+        known = same_layers and row.weight_grid == sensitivity.weight_grid
         if known and all(b in sensitivity.weight_omega[name] for name, b in row.weight_bits.items()):
             omega = math.fsum(sensitivity.weight_omega[name][b] for name, b in row.weight_bits.items())
             plans.append((row, omega))
@@ -52,7 +54,7 @@ def markers(run: RunDirectory, sensitivity: Sensitivity, plan: BitPlan) -> list[
     for num_bits in sorted({b for options in sensitivity.weight_omega.values() for b in options}):
         uniform = uniform_plan(sensitivity, num_bits, activation_bits=plan.activation_bits)
         if uniform.omega > 0 and uniform.size_bytes <= 2 * plan.size_bytes:
-            marked.append(figures.Marker(label, f"{num_bits} bits", uniform, style="s", color="#b8bec9"))
+            marked.append(figures.Marker(label, in_bits(num_bits), uniform, style="s", color="#b8bec9"))
             label = ""
     eigenvalues = run.curvature().top_eigenvalues
     if eigenvalues:

@@ -12,8 +12,9 @@ import jinja2
 from matplotlib.figure import Figure
 
 from tracequant.allocation.explain import explain
-from tracequant.allocation.space import full_space, monotone_space
+from tracequant.allocation.space import counted, full_space, monotone_space
 from tracequant.core import cost
+from tracequant.core.evaluations import with_unit
 from tracequant.core.files import replace_file, write_text
 from tracequant.core.plan import MIB
 from tracequant.core.version import VERSION
@@ -47,7 +48,10 @@ def write_report(run: RunDirectory | str | Path) -> Path:
     pictures: dict[str, Figure] = {
         "layers": figures.layers_figure(rows, curvature),
         "frontier": figures.frontier_figure(
-            fronts, markers(run, sensitivity, plan), [(row.size_bytes, omega, row.metric) for row, omega in evaluated]
+            fronts,
+            markers(run, sensitivity, plan),
+            [(row.size_bytes, omega, row.metric) for row, omega in evaluated],
+            metric_name=evaluations.metric_name if evaluations is not None else "",
         ),
     }
     check = run.check_result()
@@ -77,6 +81,7 @@ def write_report(run: RunDirectory | str | Path) -> Path:
     ).get_template("report.html.j2")
     units = len(points.weight_units)
     options = max(len(omega) for omega in sensitivity.weight_omega.values())
+    packed = run.pack_result() if run.done("pack") else None
     page = template.render(
         settings=settings,
         curvature=curvature,
@@ -88,7 +93,8 @@ def write_report(run: RunDirectory | str | Path) -> Path:
         results=results,
         metric_name=run.quantize_result().metric_name if results else "",
         evaluation_samples=run.quantize_result().samples if results else 0,
-        packed=run.pack_result() if run.done("pack") else None,
+        packed=packed,
+        packed_metric=with_unit(run.quantize_result().metric_name, packed.evaluation.metric) if packed else "",
         figures=embedded,
         criterion=sensitivity.criterion,
         evaluations=evaluations,
@@ -98,8 +104,8 @@ def write_report(run: RunDirectory | str | Path) -> Path:
         bops=cost.bit_operations(points, plan.weight_bits, plan.activation_bits),
         float_bops=cost.bit_operations(points, {}, {}),
         activation_average=cost.average_activation_bits(points, plan.activation_bits),
-        full_space=full_space(units, options),
-        monotone_space=monotone_space(units, options),
+        full_space=counted(full_space(units, options)),
+        monotone_space=counted(monotone_space(units, options)),
         mib=MIB,
         isinf=math.isinf,
         versions={"tracequant": VERSION, **{name: version(name) for name in ("torch", "numpy", "scipy")}},

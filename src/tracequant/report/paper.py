@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from tracequant.allocation.frontier import Frontier
 from tracequant.core.curvature import Curvature
-from tracequant.core.errors import ModelError, RunError
+from tracequant.core.errors import RunError, TracequantError
 from tracequant.core.files import replace_file, write_json
 from tracequant.core.match import match_names, matching
 from tracequant.core.plan import MIB, BitPlan
@@ -67,8 +67,8 @@ def draw_figures(
     """Write `figure-N.png` and `figure-N.json` for the given numbers, by default into RUN/paper.
 
     What the run lacks is measured on the first calibration batch and kept in the run. Without numbers, every figure
-    that can be drawn is drawn, and the result says why the others are not. With numbers such a reason is a
-    `RunError`, or the `ModelError` that stands in the way; a number that is no such figure is a `RunError` always.
+    that can be drawn is drawn, and the result says why the others are not. With numbers the error
+    that stands in the way is raised; a number that is no such figure is a `RunError` always.
     """
     if unknown := [number for number in numbers or () if number not in FIGURES]:
         raise RunError(
@@ -89,7 +89,7 @@ def draw_figures(
     for number in FIGURES if numbers is None else dict.fromkeys(numbers):
         try:
             picture, data = FIGURES[number](run, options)
-        except (RunError, ModelError) as error:
+        except TracequantError as error:
             if numbers is not None:
                 raise
             left_out[number] = str(error)
@@ -116,8 +116,14 @@ def _figure_4(run: RunDirectory, options: FigureOptions) -> _Drawn:
     settings, sensitivity = run.settings().plan, run.sensitivity()
     fronts = frontiers(sensitivity, plan, settings)
     points = markers(run, sensitivity, plan)
-    evaluated = evaluated_plans(sensitivity, run.evaluations())
-    picture = figures.frontier_figure(fronts, points, [(row.size_bytes, omega, row.metric) for row, omega in evaluated])
+    evaluations = run.evaluations()
+    evaluated = evaluated_plans(sensitivity, evaluations)
+    picture = figures.frontier_figure(
+        fronts,
+        points,
+        [(row.size_bytes, omega, row.metric) for row, omega in evaluated],
+        metric_name=evaluations.metric_name if evaluations is not None else "",
+    )
     return picture, {
         "criterion": sensitivity.criterion,
         "frontiers": {solver: _frontier_rows(front) for solver, front in fronts.items()},

@@ -38,14 +38,15 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from tracequant.core.curvature import Curvature, Perturbation, Spectrum
 from tracequant.core.errors import ArtifactError, RunError, TaskError
 from tracequant.core.evaluations import Check, Evaluations
-from tracequant.core.files import FORMAT_VERSION, read_json, write_json
+from tracequant.core.files import FORMAT_VERSION, Saveable, read_json, write_json
 from tracequant.core.options import decisive
 from tracequant.core.plan import BitPlan, reprice
 from tracequant.core.sensitivity import Sensitivity, combine
@@ -55,6 +56,7 @@ from tracequant.run.results import FinetuneOutcome, ModelRow, PackResult, Quanti
 if TYPE_CHECKING:
     from tracequant.model.task import TaskSetup
 
+S = TypeVar("S", bound=Saveable)
 Stage = Literal["analyze", "plan", "quantize", "finetune", "pack", "report"]
 STAGES: tuple[Stage, ...] = ("analyze", "plan", "quantize", "finetune", "pack", "report")
 # What a finished stage has left; without one of these files it is not finished.
@@ -119,7 +121,9 @@ class RunDirectory:
         before = self.settings() if self.exists() else None
         if before is not None and before.analysis == analysis:
             return
+        new_folders = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         self.ask(replace(before, analysis=analysis) if before is not None else RunSettings(analysis))
+        self._setup = None  # that of the settings before
         try:
             self.setup()
         except BaseException:
@@ -127,6 +131,9 @@ class RunDirectory:
                 before.save(self.path / "settings.json")
             else:
                 (self.path / "settings.json").unlink()
+                with suppress(OSError):  # no longer empty
+                    for folder in new_folders:
+                        folder.rmdir()
             raise
 
     def setup(self) -> TaskSetup:
@@ -165,18 +172,27 @@ class RunDirectory:
             return False
         return self._keys().get(stage) == self.key(stage, self.settings())
 
+    def was_quantized(self) -> bool:
+        """Whether a plan was quantized since the analysis, be it the present one or an earlier one."""
+        return self.done("analyze") and (self.path / "quantize.json").is_file()
+
     def need(self, stage: Stage) -> None:
         """Raise `RunError` that names the command to run if the stage is not finished."""
         self.settings()
         if not self.done(stage):
-            command = {
-                "analyze": f"analyze --task ... --out {self.path}",
-                "plan": f"plan {self.path} --max-size-mib X",
-            }.get(stage, f"{stage} {self.path}")
             raise RunError(
                 f"{self.path} has no finished stage {stage!r} under its present settings; run"
-                f" `tracequant {command}` first"
+                f" {self._command(stage)} first"
             )
+
+    def _command(self, stage: str) -> str:
+        """The command that makes what a stage leaves."""
+        arguments = {
+            "analyze": f"analyze --task ... --out {self.path}",
+            "plan": f"plan {self.path} --max-size-mib X",
+            "compare": f"compare {self.path} --max-size-mib X",
+        }
+        return f"`tracequant {arguments.get(stage, f'{stage} {self.path}')}`"
 
     def begin(self, stage: Stage) -> float:
         """The time, after marking the stage and those after it as not finished: their files are about to change."""
@@ -230,9 +246,16 @@ class RunDirectory:
 
     # What the stages have left
 
+    def _load(self, kind: type[S], name: str, stage: str) -> S:
+        """The value in a file that a stage or a command leaves; errors say how to make the file anew."""
+        path = self.path / name
+        if not path.is_file():
+            raise ArtifactError(f"{path} does not exist; {self._command(stage)} makes it")
+        return kind.from_json(read_json(path, f"delete it, and {self._command(stage)} makes it anew"), str(path))
+
     def curvature(self) -> Curvature:
         """Result of analyze."""
-        return Curvature.load(self.path / "curvature.json")
+        return self._load(Curvature, "curvature.json", "analyze")
 
     def sensitivity(self) -> Sensitivity:
         """Sensitivities by the criterion that the run's plan was asked for by, or else the analysis's."""
@@ -244,7 +267,7 @@ class RunDirectory:
 
         Raises `RunError` that says what to run where something was not measured.
         """
-        measured = Sensitivity.load(self.path / "sensitivity.json")
+        measured = self._load(Sensitivity, "sensitivity.json", "analyze")
         if criterion is None or criterion == measured.criterion:
             return measured
         perturbation = None
@@ -255,7 +278,7 @@ class RunDirectory:
                     f" have; `tracequant check {self.path}` measures it, and so does `tracequant analyze` with"
                     f" --criterion {criterion}"
                 )
-            perturbation = Perturbation.load(self.path / "perturbation.json")
+            perturbation = self._load(Perturbation, "perturbation.json", "check")
         curvature = self.curvature()
         if criterion.startswith("eigenvalue") and curvature.top_eigenvalues is None:
             raise RunError(f"criterion {criterion!r} needs eigenvalues; analyze with --eigenvalues")
@@ -279,9 +302,21 @@ class RunDirectory:
             and (has_perturbation or criterion not in EXPANSIONS)
         ]
 
+    def missing_criteria(self) -> list[str]:
+        """The criteria that `criteria` leaves out, with the command that measures what they need."""
+        missing = [criterion for criterion in CRITERIA if criterion not in self.criteria()]
+        expansions = [criterion for criterion in missing if criterion in EXPANSIONS]
+        others = [criterion for criterion in missing if criterion not in EXPANSIONS]
+        ways = ((expansions, f"check {self.path}"), (others, f"analyze ... --eigenvalues --out {self.path}"))
+        return [
+            f"{' and '.join(names)}, for which nothing is measured yet; `tracequant {command}` measures it"
+            for names, command in ways
+            if names
+        ]
+
     def plan(self) -> BitPlan:
         """Result of plan; bits that were edited by hand count, with the size and Ω that they really have."""
-        plan = BitPlan.load(self.path / "plan.json")
+        plan = self._load(BitPlan, "plan.json", "plan")
         repriced = reprice(self.sensitivity(), plan)
         if repriced == plan:
             return plan
@@ -289,30 +324,33 @@ class RunDirectory:
 
     def evaluations(self) -> Evaluations | None:
         """Every plan that was evaluated, to solve by accuracy or to compare criteria; None if there is none."""
-        path = self.path / "evaluations.json"
-        return Evaluations.load(path) if path.is_file() else None
+        if not (self.path / "evaluations.json").is_file():
+            return None
+        return self._load(Evaluations, "evaluations.json", "compare")
 
     def check_result(self) -> Check | None:
         """Result of check, None where there is none of this analysis."""
-        path = self.path / "check.json"
-        return Check.load(path) if path.is_file() else None
+        if not (self.path / "check.json").is_file():
+            return None
+        return self._load(Check, "check.json", "check")
 
     def spectrum(self) -> Spectrum | None:
         """Result of spectrum, None where there is none of this analysis."""
-        path = self.path / "spectrum.json"
-        return Spectrum.load(path) if path.is_file() else None
+        if not (self.path / "spectrum.json").is_file():
+            return None
+        return self._load(Spectrum, "spectrum.json", "spectrum")
 
     def quantize_result(self) -> QuantizeResult:
         """Result of quantize."""
-        return QuantizeResult.load(self.path / "quantize.json")
+        return self._load(QuantizeResult, "quantize.json", "quantize")
 
     def finetune_outcome(self) -> FinetuneOutcome:
         """Result of finetune."""
-        return FinetuneOutcome.load(self.path / "finetune.json")
+        return self._load(FinetuneOutcome, "finetune.json", "finetune")
 
     def pack_result(self) -> PackResult:
         """Result of pack."""
-        return PackResult.load(self.path / "pack.json")
+        return self._load(PackResult, "pack.json", "pack")
 
     def packed_file(self, file: str | Path | None = None) -> Path:
         """A packed file that is there, the run's product by default; `ArtifactError` if it is not."""

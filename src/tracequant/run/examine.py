@@ -7,9 +7,10 @@ import itertools
 import json
 import shutil
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from tracequant.allocation.request import check_request
 from tracequant.core.curvature import Curvature, Landscapes, Perturbation, Spectrum
@@ -24,6 +25,8 @@ from tracequant.run.stages import measure_run_perturbation, solve
 
 if TYPE_CHECKING:
     from tracequant.model.batches import Batch
+
+Result = TypeVar("Result")
 
 
 def check(run: RunDirectory, samples: int | None, plans: int, offered: Sequence[Sequence[int]]) -> Check:
@@ -92,7 +95,7 @@ def measure_spectrum(run: RunDirectory, layers: Sequence[str], top: int, densiti
     run.need("analyze")
     from tracequant.curvature.spectrum import spectral_density, top_eigenvalues
 
-    setup, points, batches = run.setup(), run.curvature().points, _first_batch(run)
+    setup, points = run.setup(), run.curvature().points
     seed = run.settings().analysis.options.seed
     names = list(points.by_name)
     chosen = match_names(layers, names, "layer")
@@ -102,24 +105,28 @@ def measure_spectrum(run: RunDirectory, layers: Sequence[str], top: int, densiti
         raise RunError(
             f"there is nothing to measure: {top} eigenvalues of layers that match {list(layers)}, and no density"
         )
-    eigenvalues = {}
-    if top and chosen:
-        eigenvalues = top_eigenvalues(
-            setup.model, batches, setup.task, _only(points, chosen), k=top, seed=seed, progress=run.progress
+
+    def measure(batches: list[Batch]) -> Spectrum:
+        eigenvalues = {}
+        if top and chosen:
+            eigenvalues = top_eigenvalues(
+                setup.model, batches, setup.task, _only(points, chosen), k=top, seed=seed, progress=run.progress
+            )
+        measured = tuple(
+            spectral_density(
+                setup.model,
+                batches,
+                setup.task,
+                points,
+                layer=None if name == "*" else name,
+                seed=seed,
+                progress=run.progress,
+            )
+            for name in wanted
         )
-    measured = tuple(
-        spectral_density(
-            setup.model,
-            batches,
-            setup.task,
-            points,
-            layer=None if name == "*" else name,
-            seed=seed,
-            progress=run.progress,
-        )
-        for name in wanted
-    )
-    spectrum = Spectrum(eigenvalues, measured, sum(map(setup.task.batch_size, batches)))
+        return Spectrum(eigenvalues, measured, sum(map(setup.task.batch_size, batches)))
+
+    spectrum = _on_first_batch(run, "the spectrum is", measure)
     spectrum.save(run.path / "spectrum.json")
     return spectrum
 
@@ -136,16 +143,17 @@ def eigenvalues(run: RunDirectory, layers: Sequence[str], top: int) -> Spectrum:
     if missing or known is None:
         from tracequant.curvature.spectrum import top_eigenvalues
 
-        setup, batches = run.setup(), _first_batch(run)
-        seed = run.settings().analysis.options.seed
-        values |= top_eigenvalues(
-            setup.model, batches, setup.task, _only(points, missing), k=top, seed=seed, progress=run.progress
-        )
-        known = Spectrum(
-            {name: values[name] for name in points.by_name if name in values},
-            known.densities if known is not None else (),
-            sum(map(setup.task.batch_size, batches)),
-        )
+        setup, seed = run.setup(), run.settings().analysis.options.seed
+        densities = known.densities if known is not None else ()
+
+        def measure(batches: list[Batch]) -> Spectrum:
+            measured = values | top_eigenvalues(
+                setup.model, batches, setup.task, _only(points, missing), k=top, seed=seed, progress=run.progress
+            )
+            in_order = {name: measured[name] for name in points.by_name if name in measured}
+            return Spectrum(in_order, densities, sum(map(setup.task.batch_size, batches)))
+
+        known = _on_first_batch(run, "the eigenvalues are", measure)
         known.save(run.path / "spectrum.json")
     return known
 
@@ -166,18 +174,22 @@ def landscapes(
     from tracequant.measure.landscape import DEFAULT_SIZE, loss_landscapes
 
     setup = run.setup()
-    return loss_landscapes(
-        setup.model,
-        _first_batch(run),
-        setup.task,
-        run.curvature().points,
-        layers=layers,
-        size=size or DEFAULT_SIZE,
-        radius=radius,
-        seed=seed,
-        checkpoint=path,
-        progress=run.progress,
-    )
+
+    def measure(batches: list[Batch]) -> Landscapes:
+        return loss_landscapes(
+            setup.model,
+            batches,
+            setup.task,
+            run.curvature().points,
+            layers=layers,
+            size=size or DEFAULT_SIZE,
+            radius=radius,
+            seed=seed,
+            checkpoint=path,
+            progress=run.progress,
+        )
+
+    return _on_first_batch(run, "the landscapes are", measure)
 
 
 def hutchinson_probes(run: RunDirectory, layers: Sequence[str], num_probes: int) -> Curvature:
@@ -204,6 +216,21 @@ def hutchinson_probes(run: RunDirectory, layers: Sequence[str], num_probes: int)
     )
     measured.save(path)
     return measured
+
+
+def _on_first_batch(run: RunDirectory, what: str, measure: Callable[[list[Batch]], Result]) -> Result:
+    """What `measure` returns for the first calibration batch, or for as many of its samples as fit into memory.
+
+    A warning says how many there were where they are not all.
+    """
+    from tracequant.model.memory import on_first_batch
+
+    result, samples = on_first_batch(run.setup().task, run.setup().calibration, measure)
+    if samples is not None:
+        warnings.warn(
+            f"{what} of the first {samples} samples, because the graph of more does not fit into memory", stacklevel=3
+        )
+    return result
 
 
 def _first_batch(run: RunDirectory) -> list[Batch]:

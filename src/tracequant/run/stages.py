@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 import typing
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,13 +17,20 @@ from typing import TYPE_CHECKING
 from tracequant.allocation.request import check_request
 from tracequant.allocation.solve import solve as solve_plan
 from tracequant.allocation.stability import is_stable, plan_stability
-from tracequant.allocation.uniform import uniform_plan
+from tracequant.allocation.uniform import nearest_uniform
 from tracequant.core.cost import float_bytes
 from tracequant.core.curvature import Curvature, Perturbation
-from tracequant.core.errors import ModelError, RunError, SecondDerivativeError
+from tracequant.core.errors import (
+    ArtifactError,
+    BudgetError,
+    ModelError,
+    RunError,
+    SecondDerivativeError,
+    TracequantError,
+)
 from tracequant.core.files import read_json, replace_file, write_json
 from tracequant.core.plan import BitPlan
-from tracequant.core.sensitivity import Sensitivity
+from tracequant.core.reasons import in_bits
 from tracequant.core.settings import EXPANSIONS, FinetuneSettings, PlanSettings
 from tracequant.run.directory import RunDirectory
 from tracequant.run.results import FinetuneOutcome, ModelRow, PackResult, QuantizeResult
@@ -35,6 +43,9 @@ if TYPE_CHECKING:
 
 # What belongs to one analysis only: a new analysis deletes it.
 _OF_THE_ANALYSIS = ("perturbation.json", "check.json", "spectrum.json", "hutchinson.json")
+
+# What `export` and `verify` made of one packed model: a new one deletes it.
+_OF_THE_PRODUCT = ("model.onnx", "verify.json")
 
 
 def analyze(run: RunDirectory) -> None:
@@ -88,11 +99,16 @@ def analyze(run: RunDirectory) -> None:
     perturbation = measure_run_perturbation(run, points) if criterion in EXPANSIONS else None
     if not first:
         return
-    if settings.eigenvalues or criterion.startswith("eigenvalue"):
+    required = criterion.startswith("eigenvalue")
+    if settings.eigenvalues or required:
+        optional = "" if required else "; --no-eigenvalues leaves them out"
+        run.say(f"analyze: largest eigenvalues, which may take longer than all before{optional}")
         try:
-            curvature = with_eigenvalues(model, batches, task, curvature, seed=seed, progress=run.progress)
+            curvature = with_eigenvalues(
+                model, batches, task, curvature, seed=seed, progress=run.progress, required=required
+            )
         except SecondDerivativeError as error:
-            if criterion.startswith("eigenvalue"):
+            if required:
                 raise
             run.say(f"analyze: no eigenvalues, HAWQ's point will be missing from the report ({error})")
     sensitivity = measure_sensitivity(
@@ -164,7 +180,14 @@ def solve(run: RunDirectory, settings: PlanSettings) -> BitPlan:
 
 
 def keep_plan(run: RunDirectory, settings: PlanSettings, plan: BitPlan) -> None:
-    """Make `plan`, which was solved for `settings`, the run's plan; it replaces an edited one too."""
+    """Make `plan`, which was solved for `settings`, the run's plan; it replaces an edited one too.
+
+    Where it is the run's plan already, the stages that are finished with it stay finished.
+    """
+    if run.settings().plan == settings and run.done("plan"):
+        with suppress(ArtifactError, BudgetError):  # damaged, or edited to what no plan can be
+            if run.plan() == plan:
+                return
     start = run.begin("plan")
     run.ask(replace(run.settings(), plan=settings))
     plan.save(run.path / "plan.json")
@@ -198,10 +221,10 @@ def quantize(run: RunDirectory) -> None:
     plan, sensitivity = run.plan(), run.sensitivity()
     evaluation = _evaluate(run, run.setup().model)
     float_row = _row("float32", evaluation, size_bytes=float_bytes(sensitivity.points), average_bits=32.0)
-    uniform_bits, uniform = _nearest_uniform(sensitivity, plan)
+    uniform_bits, uniform = nearest_uniform(sensitivity, plan)
     rows = []
     for name, candidate, file in (
-        (f"uniform {uniform_bits} bits", uniform, "uniform.safetensors"),
+        (f"uniform {in_bits(uniform_bits)}", uniform, "uniform.safetensors"),
         ("mixed", plan, "quantized.safetensors"),
     ):
         quantized = _quantized(run, candidate)
@@ -231,14 +254,14 @@ def finetune(run: RunDirectory, recipe: FinetuneSettings) -> None:
     key = run.key("finetune", run.settings())
     uniform_row: ModelRow | None = None
     if recipe.uniform_too:
-        uniform_bits, uniform = _nearest_uniform(run.sensitivity(), plan)
+        uniform_bits, uniform = nearest_uniform(run.sensitivity(), plan)
         quantized, _ = _train(run, uniform, f"uniform-{key}")
         if distributed.rank() == 0:
             from tracequant.deploy.pack import pack
 
             size = pack(quantized, run.path / "uniform_finetuned.safetensors")
             uniform_row = _row(
-                f"uniform {uniform_bits} bits, fine-tuned",
+                f"uniform {in_bits(uniform_bits)}, fine-tuned",
                 _evaluate(run, quantized),
                 size_bytes=size,
                 average_bits=uniform.average_bits,
@@ -276,6 +299,8 @@ def pack(run: RunDirectory) -> None:
             f" {run.path}`, or take the packed model from before it, {run.path / 'quantized.safetensors'}"
         )
     start = run.begin("pack")
+    for name in _OF_THE_PRODUCT:
+        (run.path / name).unlink(missing_ok=True)
     quantized = _quantized(run, plan)
     if fine_tuned:
         quantized.load_state_dict(load_file(run.path / "finetuned.safetensors"))
@@ -294,7 +319,11 @@ def evaluate_file(run: RunDirectory, file: str | Path | None = None) -> Evaluati
     run.settings()
     path = run.packed_file(file)
     if file is None and (run.path / "pack.json").is_file() and not run.done("pack"):
-        run.say(f"{path} is older than the run's present plan or settings; `tracequant pack` makes it anew")
+        try:
+            run.plan()
+            run.say(f"{path} is older than the run's present plan or settings; `tracequant pack` makes it anew")
+        except TracequantError as error:
+            run.say(f"{path} may be of another plan than the run's, which cannot be read: {error}")
     return _evaluate(run, load(path, run.setup().model))
 
 
@@ -354,11 +383,3 @@ def _quantized(run: RunDirectory, plan: BitPlan) -> nn.Module:
 
     setup = run.setup()
     return quantize_model(setup.model, setup.calibration, setup.task, plan, progress=run.progress)
-
-
-def _nearest_uniform(sensitivity: Sensitivity, plan: BitPlan) -> tuple[int, BitPlan]:
-    """The offered width at which a uniform plan's file is nearest in size to the plan's, and that uniform plan."""
-    offered = sorted({b for options in sensitivity.weight_omega.values() for b in options})
-    plans = {b: uniform_plan(sensitivity, b, activation_bits=plan.activation_bits) for b in offered}
-    best = min(offered, key=lambda b: abs(plans[b].size_bytes - plan.size_bytes))
-    return best, plans[best]

@@ -35,6 +35,9 @@ def build(options: TaskOptions) -> TaskSetup:
             "the cifar10 task needs data_dir=DIR: torchvision's folder (holding cifar-10-batches-py) or one of lossless"
             " mosaics (test.webp, train_0.webp, ...)"
         )
+    folder = Path(options.data_dir)
+    if not folder.is_dir():
+        raise TaskError(f"data_dir {folder} does not exist, or is no folder")
     if options.weights is None:
         raise TaskError(
             "the cifar10 task needs weights=FILE: a file with the trained network's state dict (safetensors or .pth)"
@@ -46,7 +49,6 @@ def build(options: TaskOptions) -> TaskSetup:
     model = SmallResNet(blocks=(DEPTHS[name] - 2) // 6)
     hint = f"choose the depth with model=NAME ({', '.join(DEPTHS)})"
     load_state(model, read_state(options.weights), options.weights, hint)
-    folder = Path(options.data_dir)
     train_images, train_labels = load_images(folder, train=True)
     test_images, test_labels = load_images(folder, train=False)
     samples, batch_size = options.samples or 512, options.batch_size or 128
