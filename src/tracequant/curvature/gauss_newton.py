@@ -68,8 +68,8 @@ def gauss_newton(
     """Gauss-Newton traces over all samples of `batches`, with `num_probes` random vectors v for each (2 if None).
 
     "exact" sums over all columns of H_L's factor instead, one backward pass for each output element: no error but
-    that of the samples. Layers of other kinds than Conv, ConvTranspose, Linear and Embedding, or whose weight is also
-    used outside their module's call, get a backward pass for each sample; the result's `reason` names them.
+    that of the samples. Layers whose weight something else than a convolution, a matrix product or a lookup reads get a
+    pass of each sample alone, all of them together; a warning says so before, and the result's `reason` names them.
 
     With `target_sampling_error` no more batches are taken once the `sampling_error` of every trace is below that share
     of it. `checkpoint`, `stop` and `precision` are those of `collect`.

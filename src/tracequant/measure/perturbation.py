@@ -48,7 +48,7 @@ from tracequant.quantization.calibrate import activation_options, calibrate
 from tracequant.quantization.grid import Grid, check_bits, choose_weight_grid
 
 # The most backward passes that a batch gets by default: as many random vectors, or all columns.
-DEFAULT_PROBES = 16
+DEFAULT_PROBES = 4
 
 
 def measure_perturbation(
@@ -71,7 +71,7 @@ def measure_perturbation(
     And of every activation at `activation_bits` (the model's input at 8 bits only), with ranges chosen on `batches`.
 
     `batches` are labelled samples. `num_probes` random vectors stand for the columns of L, "exact" takes all of them,
-    and None all where the outputs have at most 16 elements for each sample, else 16 probes. The second-order term is
+    and None all where the outputs have at most 4 elements for each sample, else 4 probes. The second-order term is
     the Gauss-Newton one. For each layer alone it equals the Hessian's where `estimate_curvature` finds that its traces
     are; between two layers, and in networks that bend, it leaves out the outputs' own second derivatives. `checkpoint`
     and `precision` are those of `collect`; memory grows with the number of bit widths. The model is left as it was.
