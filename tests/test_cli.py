@@ -287,6 +287,7 @@ def test_without_fine_tuning(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert not (path / "finetune.json").exists()
 
 
+@pytest.mark.filterwarnings("ignore:.*not significantly above zero")
 @pytest.mark.parametrize("estimator", ["auto", "gauss_newton", "hutchinson"])
 def test_every_estimator(estimator: str, tmp_path: Path) -> None:
     path = tmp_path / "run"

@@ -143,7 +143,7 @@ def test_compare_solves_and_evaluates_by_each_metric(copy: Path, capsys: pytest.
     # The table compares whole files, the float one's included, next to W-Comp.
     assert invoke("compare", copy, "--average-bits", "2.5", "--criteria", "trace") == 0
     printed = " ".join(capsys.readouterr().out.split())
-    plan = tq.solve(run.sensitivity(), average_bits=2.5)
+    plan = tq.solve(run.sensitivity_by("trace"), average_bits=2.5)
     assert plan.file_compression is not None
     assert f"{plan.file_compression:.2f}x" in printed
     assert f"{plan.compression:.2f}x" in printed

@@ -325,6 +325,7 @@ def test_a_crowd_is_neither_found_nor_missed() -> None:
         coco_metrics(only_crowd, found, 1)
 
 
+@pytest.mark.filterwarnings("ignore:.*not significantly above zero")
 def test_from_analysis_to_a_packed_file_with_ties_and_mixed_activations(tmp_path: Path) -> None:
     model = tiny_retinanet(dtype=torch.float32)
     batches = [scenes(*SIZES, dtype=torch.float32), scenes((16, 16), dtype=torch.float32)]
@@ -353,6 +354,7 @@ def test_from_analysis_to_a_packed_file_with_ties_and_mixed_activations(tmp_path
         assert all(torch.equal(outputs[name], again[name]) for name in outputs)
 
 
+@pytest.mark.filterwarnings("ignore:.*not significantly above zero")
 def test_onnx_has_the_heads_for_images_of_any_size(tmp_path: Path) -> None:
     """A runtime's heads in the place of the model's give the same outputs and losses, and the mAP of these outputs.
 

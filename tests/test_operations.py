@@ -403,6 +403,7 @@ def test_a_recurrent_layer_computes_with_its_rounded_weights(name: str, training
 # The whole way
 
 
+@pytest.mark.filterwarnings("ignore:.*not significantly above zero")
 @pytest.mark.parametrize("name", MODELS)
 def test_from_curvature_to_a_packed_file(name: str, tmp_path: Path) -> None:
     model = build(name)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tracequant as tq
-from tracequant.curvature.output_hessian import GROUP, OutputHessian, _signs
+from tracequant.curvature.output_factors import GROUP, OutputHessian, draw_signs
 
 TASK = tq.ClassificationTask()
 SEEDS = 40
@@ -113,7 +113,7 @@ def test_the_stated_error_is_right(make) -> None:  # type: ignore[no-untyped-def
 def signs(columns: int, rows: int, samples: int = 4000) -> Tensor:
     """`[rows, samples, columns]`, each row from a generator in the same state."""
     like = torch.empty(samples, columns, dtype=torch.float64)
-    return torch.stack([_signs(like, torch.Generator().manual_seed(5), row) for row in range(rows)])
+    return torch.stack([draw_signs(like, torch.Generator().manual_seed(5), row) for row in range(rows)])
 
 
 @pytest.mark.parametrize("rows", [2, 4, 8])
@@ -143,7 +143,7 @@ def test_three_rows_err_no_more_than_they_state() -> None:
 
 def test_every_row_has_signs_of_its_own_and_positions_are_independent() -> None:
     like = torch.empty(3, 5, 4, 7)
-    rows = [_signs(like, torch.Generator().manual_seed(0), row) for row in range(GROUP)]
+    rows = [draw_signs(like, torch.Generator().manual_seed(0), row) for row in range(GROUP)]
     assert all(row.abs().eq(1).all() for row in rows)
     assert len({tuple(row.flatten().tolist()) for row in rows}) == GROUP
     # The same class at two positions: a pair that rows of one matrix over classes alone would never show.

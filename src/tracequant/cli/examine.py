@@ -13,7 +13,6 @@ from rich.table import Table
 from tracequant.cli.options import AsJson, Quiet, RunPath, Without
 from tracequant.cli.printing import note, open_run, print_check, print_json
 from tracequant.cli.requests import parse_bits, parse_criteria
-from tracequant.core.cost import float_bytes
 from tracequant.core.plan import MIB
 from tracequant.core.settings import PlanSettings
 from tracequant.run import examine
@@ -80,7 +79,8 @@ def compare(
         for label, (plan, row) in rows.items():
             sizes = f"{plan.size_mib:.4f}", f"{plan.file_compression:.2f}x", f"{plan.compression:.2f}x"
             table.add_row(label, f"{row.metric:.2f}", f"{row.loss:.4f}", *sizes)
-        float_size = f"{float_bytes(run.sensitivity().points) / MIB:.4f}"
+        whole = next(iter(rows.values()))[0].model_size
+        float_size = "" if whole is None else f"{whole.float_bytes / MIB:.4f}"
         table.add_row("float", f"{evaluations.float_metric:.2f}", f"{evaluations.float_loss:.4f}", float_size, "", "")
         Console().print(table)
         if criteria is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -122,7 +122,7 @@ class Passes:
         )
 
     def _forward(self, microbatch: Microbatch, weights: bool) -> Opened:
-        with reading_variables(self._model, self._read) as variables:
+        with reading_variables(self._model, self._read) as variables, _in_operations(self._model):
             outputs, loss = microbatch.forward(self._model, self._task)
         random = generator(self._seed, microbatch.index, 0, device=model_device(self._model))
         hessian = factor(self._task, outputs, microbatch.batch, random)
@@ -149,6 +149,24 @@ class Passes:
             " more",
             stacklevel=2,
         )
+
+
+@contextmanager
+def _in_operations(model: nn.Module) -> Iterator[None]:
+    """Let recurrent layers compute in matrix products: one kernel for a whole sequence shows no operation inside."""
+    if not any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        yield
+    elif model_device(model).type == "cuda":
+        with torch.backends.cudnn.flags(enabled=False):
+            yield
+    else:
+        enabled = torch._C._get_mkldnn_enabled()
+        # The public context sets further flags, which warns where there is no GPU.
+        torch._C._set_mkldnn_enabled(False)
+        try:
+            yield
+        finally:
+            torch._C._set_mkldnn_enabled(enabled)
 
 
 def dense(gradient: Tensor) -> Tensor:

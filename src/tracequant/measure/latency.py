@@ -274,7 +274,7 @@ def _write_layer(module: nn.Module, example: Tensor, choice: Choice, path: Path)
         quantize_activation([layer], "0", Grid(torch.tensor([0.1]), torch.tensor([0.0]), input_bits))
         if isinstance(layer, CONVOLUTIONS):
             quantize_output(alone, "0", Grid(torch.tensor([0.1]), torch.tensor([128.0]), OUTPUT_BITS))
-    export_onnx(alone, path, example, dynamic_batch=False)
+    export_onnx(alone, path, example, dynamic_batch=False, dynamic_sizes=False)
     _strip_ends(path)
 
 

@@ -46,7 +46,7 @@ def quantize(model: nn.Module, batches: Batches, task: Task, plan: BitPlan, *, p
     _check_names(plan.weight_bits, first_look(model, batches, task)[1].layers, "layer")
     points = discover(model, batches, task, include=tuple(glob.escape(name) for name in plan.weight_bits))
     _check_names(plan.activation_bits, list(points.activation_by_name), "activation")
-    if plan.fingerprint != points.fingerprint:
+    if plan.fingerprint not in ("", points.fingerprint):  # plans of published tables have none
         warnings.warn(
             f"the plan was made for other weights than the model's (fingerprint {plan.fingerprint}, the model has"
             f" {points.fingerprint}): its bits were chosen for the curvature of those weights; if the model was trained"
