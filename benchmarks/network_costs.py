@@ -3,7 +3,7 @@
     python benchmarks/network_costs.py [--networks resnet50 vit_tiny ...] [--samples 16] [--stages] [--json FILE]
 
 For every network: one estimate of all traces, weights and activations, by two random vectors for each sample, all
-checks included, on one batch. Its time is given in plain passes (forward, and backward by all weights) over the same
+checks included, on one batch; the quantization points are found before. Its time is given in plain passes (forward, and backward by all weights) over the same
 batch, the median of three rounds in which both run one after the other. Peak memory is the growth of the process's
 resident memory over what it was before, in processes of their own, as a multiple of the plain pass's.
 
@@ -188,7 +188,7 @@ def measure(name: str, samples: int, mode: str) -> dict[str, Any]:
         plain_pass(model, task, batch)
 
     def estimate() -> tq.Curvature:
-        return tq.estimate_curvature(model, [batch], task, points=points, estimator="gauss_newton")
+        return tq.estimate_curvature(model, [batch], task, points=points)
 
     if mode in ("plain", "estimate"):
         return {"bytes": peak(plain if mode == "plain" else estimate)}

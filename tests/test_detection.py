@@ -397,8 +397,8 @@ def test_onnx_has_the_heads_for_images_of_any_size(tmp_path: Path) -> None:
     assert found.difference < 1e-5
     assert found.metric == TASK.evaluate(quantized, batches).metric
     assert found.runtimes[0].metric == TASK.evaluate(part.replaced(InRuntime(fused=True)), batches).metric
-    # A fused kernel may round a value between two codes to the other one: 1/40 of the largest output here.
-    for fused, tolerance in ((False, 1e-5), (True, 0.1)):
+    # A fused kernel may round a value between two codes to the other one, and adds up in 16 bits on some processors.
+    for fused, tolerance in ((False, 1e-5), (True, 0.2)):
         replaced = part.replaced(InRuntime(fused))
         for batch in batches:
             with torch.no_grad():
