@@ -4,7 +4,7 @@
 
 For every network: one estimate of all traces, weights and activations, by two random vectors for each sample, all
 checks included, on one batch; the quantization points are found before. Its time is given in plain passes (forward, and backward by all weights) over the same
-batch, the median of three rounds in which both run one after the other. Peak memory is the growth of the process's
+batch, the median of three rounds in which both run one after the other (one round for the further stages). Peak memory is the growth of the process's
 resident memory over what it was before, in processes of their own, as a multiple of the plain pass's.
 
 `--stages` adds `measure_sensitivity` (ranges and errors of activations at the default bit widths) and
@@ -202,7 +202,7 @@ def measure(name: str, samples: int, mode: str) -> dict[str, Any]:
     plain()
     ratios: dict[str, list[float]] = {action: [] for action in actions}
     result = None
-    for _ in range(3):
+    for _ in range(1 if mode == "stages" else 3):
         start = time.perf_counter()
         plain()
         unit = time.perf_counter() - start
