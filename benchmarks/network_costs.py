@@ -104,6 +104,14 @@ def torchvision_case(name: str) -> Callable[[int], Case]:
     return make
 
 
+def mobilenet_case(samples: int) -> Case:
+    """The repository's example, MobileNet v1 of width 0.25."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+    from mobilenet_v1 import MobileNetV1
+
+    return image_case(MobileNetV1(), samples)
+
+
 def text_case(kind: str) -> Callable[[int], Case]:
     """A network of transformers', sequences of 128 tokens."""
 
@@ -141,7 +149,7 @@ NETWORKS: dict[str, Callable[[int], Case]] = {
     "resnet50": torchvision_case("resnet50"),
     "tf_efficientnet_lite0": timm_case("tf_efficientnet_lite0"),
     "mobilenetv3_small": torchvision_case("mobilenet_v3_small"),
-    "mobilenet_v1_025": timm_case("mobilenetv1_100.ra4_e3600_r224_in1k"),
+    "mobilenet_v1_025": mobilenet_case,
     "efficientnet_b0": timm_case("efficientnet_b0"),
     "convnext_tiny": timm_case("convnext_tiny"),
     "vit_tiny": timm_case("vit_tiny_patch16_224"),
