@@ -3,9 +3,10 @@
     python benchmarks/network_costs.py [--networks resnet50 vit_tiny ...] [--samples 16] [--stages] [--json FILE]
 
 For every network: one estimate of all traces, weights and activations, by two random vectors for each sample, all
-checks included, on one batch; the quantization points are found before. Its time is given in plain passes (forward, and backward by all weights) over the same
-batch, the median of three rounds in which both run one after the other (one round for the further stages). Peak memory is the growth of the process's
-resident memory over what it was before, in processes of their own, as a multiple of the plain pass's.
+checks included, on one batch; the quantization points are found before. Its time is given in plain passes (forward, and
+backward by all weights) over the same batch, the median of three rounds in which both run one after the other (one
+round for the further stages). Peak memory is the growth of the process's resident memory over what it was before, in
+processes of their own, as a multiple of the plain pass's.
 
 `--stages` adds `measure_sensitivity` (ranges and errors of activations at the default bit widths) and
 `measure_perturbation`, in plain passes too. Weights are random; inputs are random. UNet has a Dice loss for each
