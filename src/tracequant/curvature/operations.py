@@ -152,7 +152,10 @@ class Graph:
                 if site.number is not None and reader.next_functions[position][1] != site.number:
                     continue
                 kind = _kind(reader)
-                if kind in _REORDERING:
+                if kind == "Slice" and _output_shape(reader) == tuple(reader._saved_self_sym_sizes):  # type: ignore[attr-defined]
+                    # Nothing was cut off: `w[:, :, None]` leaves such a node in torch 2.8.
+                    pending.append(_Site(reader, None, site.operand, site.part))
+                elif kind in _REORDERING:
                     view = _then(site.operand, _REORDERING[kind], reader)
                     pending.append(_Site(reader, None, view, site.part))
                 elif kind in ("Split", "SplitWithSizes") and site.part is None:
