@@ -15,7 +15,7 @@ from models import exact_hessian
 from tracequant.core.errors import GaussNewtonError
 from tracequant.curvature.output_factors import draw_signs
 from tracequant.curvature.output_hessian import factor
-from tracequant.curvature.output_lanczos import STEPS, CoupledHessian, lanczos, square_roots
+from tracequant.curvature.output_lanczos import CoupledHessian, lanczos, square_roots
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 SAMPLES = 2
@@ -110,7 +110,7 @@ def test_draws_have_the_hessian_for_their_mean(name: str) -> None:
         for row in rows:
             v = (row * signs).expand(SAMPLES, -1)
             v = v - torch.einsum("ndk,nk->nd", hessian.vectors, torch.einsum("ndk,nd->nk", hessian.vectors, v))
-            basis, matrices, _ = lanczos(hessian.product, v, STEPS, hessian.vectors)
+            basis, matrices, _ = lanczos(hessian.product, v, hessian.steps, hessian.vectors)
             for sign, u in zip((1.0, -1.0), square_roots(basis, matrices, v), strict=True):
                 mean += sign * torch.einsum("ni,nj->nij", u, u) / len(rows)
     difference = torch.linalg.eigvalsh(mean - expected).abs().sum()

@@ -34,7 +34,7 @@ from tracequant.curvature.output_lanczos import INTERACTING, CoupledHessian, cou
 from tracequant.curvature.products import LOSS_BENDS_NOT, check_differentiable
 from tracequant.model.batches import Batch
 from tracequant.model.memory import out_of_memory
-from tracequant.model.softmax import class_axes, close, softmax_scale
+from tracequant.model.softmax import TOLERANCE, class_axes, close, softmax_scale
 from tracequant.model.task import Task, total_loss
 
 __all__ = ["GROUP", "Cotangents", "Factored", "OutputHessian", "SeparateHessians", "factor", "loss_hessian"]
@@ -98,7 +98,8 @@ def _factor_one(
     if z.ndim >= 2 and z[0].numel() <= DENSE_LIMIT:
         return _dense([tensor], _rows(z, product), image, probe)
     for axis in class_axes(z):
-        if z.shape[axis] <= DENSE_LIMIT and z.numel() * z.shape[axis] <= BLOCKS_LIMIT:
+        small = z.shape[axis] <= DENSE_LIMIT and z.numel() * z.shape[axis] <= BLOCKS_LIMIT
+        if small and not _reaches_others(probe, axis, product):
             blocks = _blocks(z, axis, product)
             if close([torch.einsum("nij...,nj...->ni...", blocks, probe.movedim(axis, 1))], [image.movedim(axis, 1)]):
                 values, vectors = torch.linalg.eigh(blocks.movedim((1, 2), (-2, -1)))
@@ -171,6 +172,15 @@ def _rows(z: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
         unit[:, i] = 1
         rows.append(product(unit.view_as(z)).flatten(1))
     return torch.stack(rows, 1)
+
+
+def _reaches_others(probe: Tensor, axis: int, product: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a vector at every other position has an image between; blocks would take a product for each class."""
+    turned = probe.movedim(axis, 1).flatten(2)
+    present = torch.arange(turned.shape[2], device=probe.device) % 2 == 0
+    masked = (turned * present).view(probe.movedim(axis, 1).shape).movedim(1, axis)
+    image = product(masked).movedim(axis, 1).flatten(2).double().square().sum((0, 1))
+    return float(image[~present].sum()) > TOLERANCE**2 * float(image.sum())
 
 
 def _blocks(z: Tensor, axis: int, product: Callable[[Tensor], Tensor]) -> Tensor:

@@ -28,10 +28,12 @@ from torch import Tensor
 from tracequant.core.errors import GaussNewtonError, ModelError
 from tracequant.curvature.output_factors import Cotangents, draw_signs
 
-# Products with H_L for each draw.
-STEPS = 48
-# The recurrence that looks for eigenvalues apart, or for all of a low rank, takes more.
-FIRST_STEPS = 64
+# Products with H_L for each draw: the least of these after which u changes by less than `SETTLED`, or the most.
+STEPS = (8, 12, 16, 24, 32, 48)
+SETTLED = 0.01
+# The recurrence that looks for eigenvalues apart, or for all of a low rank, takes more: the second where u has not
+# settled in the first.
+FIRST_STEPS = (32, 64)
 # Eigenvalues apart that get signs of their own.
 OUTLIERS = 16
 # Elements of one basis: 512 MiB in float32.
@@ -57,7 +59,8 @@ class CoupledHessian:
     """H_L by its products. `tensors` are the outputs, flattened and joined to D elements for each of N samples.
 
     `values` `[N, k]` and `vectors` `[N, D, k]` are eigenpairs that are known, which are all of H_L if `complete`.
-    `error` is how far u is from its limit, ‖u − u'‖ / ‖u‖ with a quarter of the steps left out for u'; 0 if `complete`.
+    A draw takes so many `steps`. `error` is how far its u is from the one of all steps that were tried, as a share of
+    its length; 0 if `complete`.
     """
 
     tensors: list[Tensor]
@@ -65,6 +68,7 @@ class CoupledHessian:
     values: Tensor
     vectors: Tensor
     complete: bool
+    steps: int = STEPS[-1]
     error: float = 0.0
 
     @property
@@ -81,7 +85,7 @@ class CoupledHessian:
             both.append(torch.einsum("ndk,nk->nd", self.vectors, roots * signs))
         if not self.complete:
             v = draw_signs(self.vectors.new_zeros(self.vectors.shape[:2]), generator, number)
-            basis, matrices, _ = lanczos(self.product, _without(v, self.vectors), STEPS, self.vectors)
+            basis, matrices, _ = lanczos(self.product, _without(v, self.vectors), self.steps, self.vectors)
             both = [u + rest for u, rest in zip(both, square_roots(basis, matrices, v), strict=True)]
         sizes = [float(u.square().sum()) for u in both]
         for sign, u, size in zip((1.0, -1.0), both, sizes, strict=True):
@@ -129,19 +133,35 @@ def coupled(
     like = tensors[0].detach().new_zeros(counts.pop(), sum(sizes))
     check_separate(flat, like, generator)
     start, other = (draw_signs(like, generator, 0) for _ in range(2))
-    basis, matrices, remainder = lanczos(flat, start, FIRST_STEPS)
-    values, vectors = _converged(basis, matrices, remainder)
     image = flat(other)
-    difference = torch.einsum("ndk,nk->nd", vectors, values * torch.einsum("ndk,nd->nk", vectors, other)) - image
-    if float(difference.norm()) <= torch.finfo(like.dtype).eps ** 0.5 * float(image.norm()):
-        return CoupledHessian(tensors, flat, values, vectors, complete=True)
-    steps = min(STEPS, basis.shape[1])
-    full, fewer = (
-        torch.stack(square_roots(basis[:, :count], matrices[:, :count, :count], start))
-        for count in (steps, max(1, 3 * steps // 4))
-    )
-    error = float((full - fewer).norm() / full.norm())
-    return CoupledHessian(tensors, flat, values[:, :OUTLIERS], vectors[:, :, :OUTLIERS], complete=False, error=error)
+    for first_steps in FIRST_STEPS:
+        basis, matrices, remainder = lanczos(flat, start, first_steps)
+        values, vectors = _converged(basis, matrices, remainder)
+        difference = torch.einsum("ndk,nk->nd", vectors, values * torch.einsum("ndk,nd->nk", vectors, other)) - image
+        if float(difference.norm()) <= torch.finfo(like.dtype).eps ** 0.5 * float(image.norm()):
+            return CoupledHessian(tensors, flat, values, vectors, complete=True)
+        steps, error = _settled(basis, matrices, start)
+        if error <= SETTLED and steps < basis.shape[1]:
+            break
+    return CoupledHessian(tensors, flat, values[:, :OUTLIERS], vectors[:, :, :OUTLIERS], False, steps, error)
+
+
+def _settled(basis: Tensor, matrices: Tensor, start: Tensor) -> tuple[int, float]:
+    """Steps after which u has settled, and how far it is then from the u of all steps; the most where it has not."""
+    full = torch.stack(square_roots(basis, matrices, start))
+    count, error = basis.shape[1], 0.0
+    for count in STEPS:
+        if count >= basis.shape[1]:
+            # Nothing is left to compare with: what the last quarter of the steps changed.
+            count = min(STEPS[-1], basis.shape[1])
+            fewer = max(1, 3 * count // 4)
+            before = torch.stack(square_roots(basis[:, :fewer], matrices[:, :fewer, :fewer], start))
+            return count, float((full - before).norm() / full.norm())
+        u = torch.stack(square_roots(basis[:, :count], matrices[:, :count, :count], start))
+        error = float((full - u).norm() / full.norm())
+        if error <= SETTLED:
+            break
+    return count, error
 
 
 def check_separate(product: Product, like: Tensor, generator: torch.Generator) -> None:
@@ -180,7 +200,9 @@ def lanczos(product: Product, start: Tensor, steps: int, known: Tensor | None = 
         # is enough.
         for _ in range(2):
             earlier = basis[:, : j + 1]
-            image = image - torch.einsum("njd,nj->nd", earlier, torch.einsum("njd,nd->nj", earlier, image))
+            # Sample by sample: a batched product with one vector each runs far slower than the products alone.
+            shares = [torch.mv(own.T, torch.mv(own, w)) for own, w in zip(earlier, image, strict=True)]
+            image = image - torch.stack(shares)
             image = image if known is None else _without(image, known)
         remainder = image.norm(dim=1, keepdim=True)
         remainder = remainder * (remainder > 10 * tiny.eps * scale)
@@ -198,7 +220,8 @@ def square_roots(basis: Tensor, matrices: Tensor, start: Tensor) -> list[Tensor]
     for sign in (1.0, -1.0):
         roots = (sign * values).clamp_min(0).sqrt()
         weights = torch.einsum("nij,nj->ni", inner, roots * inner[:, 0]) * length
-        results.append(torch.einsum("njd,nj->nd", basis, weights.to(basis.dtype)))
+        pairs = zip(basis, weights.to(basis.dtype), strict=True)
+        results.append(torch.stack([torch.mv(vectors.T, w) for vectors, w in pairs]))
     return results
 
 
@@ -218,4 +241,4 @@ def _converged(basis: Tensor, matrices: Tensor, remainder: Tensor) -> tuple[Tens
 
 def _without(v: Tensor, vectors: Tensor) -> Tensor:
     """What orthonormal `vectors` `[N, D, k]` leave of v `[N, D]`."""
-    return v - torch.einsum("ndk,nk->nd", vectors, torch.einsum("ndk,nd->nk", vectors, v))
+    return v - torch.stack([torch.mv(y, torch.mv(y.T, w)) for y, w in zip(vectors, v, strict=True)])
