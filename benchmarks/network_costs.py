@@ -70,11 +70,6 @@ def dice(logits: Tensor, targets: Tensor) -> Tensor:
     return (1 - (2 * (p * wanted).sum(2) + 1) / ((p + wanted).sum(2) + 1)).mean()
 
 
-def next_token(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Cross-entropy of every token given those before it."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-
-
 Case = tuple[nn.Module, tq.Task, Any]
 
 
@@ -120,12 +115,8 @@ def text_case(kind: str) -> Callable[[int], Case]:
         import transformers
 
         if kind == "bert":
-            config = transformers.BertConfig(num_labels=2)
-            model = transformers.BertForSequenceClassification(config)
-            tokens = torch.randint(config.vocab_size, (samples, SEQUENCE))
-            inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-            return model, tq.ClassificationTask(), (inputs, torch.randint(2, (samples,)))
-        if kind == "gpt2":
+            model = transformers.BertForSequenceClassification(transformers.BertConfig(num_labels=2))
+        elif kind == "gpt2":
             model = transformers.GPT2LMHeadModel(transformers.GPT2Config())
         else:
             config = transformers.LlamaConfig(
@@ -133,9 +124,11 @@ def text_case(kind: str) -> Callable[[int], Case]:
                 num_key_value_heads=4, vocab_size=32000,
             )  # fmt: skip
             model = transformers.LlamaForCausalLM(config)
-        model.config.use_cache = False
         tokens = torch.randint(model.config.vocab_size, (samples, SEQUENCE))
-        return model, tq.ClassificationTask(loss=next_token), (tokens, tokens)
+        batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        if kind == "bert":
+            batch["labels"] = torch.randint(2, (samples,))
+        return model, tq.HuggingFaceTask(), batch
 
     return make
 
