@@ -732,6 +732,11 @@ class LanguageModel(nn.Module):
         return self.out(x).transpose(1, 2)
 
 
+def _masked(vector: Tensor, sample: int) -> list[Tensor]:
+    """The vector, zero for all samples but one."""
+    return [vector * (torch.arange(len(vector)) == sample).view(-1, *([1] * (vector.ndim - 1)))]
+
+
 def test_tied_and_shared_lookups() -> None:
     """The position's gradient is summed over samples, except behind the sum that spreads it over them."""
     model = randomized(LanguageModel())
@@ -749,7 +754,7 @@ def test_tied_and_shared_lookups() -> None:
 
     sweep.run([vector], keep=True, on_layer=on_layer, on_activation=lambda *_: None)
     for n in range(3):
-        gradients = torch.autograd.grad(outputs, list(weights.values()), sweep.masked([vector], n), retain_graph=True)
+        gradients = torch.autograd.grad(outputs, list(weights.values()), _masked(vector, n), retain_graph=True)
         for name, gradient in zip(names, gradients, strict=True):
             assert float(found[name][n]) == pytest.approx(float(gradient.square().sum()), rel=1e-12)
 

@@ -134,7 +134,8 @@ def _bending(node: Any, inputs: list[int]) -> tuple[int, str, bool]:
         return bends, "BatchNorm by the statistics of the batch" if training else "BatchNorm", training is not None
     if operation == "Pow":
         exponent = getattr(node, "_saved_exponent", None)
-        return (0 if exponent == 1 else everything), "a power", True
+        constant = not isinstance(exponent, Tensor) and exponent == 1
+        return (0 if constant else everything), "a power", True
     if operation in _BENT:
         return everything, _BENT[operation], True
     bends = 0

@@ -78,16 +78,21 @@ def _products_of(call: Call, directions: Tensor) -> Tensor:
     if isinstance(call.geometry, Convolution):
         pair = convolution_norms.pair(call.geometry, call.read, call.gradient)
         gradients = convolution_norms.gradients(pair)
-        operand = call.operand(directions[0])
     else:
         left, right = _factors(replace(call, geometry=replace(call.geometry, flip=False)))
         operand = call.operand(directions[0])
-        if operand.mT.is_contiguous():  # the gradient in the order of the weight, so that no direction is copied
-            left, right, operand = right, left, operand.mT
+        if _is_whole(operand.mT, directions[0]):  # the gradient in the order of the weight: no direction is copied
+            return torch.matmul(torch.matmul(right, left.mT).flatten(1), directions.flatten(1).T)
         gradients = torch.matmul(left, right.mT).flatten(1)
-    if operand.is_contiguous() and operand.numel() == directions[0].numel():
+    if _is_whole(call.operand(directions[0]), directions[0]):
         return torch.matmul(gradients, directions.flatten(1).T)
     return torch.matmul(gradients, torch.stack([call.operand(v).flatten() for v in directions], 1))
+
+
+def _is_whole(operand: Tensor, weight: Tensor) -> bool:
+    """Whether an operand is all of the weight in its own order, a view of it and no reordered copy."""
+    alike = operand.data_ptr() == weight.data_ptr() and operand.numel() == weight.numel()
+    return alike and operand.is_contiguous()
 
 
 def _norms_of(calls: Sequence[Call]) -> Tensor:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 
@@ -97,6 +97,11 @@ _REORDERING: dict[str, Callable[[Any, Tensor], Tensor]] = {
     ),
     **dict.fromkeys(("Alias", "Clone", "ToCopy"), lambda node, w: w),
 }
+# Nodes whose rows are chosen by values: by a mask, an index, the lengths of sequences.
+_BY_VALUE = frozenset({
+    "Index", "IndexSelect", "IndexPut", "IndexAdd", "MaskedSelect", "MaskedScatter", "Gather", "Scatter", "ScatterAdd",
+    "PackPaddedSequence", "Take", "TakeAlongDim", "Repeat_interleave", "RepeatInterleave",
+})  # fmt: skip
 # The names under which a product saves its two matrices.
 _PRODUCTS = {
     "Mm": ("self", "mat2"),
@@ -111,11 +116,14 @@ class Graph:
 
     def __init__(self, outputs: Sequence[Tensor], samples: int) -> None:
         self._samples = samples
+        # Whether operations may have other rows for other values: those of tokens that a mask or a router picks.
+        self.depends_on_values = False
         # Node → the nodes that read its result, with the positions where they do.
         self._readers: dict[Node, list[tuple[Node, int]]] = {t.grad_fn: [] for t in outputs if t.grad_fn is not None}
         pending = list(self._readers)
         while pending:
             node = pending.pop()
+            self.depends_on_values |= _kind(node) in _BY_VALUE
             for position, (before, _) in enumerate(node.next_functions):
                 if before is None:
                     continue
@@ -189,12 +197,20 @@ class Graph:
         if kind in _PRODUCTS and position >= len(before) - 2:
             first = position == len(before) - 2
             other = before[-1] if first else before[-2]
+            if other is not None and self._is_weight(other):
+                return None  # a product of two weights has no samples
             read = getattr(node, f"_saved_{_PRODUCTS[kind][int(first)]}").detach()
             read = read.mT if first else read
             product = Product(first, scale=float(getattr(node, "_saved_alpha", 1)))
             read = read if read.ndim == 3 else read[None]
             return Operation(product, read, edge, other is None, site.operand, part=site.part)
         return None
+
+    def _is_weight(self, node: Node) -> bool:
+        """Whether a node's result is a parameter in some order."""
+        while _kind(node) in _REORDERING and node.next_functions[0][0] is not None:
+            node = node.next_functions[0][0]
+        return _kind(node) == "AccumulateGrad" and isinstance(node.variable, nn.Parameter)  # type: ignore[attr-defined]
 
     def _spread(self, node: Any, edge: GradientEdge) -> tuple[Tensor, GradientEdge]:
         """A lookup's indices and edge; where a sum spreads one lookup over all samples, those of one for each sample.
@@ -235,7 +251,8 @@ def _aligned(uses: Sequence[Operation], weight: Tensor) -> list[Operation] | Non
         return None
     if kinds == {Convolution}:
         geometries = {(use.geometry.weight_shape, use.geometry.groups, use.geometry.transposed) for use in uses}  # type: ignore[union-attr]
-        return list(uses) if len(geometries) == 1 else None
+        operands = {_layout(use.operand(weight)) for use in uses}
+        return list(uses) if len(geometries) == len(operands) == 1 else None
     if not kinds <= {Product, Lookup} or (Lookup in kinds and any(use.part is not None for use in uses)):
         return None
     reference: dict[Part | None, tuple[Any, ...]] = {None: _layout(weight)} if Lookup in kinds else {}
@@ -254,8 +271,9 @@ def _aligned(uses: Sequence[Operation], weight: Tensor) -> list[Operation] | Non
 
 def _layout(matrix: Tensor) -> tuple[Any, ...]:
     """Where the elements of a matrix, or of several, lie in memory."""
-    matrix = matrix if matrix.ndim == 3 else matrix[None]
-    return tuple(matrix.shape), matrix.stride()[1:], matrix.storage_offset()
+    matrix = matrix if matrix.ndim > 2 else matrix[None]
+    strides = matrix.stride() if matrix.ndim > 3 else matrix.stride()[1:]
+    return tuple(matrix.shape), strides, matrix.data_ptr()
 
 
 def _then(view: View, reorder: Callable[[Any, Tensor], Tensor], node: Node) -> View:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from tracequant.core.errors import GaussNewtonError
 from tracequant.core.match import some_names
 from tracequant.core.points import QuantizationPoints
 from tracequant.curvature.microbatch import Microbatch
@@ -21,7 +22,7 @@ from tracequant.model.device import model_device
 from tracequant.model.task import Task
 
 # Samples that serve to find where samples lie inside the model.
-CHECK_SAMPLES = 2
+CHECK_SAMPLES = 3
 # Relative difference that rounding may leave between the outputs of a sample alone and in its batch.
 ALONE = {"float32": 1e-3, "tf32": 2e-2, "bfloat16": 0.2}
 
@@ -64,15 +65,19 @@ class Passes:
 
     def open(self, microbatch: Microbatch, weights: bool = True) -> Opened:
         """A microbatch's graph, with the places of its samples inside the model."""
-        if not self._axes and microbatch.whole and microbatch.size > CHECK_SAMPLES:
-            with suppress(Exception):  # a batch, a loss or a model that knows one size only
-                few = self._task.select(microbatch.batch, 0, CHECK_SAMPLES)
-                self._locate(self._forward(Microbatch(few, microbatch.index, 0, CHECK_SAMPLES, CHECK_SAMPLES), weights))
         opened = self._forward(microbatch, weights)
+        sweep = opened.sweep
         if microbatch.samples > 1:
-            self._locate(opened)
-            opened.sweep.set_axes(self._axes[opened.sweep.signature])
-            self._announce(opened.sweep)
+            key = sweep.signature
+            if sweep.axes.certain and key not in self._axes:
+                axes = self._of_few_samples(microbatch, key, weights)
+                if axes is not None:
+                    self._axes[key] = axes
+            if sweep.axes.certain and key in self._axes:
+                sweep.set_axes(self._axes[key])
+            elif sweep.locate_samples().certain:
+                self._axes[key] = sweep.axes
+            self._announce(sweep)
         return opened
 
     def cotangents(self, hessian: Factored, index: int, probes: Sequence[int]) -> Iterator[tuple[int, Cotangents]]:
@@ -95,13 +100,18 @@ class Passes:
         for number in range(microbatch.samples):
             row = microbatch.start + number
             sample = microbatch.sample(self._task, row)
-            outputs = sample.outputs(self._model, self._task)
+            with _in_operations(self._model):
+                outputs = sample.outputs(self._model, self._task)
             tensors = [differentiable(outputs)[place] for place in opened.places]
             for tensor, whole in zip(tensors, opened.hessian.tensors, strict=True):
-                difference = torch.linalg.vector_norm((tensor - whole[row : row + 1]).detach())
-                if float(difference) > ALONE[microbatch.precision] * float(
-                    torch.linalg.vector_norm(whole[row].detach())
-                ):
+                together = whole[row : row + 1].detach()
+                if tensor.shape != together.shape:
+                    raise GaussNewtonError(
+                        f"layer {next(iter(weights))} needs every sample alone, and an output has shape"
+                        f" {list(tensor.shape)} for one sample where the batch gives it {list(together.shape)} (outputs"
+                        " padded to the longest?); use batches of one sample"
+                    )
+                if float((tensor.detach() - together).norm()) > ALONE[microbatch.precision] * float(together.norm()):
                     raise mixed_samples(next(iter(weights)))
             gradients = []
             for position, vectors in enumerate(passes):
@@ -131,10 +141,16 @@ class Passes:
         sweep = Sweep(hessian.tensors, rows, self._parameters if weights else {}, variables)
         return Opened(sweep, hessian, loss, tuple(numbers[id(tensor)] for tensor in hessian.tensors))
 
-    def _locate(self, opened: Opened) -> None:
-        """Find where samples lie inside the model, once for all batches of one structure."""
-        if opened.sweep.signature not in self._axes:
-            self._axes[opened.sweep.signature] = opened.sweep.locate_samples()
+    def _of_few_samples(self, microbatch: Microbatch, key: Any, weights: bool) -> SampleAxes | None:
+        """Where samples lie inside the model, found with a few of them; None if these do not tell it for all."""
+        if not microbatch.whole or microbatch.size <= CHECK_SAMPLES:
+            return None
+        with suppress(Exception):  # a batch, a loss or a model that knows one size only
+            few = self._task.select(microbatch.batch, 0, CHECK_SAMPLES)
+            sweep = self._forward(Microbatch(few, microbatch.index, 0, CHECK_SAMPLES, CHECK_SAMPLES), weights).sweep
+            if sweep.signature == key and sweep.locate_samples().certain:
+                return sweep.axes
+        return None
 
     def _announce(self, sweep: Sweep) -> None:
         """Say once, before it begins, what layers cost whose gradient cannot be had for all samples together."""

@@ -12,31 +12,53 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-# Share of a squared norm that rounding may move to the rows of another sample.
+# Share of a squared norm that rounding may leave where it does not belong.
 TOLERANCE = 1e-6
+# The factors of two samples next to one another differ by this share, or less where there are very many.
+STEP = 0.02
 
 # Number of rows outside the axis of the samples, or "all" that are not samples.
 Outer = int | Literal["all"]
 
 
-def find_outer(rows: Tensor, first: Tensor, samples: int) -> Outer | None:
-    """Where the samples lie in a gradient's rows `[R, F]`, None where rows belong to several samples.
+def factors(samples: int) -> Tensor:
+    """A factor for each sample, float64 `[samples]`, that tells it from all others."""
+    return torch.exp(torch.arange(samples, dtype=torch.float64) * min(STEP, 18 / samples))
 
-    `first` is the same gradient when only the first sample's outputs have one. Rows belong to samples if it is zero at
-    all other samples' rows, and the same as `rows` at its own.
+
+def find_outer(rows: Tensor, scaled: Tensor, samples: int) -> tuple[Outer | None, bool]:
+    """Where the samples lie in a gradient's rows `[R, F]`, and whether this gradient leaves no other choice.
+
+    `scaled` is the same gradient with every sample's outputs times its factor (`factors`): the ratio of the two says
+    which sample a row belongs to. None where a row belongs to several samples, or where rows lie in no order.
     """
-    if len(rows) % samples:
-        return None
-    each = len(rows) // samples
-    strength = first.double().square().sum(1)
-    difference = (rows - first).double().square().sum(1)
+    strength = rows.double().square().sum(1)
     total = float(strength.sum())
-    for outer in (n for n in range(1, each + 1) if each % n == 0):
-        by_sample = strength.view(outer, samples, -1)
-        moved = float(by_sample[:, 1:].sum() + difference.view(outer, samples, -1)[:, 0].sum())
-        if moved <= TOLERANCE * total:
-            return "all" if outer == each and outer > 1 else outer
-    return None
+    if not total:
+        return (1 if len(rows) % samples == 0 else None), False
+    ratio = (rows.double() * scaled.double()).sum(1) / strength.clamp_min(torch.finfo(torch.float64).tiny)
+    rest = (scaled.double() - ratio.unsqueeze(1) * rows.double()).square().sum(1)
+    step = min(STEP, 18 / samples)
+    number = ratio.clamp_min(torch.finfo(torch.float64).tiny).log() / step
+    mixed = (number - number.round()).abs() > 0.25
+    if len(rows) % samples or float(rest.sum()) > TOLERANCE * float(scaled.double().square().sum()):
+        return None, True
+    if float(strength[mixed].sum()) > TOLERANCE * total:
+        return None, True
+    # Rows of rounding alone say nothing.
+    counts = strength > TOLERANCE**2 * float(strength.max())
+    each = len(rows) // samples
+    index = torch.arange(len(rows), device=rows.device)
+    fitting = [
+        outer
+        for outer in range(1, each + 1)
+        if each % outer == 0
+        and float(strength[counts & (index // (each // outer) % samples != number.round())].sum()) <= TOLERANCE * total
+    ]
+    if not fitting:
+        return None, True
+    first = fitting[0]
+    return ("all" if first == each and first > 1 else first), len(fitting) == 1
 
 
 def by_sample(tensor: Tensor, samples: int, outer: Outer) -> Tensor:
@@ -57,8 +79,3 @@ def divisible(rows: int, samples: int, outer: Outer) -> bool:
 def flat_rows(tensor: Tensor) -> Tensor:
     """A tensor of any shape as rows `[R, F]`: all axes but the last are rows."""
     return tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim > 1 else tensor.reshape(-1, 1)
-
-
-def nothing(rows: Tensor) -> bool:
-    """Whether a gradient is zero everywhere, so that it cannot say where samples lie."""
-    return not bool(torch.any(rows))

@@ -12,7 +12,7 @@ from torch import Tensor
 from tracequant.core.errors import GaussNewtonError
 from tracequant.curvature.gradient_norms import Call
 from tracequant.curvature.operations import Convolution, Graph, Lookup, Operation
-from tracequant.curvature.sample_axis import Outer, by_sample, divisible, find_outer, flat_rows, nothing
+from tracequant.curvature.sample_axis import Outer, by_sample, divisible, factors, find_outer, flat_rows
 
 # What a pass hands on: a layer's calls, by the part of its weight that they read; an activation's gradient
 # `[samples, elements]` and which of the point's tensors it belongs to.
@@ -33,12 +33,14 @@ class SampleAxes:
     """Where samples lie in what every operation and activation has, by name and number.
 
     `slow` are the layers whose gradient must be taken for each sample alone, since they have rows that belong to
-    several samples or an operation that is not known.
+    several samples or an operation that is not known. `certain` says that other batches of this structure have the same
+    places.
     """
 
     operations: dict[tuple[str, int], Outer] = field(default_factory=dict)
     activations: dict[tuple[str, int], Outer] = field(default_factory=dict)
     slow: list[str] = field(default_factory=list)
+    certain: bool = True
 
 
 class Sweep:
@@ -53,17 +55,26 @@ class Sweep:
     ) -> None:
         self.outputs, self.rows = outputs, rows
         self.weights, self.variables = weights, variables
-        self.operations, unknown = Graph(outputs, rows.samples).find_operations(weights) if weights else ({}, [])
-        self.axes = SampleAxes(slow=unknown)
+        graph = Graph(outputs, rows.samples)
+        self.operations, unknown = graph.find_operations(weights) if weights else ({}, [])
+        self.axes = SampleAxes(slow=unknown, certain=not graph.depends_on_values)
 
     @property
     def signature(self) -> tuple[Any, ...]:
-        """What the places of samples depend on, but for the lengths of axes: two batches of one have the same."""
-        operations = tuple((name, len(found)) for name, found in self.operations.items())
-        return operations, tuple((name, len(found)) for name, found in self.variables.items())
+        """What the places of samples depend on: the rows for each sample of every operation and activation."""
+        samples = self.rows.samples
+        operations = tuple(
+            (name, *(divmod(_number_of_rows(operation), samples) for operation in found))
+            for name, found in self.operations.items()
+        )
+        variables = tuple(
+            (name, *((divmod(tensor.numel(), samples), tensor.ndim, tensor.shape[-1:]) for tensor in tensors))
+            for name, tensors in self.variables.items()
+        )
+        return operations, variables
 
     def locate_samples(self) -> SampleAxes:
-        """Where samples lie, by two backward passes: one as it is, and one in which only the first sample counts."""
+        """Where samples lie, by two backward passes, in the second of which every sample has a factor of its own."""
         if self.rows.samples == 1:
             return self.axes
         vectors = self._random_vectors()
@@ -73,13 +84,13 @@ class Sweep:
                 f"outputs of shape {[list(v.shape) for v in vectors]} do not have the batch's {self.rows.size} samples"
                 " along their first axis, so that samples cannot be told apart; use batches of one sample"
             )
-        alone = self._gradients(self.masked(vectors, 0))
+        scaled = self._gradients(self._scaled(vectors))
         for key, gradient in everything.items():
             family, name, number = key
             rows = self._rows(key, gradient)
-            outer: Outer | None = 1
-            if len(rows) % self.rows.samples or not nothing(rows):
-                outer = find_outer(rows, self._rows(key, alone.get(key, torch.zeros_like(gradient))), self.rows.samples)
+            others = self._rows(key, scaled.get(key, torch.zeros_like(gradient)))
+            outer, certain = find_outer(rows, others, self.rows.samples)
+            self.axes.certain &= certain
             if outer is not None:
                 (self.axes.operations if family == "weights" else self.axes.activations)[name, number] = outer
             elif family == "weights":
@@ -94,13 +105,14 @@ class Sweep:
         slow = {name for name, _ in axes.operations if self._undivided(name, axes)} if samples > 1 else set()
         self.axes = SampleAxes(axes.operations, axes.activations, [*dict.fromkeys([*axes.slow, *slow])])
 
-    def masked(self, vectors: Sequence[Tensor], sample: int) -> list[Tensor]:
-        """Vectors of the outputs' shapes, zero for all samples but one."""
-        masked = [torch.zeros_like(vector) for vector in vectors]
-        for target, vector in zip(masked, vectors, strict=True):
-            row = self.rows.offset + sample if self.rows.size > 1 else slice(None)
-            target[row] = vector[row]
-        return masked
+    def _scaled(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """Vectors of the outputs' shapes, each of the graph's samples times its factor."""
+        rows = slice(self.rows.offset, self.rows.offset + self.rows.samples)
+        scaled = [vector.clone() for vector in vectors]
+        for vector in scaled:
+            shape = (-1, *([1] * (vector.ndim - 1)))
+            vector[rows] *= factors(self.rows.samples).to(vector.dtype).to(vector.device).view(shape)
+        return scaled
 
     def run(
         self,

@@ -164,7 +164,8 @@ def saved_bytes(run: Callable[[], Any]) -> int:
         if not isinstance(tensor, nn.Parameter):
             storage = tensor.untyped_storage()
             seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # Not the tensor itself: a saved output would hold its own graph alive for ever.
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         kept = run()

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 TOLERANCE = 1e-3
+# Units of rounding that a product with a softmax's Hessian may be off by.
+ROUNDING = 16
 
 
 def class_axes(outputs: Tensor) -> list[int]:
@@ -19,14 +21,22 @@ def softmax_scale(outputs: Tensor, vector: Tensor, image: Tensor) -> tuple[int, 
     `image` is the product H v with a random `vector` v, both in the shape of the outputs. α >= 0 has the outputs' shape
     with 1 on the axis of the classes. None if H is of another kind.
     """
+    dtype = outputs.dtype
+    outputs, vector, image = outputs.double(), vector.double(), image.double()
     for axis in class_axes(outputs):
         p = outputs.softmax(axis)
-        expected = p * vector - p * (p * vector).sum(axis, keepdim=True)
-        scale = (image * expected).sum(axis, keepdim=True) / (
-            expected.square().sum(axis, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
-        )
-        if bool((scale >= 0).all()) and close([scale * expected], [image]):
-            return axis, scale
+        weighted = p * vector
+        expected = weighted - p * weighted.sum(axis, keepdim=True)
+        # Where one class is certain, what is left of the difference is rounding in the precision of the loss.
+        rounding = ROUNDING * torch.finfo(dtype).eps * torch.linalg.vector_norm(weighted, dim=axis, keepdim=True)
+        size = torch.linalg.vector_norm(expected, dim=axis, keepdim=True)
+        scale = (image * expected).sum(axis, keepdim=True) / size.square().clamp_min(torch.finfo(p.dtype).tiny)
+        scale = torch.where(size > rounding, scale, 0.0)
+        # The scale of a mean is at most one, which serves where no position tells it.
+        largest = float(scale.max()) if bool((scale > 0).any()) else 1.0
+        allowed = TOLERANCE * float(image.norm()) + largest * float(rounding.norm())
+        if bool((scale >= 0).all()) and float((scale * expected - image).norm()) <= allowed:
+            return axis, scale.to(dtype)
     return None
 
 
