@@ -22,6 +22,8 @@ from tracequant.core.errors import ModelError
 
 # Draws whose signs are rows of one Hadamard matrix.
 GROUP = 64
+# Elements of the outputs that a factor is applied to at a time.
+CHUNK_ELEMENTS = 1 << 22
 
 # One backward pass: a vector for every output tensor, and the sign that its squared norms count with.
 Cotangents = tuple[list[Tensor], float]
@@ -94,17 +96,11 @@ class OutputHessian:
 
         With the tails q_k = Σ_{j>k} p_j: L_kk = √(p_k q_k / q_{k−1}) and L_ik = −p_i √(p_k / (q_{k−1} q_k)) for i > k.
         """
-        p, order = self._probabilities.sort(dim=1, descending=True)
-        # From the smallest up, so that small tails keep their digits.
-        from_here = p.flip(1).cumsum(1).flip(1)
-        tail = torch.cat([from_here[:, 1:], torch.zeros_like(p[:, :1])], 1)
-        tiny = torch.finfo(p.dtype).tiny ** 0.5  # its square is still above zero
-        safe, before = tail.clamp_min(tiny), from_here.clamp_min(tiny)
-        beside = (p / before / safe).sqrt() * v * (tail > tiny)
-        earlier = torch.cat([torch.zeros_like(beside[:, :1]), beside[:, :-1].cumsum(1)], 1)
-        product = (p * tail / before).sqrt() * v - p * earlier
-        columns = self.first[0].sqrt() * torch.zeros_like(product).scatter(1, order, product)
-        return columns.movedim(1, self.axis)
+        samples = max(1, CHUNK_ELEMENTS // max(1, v[:1].numel()))
+        # A language model has so many classes that intermediates of all samples would be larger than its activations.
+        pairs = zip(self._probabilities.split(samples), v.split(samples), strict=True)  # type: ignore[no-untyped-call]
+        product = torch.cat([_cholesky_product(p, rows) for p, rows in pairs])
+        return (self.first[0].sqrt() * product).movedim(1, self.axis)
 
     def _turned(self, v: Tensor) -> Tensor:
         """The sum of the eigenvectors times v."""
@@ -174,6 +170,20 @@ class SeparateHessians:
             own = given(number)
             vectors.extend([torch.zeros_like(tensor) for tensor in part.tensors] if own is None else own)
         return vectors
+
+
+def _cholesky_product(p: Tensor, v: Tensor) -> Tensor:
+    """L v for the Cholesky factor L of diag(p) − p pᵀ with classes by falling p, in the order of the classes."""
+    p, order = p.sort(dim=1, descending=True)
+    # From the smallest up, so that small tails keep their digits.
+    from_here = p.flip(1).cumsum(1).flip(1)
+    tail = torch.cat([from_here[:, 1:], torch.zeros_like(p[:, :1])], 1)
+    tiny = torch.finfo(p.dtype).tiny ** 0.5  # its square is still above zero
+    safe, before = tail.clamp_min(tiny), from_here.clamp_min(tiny)
+    beside = (p / before / safe).sqrt() * v * (tail > tiny)
+    earlier = torch.cat([torch.zeros_like(beside[:, :1]), beside[:, :-1].cumsum(1)], 1)
+    product = (p * tail / before).sqrt() * v - p * earlier
+    return torch.zeros_like(product).scatter(1, order, product)
 
 
 def draw_signs(like: Tensor, generator: torch.Generator, row: int) -> Tensor:
