@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tracequant as tq
+from tracequant.curvature import output_factors
 from tracequant.curvature.output_hessian import OutputHessian, SeparateHessians, factor
 from tracequant.curvature.output_lanczos import CoupledHessian
 
@@ -235,3 +236,28 @@ def test_standard_error_is_not_too_small() -> None:
             total += 1
             within += abs(estimate.trace - truth[name].trace) <= 2 * estimate.standard_error
     assert within / total >= 0.95
+
+
+@pytest.mark.parametrize("positions", [(), (3,)])
+def test_the_factor_is_exact_in_an_order_that_is_not_sorted(
+    positions: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of many classes only the likeliest are put first: every class is still there once, and L Lᵀ = diag(p) − p pᵀ."""
+    monkeypatch.setattr(output_factors, "SORTED", 16)
+    p = (2 * torch.randn(2, 150, *positions, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).softmax(
+        1
+    )
+    order = output_factors._leading_first(p)
+    assert torch.equal(order.sort(1).values, torch.arange(150).view(1, -1, *([1] * len(positions))).expand_as(order))
+    leading = p.gather(1, order)[:, : output_factors.GROUP]
+    assert torch.equal(leading, p.sort(1, descending=True).values[:, : output_factors.GROUP])
+    columns = [
+        output_factors._cholesky_product(p, torch.zeros_like(p).index_fill_(1, torch.tensor(c), 1.0))
+        for c in range(150)
+    ]
+    factor = torch.stack(columns, 2)
+    found = torch.einsum("nik...,njk...->nij...", factor, factor)
+    expected = torch.einsum("ni...,ij->nij...", p, torch.eye(150, dtype=torch.float64)) - torch.einsum(
+        "ni...,nj...->nij...", p, p
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-15)

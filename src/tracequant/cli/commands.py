@@ -139,7 +139,7 @@ def demo(
     average_bits: Annotated[
         float, typer.Option(help="bits for each weight, on average", metavar="BITS", rich_help_panel="Budget")
     ] = 2.0,
-    finetune_steps: Annotated[int, typer.Option(min=0, help="fine-tuning steps", rich_help_panel="Training")] = 60,
+    finetune_steps: Annotated[int, typer.Option(min=0, help="fine-tuning steps", rich_help_panel="Training")] = 20,
     seed: Annotated[int, typer.Option(help="seed of random vectors and of fine-tuning")] = 0,
     quiet: Quiet = False,
     as_json: AsJson = False,

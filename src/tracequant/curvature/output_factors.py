@@ -24,6 +24,8 @@ from tracequant.core.errors import ModelError
 GROUP = 64
 # Elements of the outputs that a factor is applied to at a time.
 CHUNK_ELEMENTS = 1 << 22
+# Up to so many classes are sorted.
+SORTED = 4096
 
 # One backward pass: a vector for every output tensor, and the sign that its squared norms count with.
 Cotangents = tuple[list[Tensor], float]
@@ -174,7 +176,8 @@ class SeparateHessians:
 
 def _cholesky_product(p: Tensor, v: Tensor) -> Tensor:
     """L v for the Cholesky factor L of diag(p) − p pᵀ with classes by falling p, in the order of the classes."""
-    p, order = p.sort(dim=1, descending=True)
+    order = p.argsort(dim=1, descending=True) if p.shape[1] <= SORTED else _leading_first(p)
+    p = p.gather(1, order)
     # From the smallest up, so that small tails keep their digits.
     from_here = p.flip(1).cumsum(1).flip(1)
     tail = torch.cat([from_here[:, 1:], torch.zeros_like(p[:, :1])], 1)
@@ -184,6 +187,24 @@ def _cholesky_product(p: Tensor, v: Tensor) -> Tensor:
     earlier = torch.cat([torch.zeros_like(beside[:, :1]), beside[:, :-1].cumsum(1)], 1)
     product = (p * tail / before).sqrt() * v - p * earlier
     return torch.zeros_like(product).scatter(1, order, product)
+
+
+def _leading_first(p: Tensor) -> Tensor:
+    """An order of the classes that begins with the `GROUP` likeliest; the others stay where they are if they can.
+
+    The factor is exact in any order, and only the likeliest classes matter for how noisy it is: sorting the vocabulary
+    of a language model at every position would take longer than the model.
+    """
+    top = p.topk(GROUP, dim=1).indices
+    order = torch.arange(p.shape[1], device=p.device).view(1, -1, *([1] * (p.ndim - 2))).repeat(len(p), 1, *p.shape[2:])
+    # What stood in the first places goes where the likeliest came from.
+    inside = top < GROUP
+    stay = torch.zeros_like(top).scatter_add(1, top.clamp_max(GROUP - 1), inside.long()) > 0
+    left = torch.argsort(inside.long(), dim=1, stable=True)
+    moved = torch.argsort(stay.long(), dim=1, stable=True)
+    order.scatter_(1, top.gather(1, left), moved)
+    order[:, :GROUP] = top
+    return order
 
 
 def draw_signs(like: Tensor, generator: torch.Generator, row: int) -> Tensor:

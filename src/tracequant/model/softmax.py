@@ -10,13 +10,16 @@ from torch import Tensor
 TOLERANCE = 1e-3
 # Units of rounding that a product with a softmax's Hessian may be off by.
 ROUNDING = 16
-# Elements that are taken in float64 at a time.
+# Elements that are taken at a time.
 CHUNK_ELEMENTS = 1 << 22
 
 
 def class_axes(outputs: Tensor) -> list[int]:
     """The axes that can hold classes: the second one, and the last one where there are more."""
-    return [] if outputs.ndim < 2 else [1] if outputs.ndim == 2 else [1, outputs.ndim - 1]
+    if outputs.ndim < 3:
+        return [1] if outputs.ndim == 2 else []
+    # Of a sequence the longer axis is most often that of the classes.
+    return [2, 1] if outputs.ndim == 3 and outputs.shape[2] > outputs.shape[1] else [1, outputs.ndim - 1]
 
 
 def softmax_scale(outputs: Tensor, vector: Tensor, image: Tensor) -> tuple[int, Tensor] | None:
@@ -44,7 +47,7 @@ def softmax_scale(outputs: Tensor, vector: Tensor, image: Tensor) -> tuple[int, 
 
 def _fit(outputs: Tensor, vector: Tensor, image: Tensor, axis: int, eps: float) -> tuple[Tensor, float, float]:
     """α of some samples, the squared distance of the image from a softmax, the square of its rounding where α is 1."""
-    p = outputs.double().softmax(axis)
+    p = outputs.softmax(axis)
     weighted = p * vector
     expected = weighted - p * weighted.sum(axis, keepdim=True)
     # Where one class is certain, what is left of the difference is rounding in the precision of the loss.
@@ -52,8 +55,8 @@ def _fit(outputs: Tensor, vector: Tensor, image: Tensor, axis: int, eps: float) 
     size = torch.linalg.vector_norm(expected, dim=axis, keepdim=True)
     scale = (image * expected).sum(axis, keepdim=True) / size.square().clamp_min(torch.finfo(p.dtype).tiny)
     scale = torch.where(size > rounding, scale, 0.0)
-    distance = (scale * expected - image).square().sum()
-    return scale.to(outputs.dtype), float(distance), float(rounding.square().sum())
+    distance = torch.linalg.vector_norm(scale * expected - image, dtype=torch.float64)
+    return scale, float(distance.square()), float(torch.linalg.vector_norm(rounding, dtype=torch.float64).square())
 
 
 def close(a: list[Tensor], b: list[Tensor]) -> bool:
