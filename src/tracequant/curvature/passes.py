@@ -143,7 +143,7 @@ class Passes:
 
     def _of_few_samples(self, microbatch: Microbatch, key: Any, weights: bool) -> SampleAxes | None:
         """Where samples lie inside the model, found with a few of them; None if these do not tell it for all."""
-        if not microbatch.whole or microbatch.size <= CHECK_SAMPLES:
+        if not microbatch.whole or microbatch.size <= 2 * CHECK_SAMPLES:
             return None
         with suppress(Exception):  # a batch, a loss or a model that knows one size only
             few = self._task.select(microbatch.batch, 0, CHECK_SAMPLES)
