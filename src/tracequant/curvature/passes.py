@@ -75,8 +75,14 @@ class Passes:
                     self._axes[key] = axes
             if sweep.axes.certain and key in self._axes:
                 sweep.set_axes(self._axes[key])
-            elif sweep.locate_samples().certain:
-                self._axes[key] = sweep.axes
+            else:
+                # Lower precision rounds by more than tells two samples apart.
+                exact = replace(microbatch, precision="float32")
+                same = microbatch.precision == "float32"
+                axes = (sweep if same else self._forward(exact, weights).sweep).locate_samples()
+                sweep.set_axes(axes)
+                if axes.certain:
+                    self._axes[key] = axes
             self._announce(sweep)
         return opened
 
