@@ -16,7 +16,8 @@ import tracequant as tq
 from models import exact_hessian, snapshot
 from tracequant.core.errors import DataError, TaskError
 from tracequant.core.match import match_names
-from tracequant.curvature.output_hessian import OutputHessian, factor
+from tracequant.curvature.output_factors import OutputHessian
+from tracequant.curvature.output_hessian import factor
 from tracequant.model.discover import quantizable_names
 from tracequant.model.task import total_loss
 

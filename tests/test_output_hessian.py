@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 import tracequant as tq
 from tracequant.curvature import output_factors
-from tracequant.curvature.output_hessian import OutputHessian, SeparateHessians, factor
+from tracequant.curvature.output_factors import OutputHessian, SeparateHessians
+from tracequant.curvature.output_hessian import factor
 from tracequant.curvature.output_lanczos import CoupledHessian
 
 TASK = tq.ClassificationTask()

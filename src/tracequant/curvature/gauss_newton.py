@@ -34,7 +34,7 @@ from tracequant.core.points import QuantizationPoints
 from tracequant.curvature.batch_loop import Stop, collect
 from tracequant.curvature.gradient_norms import Call, squared_norms
 from tracequant.curvature.microbatch import Microbatch
-from tracequant.curvature.output_hessian import Cotangents
+from tracequant.curvature.output_factors import Cotangents
 from tracequant.curvature.parts import Part, exceeded, together, warn_of_error
 from tracequant.curvature.passes import Opened, Passes, dense
 from tracequant.model.batches import Batches

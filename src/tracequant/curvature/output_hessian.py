@@ -29,15 +29,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from tracequant.core.errors import GaussNewtonError, ModelError, SecondDerivativeError
-from tracequant.curvature.output_factors import GROUP, Cotangents, OutputHessian, SeparateHessians
+from tracequant.curvature.output_factors import OutputHessian, SeparateHessians
 from tracequant.curvature.output_lanczos import INTERACTING, CoupledHessian, coupled
 from tracequant.curvature.products import LOSS_BENDS_NOT, check_differentiable
 from tracequant.model.batches import Batch
 from tracequant.model.memory import out_of_memory
 from tracequant.model.softmax import TOLERANCE, class_axes, close, softmax_scale
 from tracequant.model.task import Task, total_loss
-
-__all__ = ["GROUP", "Cotangents", "Factored", "OutputHessian", "SeparateHessians", "factor", "loss_hessian"]
 
 DENSE_LIMIT = 128
 # Elements of all blocks at all positions: 512 MiB in float64.

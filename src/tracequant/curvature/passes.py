@@ -15,7 +15,8 @@ from tracequant.core.errors import GaussNewtonError
 from tracequant.core.match import some_names
 from tracequant.core.points import QuantizationPoints
 from tracequant.curvature.microbatch import Microbatch
-from tracequant.curvature.output_hessian import GROUP, Cotangents, Factored, differentiable, factor
+from tracequant.curvature.output_factors import GROUP, Cotangents
+from tracequant.curvature.output_hessian import Factored, differentiable, factor
 from tracequant.curvature.products import generator, reading_variables, require_grad
 from tracequant.curvature.sweep import Rows, SampleAxes, Sweep, mixed_samples
 from tracequant.model.device import model_device
@@ -176,9 +177,11 @@ class Passes:
 @contextmanager
 def _in_operations(model: nn.Module) -> Iterator[None]:
     """Let recurrent layers compute in matrix products: one kernel for a whole sequence shows no operation inside."""
-    if not any(isinstance(module, nn.RNNBase) for module in model.modules()):
+    on_gpu = model_device(model).type == "cuda"
+    # On a CPU only LSTM has such a kernel.
+    if not any(isinstance(module, nn.RNNBase if on_gpu else nn.LSTM) for module in model.modules()):
         yield
-    elif model_device(model).type == "cuda":
+    elif on_gpu:
         with torch.backends.cudnn.flags(enabled=False):
             yield
     else:

@@ -23,7 +23,12 @@ Outer = int | Literal["all"]
 
 def factors(samples: int) -> Tensor:
     """A factor for each sample, float64 `[samples]`, that tells it from all others."""
-    return torch.exp(torch.arange(samples, dtype=torch.float64) * min(STEP, 18 / samples))
+    return torch.exp(torch.arange(samples, dtype=torch.float64) * _step(samples))
+
+
+def _step(samples: int) -> float:
+    """The logarithm of the ratio of two neighbours' factors, so small that the largest stays far from overflow."""
+    return min(STEP, 18 / samples)
 
 
 def find_outer(rows: Tensor, scaled: Tensor, samples: int) -> tuple[Outer | None, bool]:
@@ -38,8 +43,7 @@ def find_outer(rows: Tensor, scaled: Tensor, samples: int) -> tuple[Outer | None
         return (1 if len(rows) % samples == 0 else None), False
     ratio = (rows.double() * scaled.double()).sum(1) / strength.clamp_min(torch.finfo(torch.float64).tiny)
     rest = (scaled.double() - ratio.unsqueeze(1) * rows.double()).square().sum(1)
-    step = min(STEP, 18 / samples)
-    number = ratio.clamp_min(torch.finfo(torch.float64).tiny).log() / step
+    number = ratio.clamp_min(torch.finfo(torch.float64).tiny).log() / _step(samples)
     mixed = (number - number.round()).abs() > 0.25
     if len(rows) % samples or float(rest.sum()) > TOLERANCE * float(scaled.double().square().sum()):
         return None, True

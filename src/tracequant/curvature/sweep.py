@@ -100,7 +100,7 @@ class Sweep:
         return self.axes
 
     def set_axes(self, axes: SampleAxes) -> None:
-        """Take the places that were found on another batch of the same model."""
+        """Take places that were found in a graph of the same structure."""
         samples = self.rows.samples
         slow = {name for name, _ in axes.operations if self._undivided(name, axes)} if samples > 1 else set()
         self.axes = SampleAxes(axes.operations, axes.activations, [*dict.fromkeys([*axes.slow, *slow])])
@@ -140,14 +140,11 @@ class Sweep:
         def on_variable(name: str, number: int, gradient: Tensor) -> None:
             on_activation(name, number, self.activation_rows(name, number, gradient))
 
-        try:
-            extra = [self.weights[name] for name in slow]
-            gradients = self._backward(vectors, keep, on_operation, on_variable, extra)
-            # Of operations that this pass never reached nothing more will come.
-            for name, found in list(arrived.items()):
-                on_layer(name, self._calls(name, found))  # type: ignore[misc]
-        finally:
-            arrived.clear()
+        extra = [self.weights[name] for name in slow]
+        gradients = self._backward(vectors, keep, on_operation, on_variable, extra)
+        # Of operations that this pass never reached nothing more will come.
+        for name, found in arrived.items():
+            on_layer(name, self._calls(name, found))  # type: ignore[misc]
         return {name: g for name, g in zip(slow, gradients, strict=True) if g is not None}
 
     def activation_rows(self, name: str, number: int, tensor: Tensor) -> Tensor:

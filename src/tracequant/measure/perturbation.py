@@ -36,7 +36,8 @@ from tracequant.core.settings import SensitivitySettings, WeightGrid
 from tracequant.curvature.batch_loop import collect
 from tracequant.curvature.gradient_norms import Call, inner_products
 from tracequant.curvature.microbatch import Microbatch
-from tracequant.curvature.output_hessian import Cotangents, Factored
+from tracequant.curvature.output_factors import Cotangents
+from tracequant.curvature.output_hessian import Factored
 from tracequant.curvature.parts import Part, together
 from tracequant.curvature.passes import Opened, Passes, dense
 from tracequant.curvature.sweep import Sweep

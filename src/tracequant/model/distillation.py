@@ -79,7 +79,9 @@ def _distance(bend: _Bend, student: Tensor, teacher: Tensor) -> Tensor:
 
 def _bends(loss: Callable[[Any], Tensor], leaves: Sequence[Any], structure: Any) -> list[_Bend | None]:
     """What the loss makes of every leaf, None for those that it does not depend on, and for repetitions."""
-    numbers = {id(x): i for i, x in reversed(list(enumerate(leaves))) if isinstance(x, Tensor) and _is_real(x)}
+    numbers = {
+        id(x): i for i, x in reversed(list(enumerate(leaves))) if isinstance(x, Tensor) and x.is_floating_point()
+    }
     first = sorted(numbers.values())
     bends: list[_Bend | None] = [None] * len(leaves)
     if not first:
@@ -124,7 +126,3 @@ def _shrunk(outputs: Tensor) -> Tensor:
     outputs = outputs.detach()
     largest = outputs.abs().amax() if outputs.numel() else outputs.new_zeros(())
     return outputs * (LARGEST_LOGIT / largest.clamp_min(LARGEST_LOGIT))
-
-
-def _is_real(tensor: Tensor) -> bool:
-    return tensor.is_floating_point()
