@@ -43,9 +43,9 @@ if TYPE_CHECKING:
         FinetuneSettings,
         PlanSettings,
         SensitivitySettings,
-        WeightGrid,
     )
     from tracequant.core.tables import read_latency, read_sensitivity, write_latency
+    from tracequant.core.weight_grid import WeightGrid
     from tracequant.curvature.estimate import estimate_curvature
     from tracequant.curvature.spectrum import spectral_density, top_eigenvalues
     from tracequant.deploy.onnx import OnnxFile, export_onnx
@@ -123,13 +123,13 @@ _MODULES = {
         "FinetuneSettings",
         "PlanSettings",
         "SensitivitySettings",
-        "WeightGrid",
     ),
     "tracequant.core.tables": (
         "read_latency",
         "read_sensitivity",
         "write_latency",
     ),
+    "tracequant.core.weight_grid": ("WeightGrid",),
     "tracequant.curvature.estimate": ("estimate_curvature",),
     "tracequant.curvature.spectrum": (
         "spectral_density",

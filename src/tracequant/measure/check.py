@@ -21,7 +21,8 @@ from tracequant.core.files import replace_file
 from tracequant.core.points import QuantizationPoints
 from tracequant.core.progress import track
 from tracequant.core.sensitivity import Sensitivity, combine
-from tracequant.core.settings import EXPANSIONS, Criterion, SensitivitySettings, WeightGrid
+from tracequant.core.settings import EXPANSIONS, Criterion, SensitivitySettings
+from tracequant.core.weight_grid import WeightGrid
 from tracequant.measure.sensitivity import measure_weight_errors
 from tracequant.model.batches import Batch, Batches, reusable
 from tracequant.model.device import measuring, model_device

@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from tracequant.core.curvature import Perturbation
 from tracequant.core.errors import ModelError
 from tracequant.core.points import QuantizationPoints
-from tracequant.core.settings import SensitivitySettings, WeightGrid
+from tracequant.core.settings import SensitivitySettings
+from tracequant.core.weight_grid import WeightGrid
 from tracequant.curvature.batch_loop import collect
 from tracequant.curvature.gradient_norms import Call, inner_products
 from tracequant.curvature.microbatch import Microbatch

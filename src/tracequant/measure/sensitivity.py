@@ -17,7 +17,8 @@ from tracequant.core.options import resolve, takes
 from tracequant.core.points import QuantizationPoints
 from tracequant.core.progress import track
 from tracequant.core.sensitivity import Sensitivity, combine
-from tracequant.core.settings import EXPANSIONS, SensitivitySettings, WeightGrid
+from tracequant.core.settings import EXPANSIONS, SensitivitySettings
+from tracequant.core.weight_grid import WeightGrid
 from tracequant.curvature.spectrum import top_eigenvalues
 from tracequant.measure.perturbation import measure_perturbation
 from tracequant.model.batches import Batch, Batches, reusable

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tracequant.core.errors import ModelError
 from tracequant.core.packed_layout import symmetric_zero_point
-from tracequant.core.settings import WeightGrid
+from tracequant.core.weight_grid import WeightGrid
 
 MAX_BITS = 8
 
