@@ -15,9 +15,17 @@ QUANTIZATION = "Quantization"
 class WeightGrid:
     """How weight grids are made: the same in sensitivity, conversion and the packed file.
 
-    `range`: "mse" (least squared error, the default), "percentile" or "minmax" (the paper's Appendix A with the whole
-    range).
+    `rounding`: "gptq" (the default) rounds one column of a weight after another and lets those that follow repair the
+    error, on the inputs that the calibration data bring; scales are those of the least error that then remains.
+    "nearest" is the paper's. `range` serves rounding to the nearest: "mse" (least squared error), "percentile" or
+    "minmax" (the paper's Appendix A with the whole range).
     """
+
+    rounding: Literal["gptq", "nearest"] = option(
+        "gptq",
+        "gptq repairs the error of each weight's rounding in the weights that follow; nearest is the paper's",
+        panel=QUANTIZATION,
+    )
 
     per_channel: bool = option(
         True,
