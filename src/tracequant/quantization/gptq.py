@@ -7,8 +7,9 @@ the mean over all positions of the products of these inputs (the Gram), rounding
 
 GPTQ rounds one column after another, the largest of diag(A) first, and moves the columns that are still to come so that
 they repair what they can. With U the upper Cholesky factor of A⁻¹, a column's error e = (w_j − ŵ_j) / U_jj moves the
-others by −e · U_j,:, and the sum of all e² is the error above. What remains can be lowered further: codes one at a time,
-each with all others held (coordinate descent), and scales by least squares for given codes. Both never raise the error.
+others by −e · U_j,:, and the sum of all e² is the error above. What remains can be lowered further: codes one at a
+time, each with all others held (coordinate descent), and scales by least squares for given codes. Both never raise the
+error.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def factorize(gram: Tensor, dtype: torch.dtype, damping: float = DAMPING) -> Fac
 
 def sweep(weight: Tensor, factor: Factor, grid: Grid) -> Tensor:
     """Codes `[..., g, R, K]` by GPTQ, for an arranged weight and a grid in its order; leading axes are alternatives."""
-    weight = weight.expand(torch.broadcast_shapes(weight.shape, grid.scale.shape)).clone()
+    weight = weight.expand(*grid.scale.shape[:-1], weight.shape[-1]).clone()
     codes = torch.empty_like(weight)
     for start in range(0, weight.shape[-1], BLOCK):
         stop = min(start + BLOCK, weight.shape[-1])
