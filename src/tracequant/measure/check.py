@@ -76,7 +76,9 @@ def check_criteria(
             raise ModelError(f"plans of {list(bits)} bits were asked for, layers are measured at {widths}")
     bits_of_layers = {layer.name: widths for layer in points.layers}
     if rounded is None or not rounded.covers(points.fingerprint, bits_of_layers, grid):
-        rounded = round_weights(model, batches, task, points, bits_of_layers, weight_grid=grid, progress=progress)
+        rounded = round_weights(
+            model, batches, task, points, bits_of_layers, weight_grid=grid, cache=cache, progress=progress
+        )
     tables = _tables(curvature, rounded.errors, grid, perturbation)
     with measuring(model), torch.no_grad():
         bench = _Bench(model, batches, task, rounded, cache)
