@@ -1,4 +1,4 @@
-"""Compensated rounding: Grams against the model itself, sweeps against a naive reference, and what must never happen."""
+"""Compensated rounding: Grams against the model, sweeps against a naive reference, and what must never happen."""
 
 from __future__ import annotations
 
