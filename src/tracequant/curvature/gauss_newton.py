@@ -146,8 +146,8 @@ class _GaussNewton(Passes):
         names = (*(f"weights:{n}" for n in self._parameters if self._weights), *(f"activations:{n}" for n in variables))
         return Part(
             microbatch.samples,
-            # ‖J_nᵀ L v‖² carries the batch mean's 1/size; a sample's own value is size times that. What this batch never
-            # reached counts as zero.
+            # ‖J_nᵀ L v‖² carries the batch mean's 1/size; a sample's own value is size times that. What this batch
+            # never reached counts as zero.
             {name: rows.get(name, nothing) * microbatch.size for name in names},
             {name: sum(tensor.numel() for tensor in tensors) for name, tensors in variables.items()},
             self.notes(opened),

@@ -23,7 +23,8 @@ def idle_layers(names: Sequence[str]) -> ModelError:
     patterns = [f"{top}.*" if len(members) > 1 else members[0] for top, members in groups.items()]
     return ModelError(
         f"the loss does not depend on layer {', '.join(names[:4])}{' and others' if len(names) > 4 else ''} in"
-        f" any batch; give batches that reach every layer, or leave out what the task does not use, for instance with exclude={patterns}"
+        " any batch; give batches that reach every layer, or leave out what the task does not use, for instance with"
+        f" exclude={patterns}"
     )
 
 
