@@ -127,3 +127,19 @@ def test_a_measurement_does_not_stop_before_every_expert_was_reached() -> None:
     found = tq.estimate_curvature(model, batches, TASK, points=points(model), num_probes=1, stop=stop)
     assert asked == [9]
     assert found.weights["experts.0"].trace > 0
+
+
+@pytest.mark.parametrize("probes", ["exact", 2])
+def test_a_saturated_batch_counts_zero(probes: int | str) -> None:
+    """One image whose loss has a second derivative of exactly zero must not end the measurement of the others."""
+    model = build(lambda: nn.Sequential(nn.Linear(2, CLASSES)))
+    x = torch.tensor([[0.3, -0.2]], dtype=torch.float64)
+    certain = [(torch.full((1, 2), 1e6, dtype=torch.float64), torch.tensor([0]))]
+    ordinary = [(x, torch.tensor([1]))]
+    options = {"num_probes": probes, "activations": False, "seed": 0}
+    alone = tq.estimate_curvature(model, ordinary, TASK, **options).weights["0"]
+    both = tq.estimate_curvature(model, [*ordinary, *certain], TASK, **options).weights["0"]
+    assert both.trace == pytest.approx(alone.trace / 2, rel=1e-12)
+    assert alone.trace > 0
+    with pytest.raises(tq.TracequantError, match="no curvature in the model's outputs in any batch"):
+        tq.estimate_curvature(model, certain * 2, TASK, **options)

@@ -22,6 +22,7 @@ from tracequant.core.errors import DataError, ResourceError, RunError, TaskError
 from tracequant.core.progress import track
 from tracequant.curvature import microbatch
 from tracequant.curvature.microbatch import Microbatch
+from tracequant.curvature.output_hessian import check_curved
 from tracequant.curvature.parts import Part, all_notes, idle_in_all
 from tracequant.curvature.store import Store
 from tracequant.model import distributed, memory
@@ -141,6 +142,7 @@ def collect(
                 break
         exchange()
     parts = _merged(done)
+    check_curved([part.notes for part in parts])
     if idle := idle_in_all(parts):
         raise idle_layers(idle)
     return estimator.summarize(parts)

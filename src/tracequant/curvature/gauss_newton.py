@@ -35,6 +35,7 @@ from tracequant.curvature.batch_loop import Stop, collect
 from tracequant.curvature.gradient_norms import Call, squared_norms
 from tracequant.curvature.microbatch import Microbatch
 from tracequant.curvature.output_factors import Cotangents
+from tracequant.curvature.output_hessian import ZERO
 from tracequant.curvature.parts import Part, exceeded, together, warn_of_error
 from tracequant.curvature.passes import Opened, Passes, dense
 from tracequant.model.batches import Batches
@@ -151,7 +152,12 @@ class _GaussNewton(Passes):
             {name: rows.get(name, nothing) * microbatch.size for name in names},
             {name: sum(tensor.numel() for tensor in tensors) for name, tensors in variables.items()},
             self.notes(opened),
-            tuple(name for name in self._parameters if self._weights and f"weights:{name}" not in rows),
+            # A batch without any curvature says of no layer that it is known.
+            tuple(
+                name
+                for name in self._parameters
+                if self._weights and (opened.hessian.kind == ZERO or f"weights:{name}" not in rows)
+            ),
         )
 
     def add(self, parts: Sequence[Part]) -> Part:
