@@ -108,7 +108,7 @@ class Passes:
         for number in range(microbatch.samples):
             row = microbatch.start + number
             sample = microbatch.sample(self._task, row)
-            with _in_operations(self._model):
+            with in_operations(self._model):
                 outputs = sample.outputs(self._model, self._task)
             tensors = [differentiable(outputs)[place] for place in opened.places]
             for tensor, whole in zip(tensors, opened.hessian.tensors, strict=True):
@@ -141,7 +141,7 @@ class Passes:
         )
 
     def _forward(self, microbatch: Microbatch, weights: bool) -> Opened:
-        with reading_variables(self._model, self._read) as variables, _in_operations(self._model):
+        with reading_variables(self._model, self._read) as variables, in_operations(self._model):
             outputs, loss = microbatch.forward(self._model, self._task)
         random = generator(self._seed, microbatch.index, 0, device=model_device(self._model))
         hessian = factor(self._task, outputs, microbatch.batch, random)
@@ -187,7 +187,7 @@ def _unsettled(hessian: Factored) -> tuple[str, ...]:
 
 
 @contextmanager
-def _in_operations(model: nn.Module) -> Iterator[None]:
+def in_operations(model: nn.Module) -> Iterator[None]:
     """Let recurrent layers compute in matrix products: one kernel for a whole sequence shows no operation inside."""
     on_gpu = model_device(model).type == "cuda"
     # On a CPU only LSTM has such a kernel.
