@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import tracequant as tq
 from models import CLASSES, build
 from tracequant.curvature.spectrum import top_eigenvalues
+from tracequant.quantization.rounding import round_weights
 
 TASK = tq.ClassificationTask()
 
@@ -82,9 +83,10 @@ def test_a_batch_that_misses_an_expert_counts_zero_for_it(method: str, probes: i
 def test_perturbations_and_eigenvalues_count_zero_too() -> None:
     sparse, dense = build(lambda: Experts(False)), build(lambda: Experts(True))
     batches = batches_of(1, -1)
+    # GPTQ would round an expert by the samples sent to it, and the dense one by all of them.
+    options = {"weight_bits": (2, 4), "num_probes": "exact", "weight_grid": tq.WeightGrid(rounding="nearest")}
     found, expected = (
-        tq.measure_perturbation(model, batches, TASK, points(model), weight_bits=(2, 4), num_probes="exact")
-        for model in (sparse, dense)
+        tq.measure_perturbation(model, batches, TASK, points(model), **options) for model in (sparse, dense)
     )
     assert found.first_order == pytest.approx(expected.first_order, rel=1e-8)
     for row, wanted in zip(found.products, expected.products, strict=True):
@@ -113,6 +115,23 @@ def test_an_expert_that_no_batch_reaches_is_named(
     message = r"does not depend on layer experts\.2 in any batch; give batches that reach.*exclude=\['experts\.2'\]"
     with pytest.raises(tq.ModelError, match=message):
         measure(model, everything)
+
+
+def test_gptq_rounds_an_expert_that_no_batch_reaches_to_the_nearest() -> None:
+    model, bits = build(lambda: Experts(False)), {f"experts.{number}": (2, 4) for number in range(3)}
+    everything = points(build(lambda: Experts(True)), exclude=())
+    nearest, gptq = (
+        round_weights(
+            model, batches_of(1, 0, -1), TASK, everything, bits, weight_grid=tq.WeightGrid(rounding=rounding)
+        ).layers
+        for rounding in ("nearest", "gptq")
+    )
+    for num_bits in (2, 4):
+        ours, wanted = gptq["experts.2"][num_bits], nearest["experts.2"][num_bits]
+        assert torch.equal(ours.values, wanted.values)
+        assert ours.output_error == wanted.output_error == pytest.approx(wanted.squared_error)
+        for name in ("experts.0", "experts.1"):
+            assert not torch.equal(gptq[name][num_bits].codes, nearest[name][num_bits].codes)
 
 
 def test_a_measurement_does_not_stop_before_every_expert_was_reached() -> None:
