@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 import tracequant as tq
@@ -128,6 +129,38 @@ class MixesSamples(nn.Module):
 def test_samples_that_interact_in_the_model_are_an_error_too() -> None:
     with pytest.raises(GaussNewtonError, match=r"samples of a batch interact.*estimator='hutchinson'"):
         tq.estimate_curvature(build(MixesSamples), labelled(6), TASK, num_probes=1)
+
+
+class Checkpointed(nn.Module):
+    """Computes its hidden layer again in the backward pass, by the older or the newer way of torch."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+        self.first, self.hidden, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        return self.last(checkpoint(lambda h: F.relu(self.hidden(h)), x, use_reentrant=self.reentrant))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("activations", [False, True])
+@pytest.mark.parametrize("method", ["auto", "gauss_newton", "hutchinson"])
+def test_a_reentrant_checkpoint_is_an_error_that_names_the_cure(method: str, activations: bool) -> None:
+    options = {"estimator": method, "num_probes": 1, "activations": activations}
+    with pytest.raises(tq.ModelError, match=r"^the model checkpoints.*use_reentrant=False"):
+        tq.estimate_curvature(build(lambda: Checkpointed(True)), labelled(6), TASK, **options)
+    assert tq.estimate_curvature(build(lambda: Checkpointed(False)), labelled(6), TASK, **options).weights
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_a_reentrant_checkpoint_is_named_by_other_measurements_too() -> None:
+    model = build(lambda: Checkpointed(True))
+    points = tq.discover(model, labelled(6), TASK)
+    for measure in (tq.measure_perturbation, tq.top_eigenvalues):
+        with pytest.raises(tq.ModelError, match="use_reentrant=False"):
+            measure(model, labelled(6), TASK, points)
 
 
 class Idle(nn.Module):
