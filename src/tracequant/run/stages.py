@@ -94,7 +94,7 @@ def analyze(run: RunDirectory) -> None:
         checkpoint=run.path / "batches",
         progress=run.progress,
     )
-    criterion = settings.sensitivity.criterion
+    criterion = settings.sensitivity.chosen_criterion
     # All processes measure it together.
     perturbation = measure_run_perturbation(run, points, rounded) if criterion in EXPANSIONS else None
     if not first:
@@ -192,7 +192,10 @@ def stability(run: RunDirectory) -> dict[str, float] | None:
 
 
 def quantize(run: RunDirectory) -> None:
-    """Quantize by the plan and uniformly, and evaluate both and the float model."""
+    """Quantize by the plan and uniformly, and evaluate both and the float model.
+
+    Where weights are compensated, the plan is evaluated with rounding to the nearest too, to say what that gained.
+    """
     if run.done("quantize"):
         return
     run.need("plan")
@@ -212,10 +215,25 @@ def quantize(run: RunDirectory) -> None:
         size = pack(quantized, run.path / file)
         result = _evaluate(run, quantized)
         rows.append(_row(name, result, size_bytes=size, average_bits=candidate.average_bits))
-    result_row = QuantizeResult(
-        evaluation.metric_name, evaluation.samples, float_row, rows[0], uniform_bits=uniform_bits, mixed=rows[1]
+    nearest_row = None
+    if plan.weight_grid.rounding != "nearest":
+        nearest = replace(plan, weight_grid=replace(plan.weight_grid, rounding="nearest"))
+        result = _evaluate(run, _quantized(run, nearest))
+        nearest_row = _row("mixed, nearest", result, size_bytes=plan.size_bytes, average_bits=plan.average_bits)
+        run.say(
+            f"quantize: compensated rounding changes {evaluation.metric_name} of the mixed plan from"
+            f" {result.metric:.2f} to {rows[1].metric:.2f}"
+        )
+    outcome = QuantizeResult(
+        evaluation.metric_name,
+        evaluation.samples,
+        float_row,
+        rows[0],
+        uniform_bits=uniform_bits,
+        mixed=rows[1],
+        nearest=nearest_row,
     )
-    result_row.save(run.path / "quantize.json")
+    outcome.save(run.path / "quantize.json")
     run.finish("quantize", start)
 
 
