@@ -17,7 +17,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -121,8 +121,7 @@ def correct_statistics(
             )
             return StatisticsCorrection(fitted=fitted, judged=judged, reason=reason)
         best = min(range(len(after)), key=lambda number: after[number])
-        numbers = {"fitted": fitted, "judged": judged}
-        result = StatisticsCorrection(**numbers, distance_before=before, distance_after=after[best])
+        result = StatisticsCorrection(fitted=fitted, judged=judged, distance_before=before, distance_after=after[best])
         if not after[best] < (1 - MINIMUM_GAIN) * before:
             return result
         fit = _Fit(quantized, model, task, places)
@@ -132,9 +131,7 @@ def correct_statistics(
         for tensor, values in _targets(quantized, changes):
             tensor.copy_(values)
     norms = sum(isinstance(quantized.get_submodule(name), _BatchNorm) for name in changes)
-    return StatisticsCorrection(
-        SHARES[best], norms, len(changes) - norms, **numbers, distance_before=before, distance_after=after[best]
-    )
+    return replace(result, share=SHARES[best], norms=norms, biases=len(changes) - norms)
 
 
 @dataclass(frozen=True)
@@ -183,7 +180,7 @@ def _places(quantized: nn.Module, model: nn.Module) -> dict[str, int]:
     places = {}
     for name, module in quantized.named_modules():
         axis = _channel_axis(module)
-        if axis is None or (bias := _bias(module)) is not None and holders[id(bias)] > 1:
+        if axis is None or ((bias := _bias(module)) is not None and holders[id(bias)] > 1):
             continue
         original = modules.get(name)
         if original is None or [t.shape for t in _statistics(original)] != [t.shape for t in _statistics(module)]:
