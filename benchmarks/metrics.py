@@ -2,11 +2,11 @@
 
     python benchmarks/metrics.py [--images 1024] [--plans 80] [--test-images 1000] [--cache DIR]
 
-Part 1, on the first training images: Spearman's rank correlation of every metric with the measured change of the loss,
-one layer at a time at 2, 3, 4 and 8 bits, and for random whole plans over {3, 4, 8} and {2, 3}; weights per channel,
-activations in float, traces and expansions by the exact sum over classes. Over {2, 3}, where an expansion fails, other
-forms are tried as well: sums of measured changes, sums that are damped or clipped, values fitted on half of the plans
-and tested on the other half.
+Part 1: Spearman's rank correlation of every metric, measured on the first training images, with the measured change of
+the loss on test images, one layer at a time at 2, 3, 4 and 8 bits, and for whole plans near the frontiers over
+{3, 4, 8} and {2, 3}; weights per channel, compensated on the training images, activations in float, traces and
+expansions by the exact sum over classes. Over {2, 3}, where an expansion fails, other forms are tried as well: sums of
+measured changes, sums that are damped or clipped, values fitted on half of the plans and tested on the other half.
 
 Part 2, the ablations of the paper's Tables 3 and 5: plans of equal size by every metric, weights 12 times smaller and
 activations at 8 bits, calibrated and not fine-tuned, on test images, for three draws of calibration images, beside 20
@@ -65,8 +65,10 @@ def kept(cache: Path | None, name: str, kind: Any, make: Callable[[], Any]) -> A
     return found
 
 
-def correlations(setup: tq.TaskSetup, images: int, plans: int, cache: Path | None) -> tuple[tq.Check, tq.Perturbation]:
-    """The self-check on the calibration images, whose metrics are measured on the same."""
+def correlations(
+    setup: tq.TaskSetup, images: int, plans: int, test_images: int, cache: Path | None
+) -> tuple[tq.Check, tq.Perturbation]:
+    """The self-check on test images of metrics that are measured on the calibration images."""
     points = tq.discover(setup.model, setup.calibration, setup.task)
     data = (setup.model, setup.calibration, setup.task)
     perturbation = kept(
@@ -88,6 +90,7 @@ def correlations(setup: tq.TaskSetup, images: int, plans: int, cache: Path | Non
         setup.calibration,
         setup.task,
         curvature,
+        held_out=first(setup.evaluation, test_images),
         weight_bits=WIDTHS,
         perturbation=perturbation,
         plans=plans,
@@ -99,7 +102,7 @@ def correlations(setup: tq.TaskSetup, images: int, plans: int, cache: Path | Non
 
 
 def other_forms(check: tq.Check, group: tuple[int, ...]) -> dict[str, float]:
-    """Correlations of further forms over the random plans of a group."""
+    """Correlations of further forms over the plans of a group."""
     plans = [plan for plan in check.plans if plan.offered == group]
     changes = [plan.loss_change for plan in plans]
     value = {(row.layer, row.num_bits): row for row in check.layers}
@@ -266,7 +269,9 @@ def main() -> None:
         weights = str(folder / "cifar10_weights" / "resnet20.safetensors")
         return load_task("cifar10", TaskOptions(data_dir=str(folder / "cifar10"), weights=weights, samples=samples))
 
-    check, perturbation = correlations(load(arguments.images), arguments.images, arguments.plans, arguments.cache)
+    check, perturbation = correlations(
+        load(arguments.images), arguments.images, arguments.plans, arguments.test_images, arguments.cache
+    )
     print(f"{'metric':18s}" + "".join(f"{group:>21s}" for group in check.groups))
     for name, values in check.correlations.items():
         print(f"{name:18s}" + "".join(f"{values.get(group, math.nan):21.3f}" for group in check.groups))

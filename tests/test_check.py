@@ -1,7 +1,6 @@
 """The self-check against rounding by hand, and what it remembers."""
 
 import copy
-import dataclasses
 import math
 
 import pytest
@@ -10,16 +9,20 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from models import conv_net, images, residual_net, snapshot
+from models import conv_net, images, labelled, residual_net, snapshot
 from test_sensitivity import made_up
 from tracequant import (
     Check,
     ClassificationTask,
+    DataError,
     ModelError,
     WeightGrid,
     check_criteria,
     discover,
     measure_perturbation,
+    measure_sensitivity,
+    round_weights,
+    solve,
 )
 from tracequant.core.evaluations import spearman
 from tracequant.measure.check import _load
@@ -27,8 +30,13 @@ from tracequant.model.hooks import weight_parameter
 from tracequant.quantization.grid import choose_weight_grid
 
 TASK = ClassificationTask()
-NEAREST = WeightGrid(rounding="nearest")
 BITS = (2, 4)
+NEAREST = WeightGrid(rounding="nearest")
+
+
+def other_images(sizes: tuple[int, ...] = (4,)) -> list:
+    """Labelled images that are not among those of `images`."""
+    return labelled(3, 8, 8, sizes=sizes, seed=1)
 
 
 def rounded(model: nn.Module, bits: dict[str, int]) -> nn.Module:
@@ -58,16 +66,17 @@ def test_spearman_is_scipys() -> None:
 
 def test_losses_scores_and_responses_by_hand() -> None:
     """Two batches of unequal size; the response form is the loss at the outputs plus their single changes."""
-    batches = images((4, 2))
+    calibration, batches = images((3,)), other_images((4, 2))
     model = conv_net()
-    points = discover(model, batches, TASK)
-    expansion = measure_perturbation(model, batches, TASK, points, weight_bits=BITS, weight_grid=NEAREST)
+    points = discover(model, calibration, TASK)
+    expansion = measure_perturbation(model, calibration, TASK, points, weight_bits=BITS, weight_grid=NEAREST)
     before = snapshot(model)
     found = check_criteria(
         model,
-        batches,
+        calibration,
         TASK,
         made_up(points),
+        held_out=batches,
         weight_bits=BITS,
         weight_grid=NEAREST,
         perturbation=expansion,
@@ -97,11 +106,11 @@ def test_losses_scores_and_responses_by_hand() -> None:
             moved = sum(rounded(model, dict([option]))(x).detach() - z for option in plan.weight_bits.items())
             total += len(y) * float(torch.nn.functional.cross_entropy(z + moved, y))
         assert plan.scores["response"] == pytest.approx(total / 6 - base, abs=1e-10)
-        assert plan.scores["response"] != pytest.approx(plan.scores["measured"], rel=1e-3)
+        assert plan.scores["response"] != pytest.approx(plan.scores["measured"], rel=1e-6)
 
 
 def test_correlations_are_of_their_groups_and_the_best_is_trusted() -> None:
-    batches = images((6,))
+    batches, held_out = images((6,)), other_images((6,))
     model = residual_net()
     points = discover(model, batches, TASK)
     expansion = measure_perturbation(model, batches, TASK, points, weight_bits=(2, 3, 4))
@@ -110,9 +119,10 @@ def test_correlations_are_of_their_groups_and_the_best_is_trusted() -> None:
         batches,
         TASK,
         made_up(points),
+        held_out=held_out,
         weight_bits=(2, 3, 4),
         perturbation=expansion,
-        plans=6,
+        plans=40,
         offered=[(2, 3), (3, 4)],
     )
     assert found.groups == ["2 bits", "3 bits", "4 bits", "all bits", "plans of 2, 3 bits", "plans of 3, 4 bits"]
@@ -120,9 +130,29 @@ def test_correlations_are_of_their_groups_and_the_best_is_trusted() -> None:
     want = scipy.stats.spearmanr([row.scores["l2"] for row in two], [row.loss_change for row in two]).statistic
     assert found.correlations["l2"]["2 bits"] == pytest.approx(want)
     some = [row for row in found.plans if row.offered == (3, 4)]
-    assert len(some) == 6
-    want = scipy.stats.spearmanr([row.scores["quadratic"] for row in some], [row.loss_change for row in some]).statistic
-    assert found.correlations["quadratic"]["plans of 3, 4 bits"] == pytest.approx(want)
+    assert len(some) == 40
+    # Among plans of one size, averaged over sizes.
+    by_size = [[row for row in some if row.average_bits == size] for size in {row.average_bits for row in some}]
+    assert [len(rows) for rows in by_size] == [8] * 5
+    wanted = [
+        scipy.stats.spearmanr([row.scores["quadratic"] for row in rows], [row.loss_change for row in rows]).statistic
+        for rows in by_size
+    ]
+    assert found.correlations["quadratic"]["plans of 3, 4 bits"] == pytest.approx(sum(wanted) / 5)
+    table = measure_sensitivity(
+        model,
+        batches,
+        TASK,
+        made_up(points),
+        weight_bits=(2, 3, 4),
+        activation_bits=(),
+        criterion="quadratic",
+        perturbation=expansion,
+    )
+    for row in found.optimal_plans("quadratic"):
+        plan = solve(table, average_bits=row.average_bits, allowed_bits={"*": row.offered})
+        assert row.weight_bits == plan.weight_bits
+    assert len(found.optimal_plans("quadratic")) == 10
     assert found.correlations["measured"].keys() == {"plans of 2, 3 bits", "plans of 3, 4 bits"}
 
     def worth(metric: str) -> float:
@@ -131,7 +161,7 @@ def test_correlations_are_of_their_groups_and_the_best_is_trusted() -> None:
     solvable = [metric for metric in found.correlations if metric not in ("measured", "response")]
     assert found.trusted in solvable
     assert worth(found.trusted) == max(worth(metric) for metric in solvable)
-    none = check_criteria(model, batches, TASK, made_up(points), weight_bits=(2, 3), plans=0)
+    none = check_criteria(model, batches, TASK, made_up(points), held_out=held_out, weight_bits=(2, 3), plans=0)
     assert none.plans == ()
     assert none.trusted == max(("trace", "l2"), key=lambda metric: none.correlations[metric]["all bits"])
 
@@ -139,15 +169,17 @@ def test_correlations_are_of_their_groups_and_the_best_is_trusted() -> None:
 def test_extra_scores_rank_plans_and_are_never_trusted() -> None:
     batches, model = images((6,)), residual_net()
     points = discover(model, batches, TASK)
-    plain = check_criteria(model, batches, TASK, made_up(points), weight_bits=BITS, plans=6)
+    held_out = other_images((6,))
+    plain = check_criteria(model, batches, TASK, made_up(points), held_out=held_out, weight_bits=BITS, plans=15)
     changes = {tuple(plan.weight_bits.items()): plan.loss_change for plan in plain.plans}
     found = check_criteria(
         model,
         batches,
         TASK,
         made_up(points),
+        held_out=held_out,
         weight_bits=BITS,
-        plans=6,
+        plans=15,
         extra_scores={"oracle": lambda b: changes[tuple(b.items())]},
     )
     assert found.correlations["oracle"] == {"plans of 2, 4 bits": pytest.approx(1.0)}
@@ -155,13 +187,38 @@ def test_extra_scores_rank_plans_and_are_never_trusted() -> None:
     assert all("oracle" not in row.scores for row in found.layers)
 
 
-def test_tied_layers_have_the_same_bits_in_random_plans() -> None:
-    batches = images((2,))
-    model = residual_net()
-    points = dataclasses.replace(discover(model, batches, TASK), ties=(("stem", "fc"),))
-    found = check_criteria(model, batches, TASK, made_up(points), weight_bits=(2, 3, 4, 8), plans=8)
-    assert all(plan.weight_bits["stem"] == plan.weight_bits["fc"] for plan in found.plans)
-    assert len({tuple(plan.weight_bits.values()) for plan in found.plans}) == 8
+def test_compensated_weights_are_those_of_the_calibration_data_and_losses_of_the_others() -> None:
+    calibration, held_out, model = images((6,)), other_images((5,)), conv_net()
+    points = discover(model, calibration, TASK)
+    found = check_criteria(model, calibration, TASK, made_up(points), held_out=held_out, weight_bits=(2,), plans=1)
+    weights = round_weights(model, calibration, TASK, points, {layer.name: (2,) for layer in points.layers})
+    others = round_weights(model, held_out, TASK, points, {layer.name: (2,) for layer in points.layers})
+    changed, wrong = copy.deepcopy(model), copy.deepcopy(model)
+    for layer in points.layers:
+        changed.get_parameter(f"{layer.name}.weight").data.copy_(weights.layers[layer.name][2].values)
+        wrong.get_parameter(f"{layer.name}.weight").data.copy_(others.layers[layer.name][2].values)
+    base = loss(model, held_out)
+    assert found.samples == 5
+    assert found.plans[0].loss_change == pytest.approx(loss(changed, held_out) - base, abs=1e-12)
+    assert found.plans[0].loss_change != pytest.approx(loss(wrong, held_out) - base, rel=1e-3)
+
+
+def test_samples_of_the_calibration_data_are_left_out() -> None:
+    """Also where they lie in other batches; the loss is that of the others alone."""
+    calibration, model = images((4,)), conv_net()
+    points = discover(model, calibration, TASK)
+    new = other_images((5,))[0]
+    x, y = calibration[0]
+    mixed = [(torch.cat([new[0][:2], x[1:3], new[0][2:3]]), torch.cat([new[1][:2], y[1:3], new[1][2:3]]))]
+    mixed.append((torch.cat([x[:1], new[0][3:]]), torch.cat([y[:1], new[1][3:]])))
+    arguments = {"weight_bits": BITS, "plans": 2}
+    with pytest.warns(UserWarning, match="3 of 8 samples of held_out are among the calibration batches"):
+        found = check_criteria(model, calibration, TASK, made_up(points), held_out=mixed, **arguments)
+    clean = check_criteria(model, calibration, TASK, made_up(points), held_out=[new], **arguments)
+    assert found.samples == 5
+    assert [row.loss_change for row in found.layers] == pytest.approx([row.loss_change for row in clean.layers])
+    with pytest.raises(DataError, match="all 4 samples of held_out are among the calibration batches"):
+        check_criteria(model, calibration, TASK, made_up(points), held_out=calibration, **arguments)
 
 
 class Counting(ClassificationTask):
@@ -175,21 +232,33 @@ class Counting(ClassificationTask):
 
 
 def test_nothing_is_measured_twice(tmp_path) -> None:
-    batches, model = images((4,)), conv_net()
+    batches, held_out, model = images((4,)), other_images((3,)), conv_net()
     points = discover(model, batches, TASK)
-    first = check_criteria(model, batches, Counting(), made_up(points), weight_bits=BITS, plans=4, cache=tmp_path)
-    Counting.passes = 0
-    again = check_criteria(model, batches, Counting(), made_up(points), weight_bits=BITS, plans=4, cache=tmp_path)
-    assert again == first
+
+    def run(plans: int, calibration: list = batches, held_out: list = held_out) -> Check:
+        weights = round_weights(model, calibration, TASK, points, {layer.name: BITS for layer in points.layers})
+        Counting.passes = 0
+        return check_criteria(
+            model,
+            calibration,
+            Counting(),
+            made_up(points),
+            held_out=held_out,
+            weight_bits=BITS,
+            rounded=weights,
+            plans=plans,
+            cache=tmp_path,
+        )
+
+    first = run(4)
+    assert run(4) == first
     assert Counting.passes == 1  # the loss by which the data are known again
-    more = check_criteria(model, batches, Counting(), made_up(points), weight_bits=BITS, plans=6, cache=tmp_path)
+    more = run(6)
     assert more.plans[:4] == first.plans
-    assert Counting.passes <= 4
-    other = [(x + 0.1, y) for x, y in batches]
-    assert (
-        check_criteria(model, other, TASK, made_up(points), weight_bits=BITS, plans=4, cache=tmp_path).layers
-        != first.layers
-    )
+    assert 1 < Counting.passes <= 4
+    assert run(4, held_out=[(x + 0.1, y) for x, y in held_out]).layers != first.layers
+    # The same samples and weights that were compensated for others.
+    assert run(4, calibration=images((7,))).layers != first.layers
     first.save(tmp_path / "check.json")
     assert Check.load(tmp_path / "check.json") == first
 
@@ -205,7 +274,13 @@ def test_bits_that_were_not_measured_are_refused() -> None:
     model = conv_net()
     with pytest.raises(ModelError, match=r"plans of \[2, 8\] bits were asked for, layers are measured at \[2, 4\]"):
         check_criteria(
-            model, images(), TASK, made_up(discover(model, images(), TASK)), weight_bits=BITS, offered=[(2, 8)]
+            model,
+            images(),
+            TASK,
+            made_up(discover(model, images(), TASK)),
+            held_out=other_images(),
+            weight_bits=BITS,
+            offered=[(2, 8)],
         )
 
 
@@ -223,6 +298,6 @@ def test_weights_come_back_where_the_loss_fails() -> None:
     points = discover(model, images(), TASK)
     before = snapshot(model)
     with pytest.raises(KeyboardInterrupt):
-        check_criteria(model, images(), Failing(), made_up(points), weight_bits=BITS)
+        check_criteria(model, images(), Failing(), made_up(points), held_out=other_images(), weight_bits=BITS)
     assert snapshot(model) == before
     assert weight_parameter(model, points.layers[0]).requires_grad

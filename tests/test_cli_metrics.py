@@ -11,7 +11,6 @@ import pytest
 import tracequant as tq
 from cli_runs import TASK, invoke, modified
 from tracequant.measure import accuracy, check
-from tracequant.quantization import rounding
 from tracequant.run.directory import RunDirectory
 
 
@@ -43,6 +42,10 @@ def test_check_leaves_its_result_and_its_figure(checked: Path, analysed: Path) -
     assert found.samples == 20
     assert len(found.layers) == 18
     assert [plan.offered for plan in found.plans] == [(2, 3)] * 4
+    # The loss is that of the first samples of the evaluation data.
+    setup = RunDirectory(checked).setup()
+    x, y = setup.evaluation[0]
+    assert found.float_loss == pytest.approx(setup.task.evaluate(setup.model, [(x[:20], y[:20])]).loss)
     assert {"trace", "l2", "eigenvalue", "quadratic", "first+quadratic", "measured"} <= found.correlations.keys()
     assert (checked / "figures" / "check.png").is_file()
     # The expansion is that of all the calibration data, whatever the check looked at.
@@ -56,8 +59,7 @@ def test_check_again_measures_nothing(copy: Path, monkeypatch: pytest.MonkeyPatc
     def never(*_: object) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(rounding, "input_grams", never)
-    monkeypatch.setattr(check.Microbatches, "outputs", never)
+    monkeypatch.setattr(check, "replaced_weights", never)
     assert invoke("check", copy, "--samples", "20", "--plans", "4", "--plan-bits", "2,3", "-q") == 0
     assert RunDirectory(copy).check_result() == before
 

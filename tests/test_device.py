@@ -61,7 +61,7 @@ MEASUREMENTS: dict[str, Callable[..., Any]] = {
     "accuracy": lambda model, batches, points: Evaluator(model, batches, Own(), evaluation=batches),
     "activations": errors,
     "check": lambda model, batches, points: tq.check_criteria(
-        model, batches, TASK, made_up(points), weight_bits=(4,), plans=1
+        model, batches, TASK, made_up(points), held_out=labelled(6, seed=1), weight_bits=(4,), plans=1
     ),
     "landscape": lambda model, batches, points: loss_landscapes(model, batches, TASK, points, layers=["inner"], size=3),
     "curvature": lambda model, batches, points: tq.estimate_curvature(model, batches, TASK, points=points),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models import CLASSES, labelled, snapshot
 from test_sensitivity import made_up
-from tracequant import ClassificationTask, ResourceError, TaskError, check_criteria, discover
+from tracequant import ClassificationTask, ResourceError, TaskError, WeightGrid, check_criteria, discover
 from tracequant.measure.landscape import loss_landscapes
 from tracequant.measure.sensitivity import _activation_errors
 from tracequant.model import memory
@@ -60,7 +60,17 @@ def errors(model: nn.Module, batches: Any, points: Any) -> Any:
 
 
 def self_check(model: nn.Module, batches: Any, points: Any) -> Any:
-    found = check_criteria(model, batches, WEIGHTED, made_up(points), weight_bits=(4,), plans=2)
+    nearest = WeightGrid(rounding="nearest")
+    found = check_criteria(
+        model,
+        labelled(6, seed=1),
+        WEIGHTED,
+        made_up(points),
+        held_out=batches,
+        weight_bits=(4,),
+        weight_grid=nearest,
+        plans=2,
+    )
     return [row.loss_change for row in (*found.layers, *found.plans)]
 
 

@@ -29,18 +29,21 @@ _SizeBudget = Annotated[
 
 def check(
     run_path: RunPath,
-    samples: Annotated[int | None, typer.Option(min=1, help="calibration inputs to measure on [all]")] = None,
-    plans: Annotated[int, typer.Option(min=0, help="random whole plans for each --plan-bits")] = 80,
+    samples: Annotated[
+        int, typer.Option(min=1, help="evaluation inputs to measure the loss on, the first ones")
+    ] = 1000,
+    plans: Annotated[int, typer.Option(min=0, help="whole plans for each --plan-bits")] = 80,
     plan_bits: Annotated[
-        list[str] | None, typer.Option(help="bits of the random plans; may be repeated [all]", metavar="LIST")
+        list[str] | None, typer.Option(help="bits of the whole plans; may be repeated [all]", metavar="LIST")
     ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure which criterion ranks your model's layers best.
+    """Measure which criterion ranks your model's layers and plans best.
 
-    Single layers and random plans are quantized and their loss is measured. The result is in RUN/check.json and
-    RUN/figures/check.png. If it is interrupted, the same command resumes.
+    Single layers, and whole plans near the optimal ones of all criteria, are quantized. Their loss is measured on the
+    first samples of the evaluation data, which served neither the criteria nor the rounding. The result is in
+    RUN/check.json and RUN/figures/check.png. If it is interrupted, the same command resumes.
     """
     run = open_run(run_path, quiet)
     result = examine.check(run, samples, plans, [parse_bits(text, "--plan-bits") for text in plan_bits or ()])

@@ -65,8 +65,9 @@ def print_sensitivity(run: RunDirectory) -> None:
 
 
 def print_check(run: RunDirectory, check: Check) -> None:
-    """Print how well each criterion ranks, and which one to trust."""
-    table = Table(title=f"Rank correlation with the loss on {check.samples:,} samples", title_justify="left")
+    """Print how well each criterion ranks, what its own plans lose, and which one to trust."""
+    where = f"on the first {check.samples:,} samples of the evaluation data"
+    table = Table(title=f"Rank correlation with the loss {where}", title_justify="left")
     table.add_column("criterion")
     for group in check.groups:
         table.add_column(group, justify="right")
@@ -74,6 +75,18 @@ def print_check(run: RunDirectory, check: Check) -> None:
         cells = (f"{values[group]:.2f}" if group in values else "" for group in check.groups)
         table.add_row(name, *cells, style="bold" if name == check.trusted else None)
     Console().print(table)
+    sizes = list(dict.fromkeys((plan.offered, plan.average_bits) for plan in check.plans))
+    if sizes:
+        table = Table(title=f"Change of the loss by the optimal plans of each criterion {where}", title_justify="left")
+        table.add_column("criterion")
+        for offered, average_bits in sizes:
+            table.add_column(f"{average_bits:.2f} bits of {','.join(map(str, offered))}", justify="right")
+        for name in check.correlations:
+            changes = {(plan.offered, plan.average_bits): plan.loss_change for plan in check.optimal_plans(name)}
+            if changes:
+                cells = (f"{changes[size]:+.4f}" if size in changes else "" for size in sizes)
+                table.add_row(name, *cells, style="bold" if name == check.trusted else None)
+        Console().print(table)
     print(f"Trust most: {check.trusted}. tracequant plan {run.path} --criterion {check.trusted} ... solves by it.")
     print(f"Figure: {run.path / 'figures' / 'check.png'}; `tracequant report {run.path}` includes it")
 

@@ -81,20 +81,29 @@ class LayerCheck:
 
 @dataclass(frozen=True)
 class PlanCheck:
-    """A random plan: the bits it was drawn from, the measured change of the loss, and what each form says of it."""
+    """A plan: the bits it was drawn from, the measured change of the loss, and what each form says of it.
+
+    It is near the plan that is optimal by all `criteria` with `average_bits`: `moved` units have other bits, none where
+    it is that plan.
+    """
 
     offered: tuple[int, ...]
     weight_bits: dict[str, int]
     loss_change: float
     scores: dict[str, float]
+    average_bits: float
+    criteria: tuple[str, ...]
+    moved: int
 
 
 @dataclass(frozen=True)
 class Check(Saveable):
     """How well each criterion ranks the measured changes of the loss, weights rounded and activations in float.
 
+    The loss is that of `samples` samples that served neither the criteria nor the rounding.
     `correlations[criterion][group]` is Spearman's, NaN where there is nothing to rank. Groups are "2 bits", ..., "all
-    bits" for layers rounded one at a time, and "plans of 2, 3, 4, 8 bits" for random whole plans. Two forms are for
+    bits" for layers rounded one at a time, and "plans of 2, 3, 4, 8 bits" for whole plans near the frontiers of the
+    criteria, ranked among those of one size (the mean over sizes). Two forms are for
     plans only and use the check's own measurements: "measured" is the sum of the layers' measured changes of the loss,
     "response" the loss at the float outputs plus the sum of the layers' measured changes of the outputs.
 
@@ -115,6 +124,10 @@ class Check(Saveable):
         """The names of all groups, in order."""
         return list(dict.fromkeys(group for by_group in self.correlations.values() for group in by_group))
 
+    def optimal_plans(self, criterion: str) -> list[PlanCheck]:
+        """The plans that are optimal by a criterion, one of each size, as far as there were plans enough."""
+        return [plan for plan in self.plans if criterion in plan.criteria and not plan.moved]
+
 
 def with_unit(metric_name: str, value: float) -> str:
     """A metric with its name, the unit at the end.
@@ -127,7 +140,7 @@ def with_unit(metric_name: str, value: float) -> str:
 
 
 def plan_group(offered: Sequence[int]) -> str:
-    """The name of a group of random plans."""
+    """The name of a group of whole plans."""
     return f"plans of {', '.join(map(str, offered))} bits"
 
 

@@ -1,11 +1,10 @@
-"""The self-check: round single layers and random whole plans, measure the loss, and see which criterion ranks best."""
+"""The self-check: round single layers and whole plans, measure the loss, and see which criterion ranks best."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -14,15 +13,16 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from tracequant.allocation.near_frontier import DrawnPlan, plans_near_frontiers
 from tracequant.core.curvature import Curvature, Perturbation
 from tracequant.core.errors import ModelError
 from tracequant.core.evaluations import Check, LayerCheck, PlanCheck, plan_group, spearman
 from tracequant.core.files import replace_file
-from tracequant.core.points import QuantizationPoints
 from tracequant.core.progress import track
 from tracequant.core.sensitivity import Sensitivity, combine
 from tracequant.core.settings import EXPANSIONS, Criterion, SensitivitySettings
 from tracequant.core.weight_grid import WeightGrid
+from tracequant.measure.held_out import held_out_samples
 from tracequant.model.batches import Batch, Batches, reusable
 from tracequant.model.device import measuring, model_device
 from tracequant.model.digest import digest
@@ -44,6 +44,7 @@ def check_criteria(
     task: Task,
     curvature: Curvature,
     *,
+    held_out: Batches,
     weight_bits: Sequence[int] = SensitivitySettings.weight_bits,
     weight_grid: WeightGrid | None = None,
     perturbation: Perturbation | None = None,
@@ -55,18 +56,25 @@ def check_criteria(
     progress: bool = False,
     extra_scores: Mapping[str, Callable[[dict[str, int]], float]] | None = None,
 ) -> Check:
-    """Rank correlations of every criterion with the measured change of the loss on `batches`, labelled samples.
+    """Rank correlations of every criterion with the measured change of the loss on `held_out`, labelled samples.
 
-    Every layer of `curvature` is rounded alone at each of `weight_bits`, and `plans` random plans with bits from each
-    of `offered` (all of `weight_bits` if None), ties kept; activations stay in float. That is a pass over the batches
-    for each. Metrics: "trace", "l2", the eigenvalues' where `curvature` has them, and the expansions where
-    `perturbation`, measured at the same bits, is given. `extra_scores` ranks the random plans by other forms too: each
+    `batches` are the calibration data that `curvature`, `perturbation` and `rounded` come from. Weights are rounded on
+    them where `rounded` is not given, and no loss is measured on them: on the samples that a criterion was measured
+    on, or that weights were compensated for, it looks better than it is. Samples of `held_out` that `batches` hold too
+    are left out with a warning.
+
+    Every layer of `curvature` is rounded alone at each of `weight_bits`, and up to `plans` whole plans with bits from
+    each of `offered` (all of `weight_bits` if None), ties kept; activations stay in float. That is a pass over
+    `held_out` for each. Plans are drawn near the exact frontiers of all criteria (`plans_near_frontiers`), and ranked
+    among those of one size. Criteria: "trace", "l2", the eigenvalues' where `curvature` has them, and the expansions
+    where `perturbation`, measured at the same bits, is given. `extra_scores` ranks the plans by other forms too: each
     maps a plan's bits by layer to a number. No plan can be solved for these, so none of them is `trusted`.
 
     `cache` is a folder in which every measurement is saved, so that an interrupted check resumes where it stopped, and
-    a check with more plans measures only those. The model is left as it was.
+    a check with more plans measures only what is new. The model is left as it was.
 
-    Raises `ModelError` for bits that are not among those measured, and `DataError` for batches that cannot be used.
+    Raises `ModelError` for bits that are not among those measured, and `DataError` for batches that cannot be used and
+    where `batches` hold all samples of `held_out`.
     """
     batches, points, grid = reusable(batches), curvature.points, weight_grid or WeightGrid()
     widths = sorted(set(weight_bits))
@@ -79,9 +87,11 @@ def check_criteria(
         rounded = round_weights(
             model, batches, task, points, bits_of_layers, weight_grid=grid, cache=cache, progress=progress
         )
+    held_out = held_out_samples(held_out, batches, task)
     tables = _tables(curvature, rounded.errors, grid, perturbation)
+    drawn = [plan for bits in groups for plan in plans_near_frontiers(tables, bits, plans, seed)]
     with measuring(model), torch.no_grad():
-        bench = _Bench(model, batches, task, rounded, cache)
+        bench = _Bench(model, held_out, task, rounded, cache)
         plain = bench.measure({})
         float_loss = bench.mean(plain[0])
         options = [(layer.name, b) for layer in points.layers for b in widths]
@@ -93,20 +103,20 @@ def check_criteria(
             alone[option] = bench.mean(losses) - float_loss
             if keep:
                 moved[option] = [after - before for after, before in zip(outputs, plain[1], strict=True)]
-        drawn = _random_plans(points, groups, plans, seed)
         plan_checks = []
-        for bits, plan in track(drawn, "Random plans", progress):
-            losses, _ = bench.measure(plan, outputs=False)
+        for plan in track(drawn, "Whole plans", progress):
+            losses, _ = bench.measure(plan.weight_bits, outputs=False)
             scores = {
-                name: math.fsum(table.weight_omega[layer][b] for layer, b in plan.items())
+                name: math.fsum(table.weight_omega[layer][b] for layer, b in plan.weight_bits.items())
                 for name, table in tables.items()
             }
-            scores |= {name: score(plan) for name, score in (extra_scores or {}).items()}
-            scores["measured"] = math.fsum(alone[option] for option in plan.items())
+            scores |= {name: score(plan.weight_bits) for name, score in (extra_scores or {}).items()}
+            choices = list(plan.weight_bits.items())
+            scores["measured"] = math.fsum(alone[option] for option in choices)
             if keep:
-                added = [sum(parts) for parts in zip(*(moved[option] for option in plan.items()), strict=True)]
+                added = [sum(parts) for parts in zip(*(moved[option] for option in choices), strict=True)]
                 scores["response"] = bench.loss_at([z + dz for z, dz in zip(plain[1], added, strict=True)]) - float_loss
-            plan_checks.append(PlanCheck(bits, plan, bench.mean(losses) - float_loss, scores))
+            plan_checks.append(_plan_check(plan, bench.mean(losses) - float_loss, scores))
     layer_checks = tuple(
         LayerCheck(
             name,
@@ -124,7 +134,7 @@ def check_criteria(
         layers=layer_checks,
         plans=tuple(plan_checks),
         correlations=correlations,
-        trusted=_trusted(correlations, [plan_group(bits) for bits in groups] or ["all bits"], list(tables)),
+        trusted=_trusted(correlations, [plan_group(bits) for bits in groups], list(tables)),
     )
 
 
@@ -144,6 +154,10 @@ class _Bench:
         self._microbatches = Microbatches(task)
         self._sizes: list[int] = []
         seen = hashlib.sha256(f"{rounded.points.fingerprint} {rounded.weight_grid}".encode())
+        # Other calibration data round other weights.
+        for name, widths in rounded.layers.items():
+            for num_bits, weight in widths.items():
+                seen.update(f"{name} {num_bits} {digest((weight.codes, weight.grid.scale))}".encode())
         for batch in self._moved():
             self._sizes.append(task.batch_size(batch))
             seen.update(digest(batch).encode())
@@ -228,17 +242,16 @@ def _tables(
     }
 
 
-def _random_plans(
-    points: QuantizationPoints, groups: Sequence[tuple[int, ...]], count: int, seed: int
-) -> list[tuple[tuple[int, ...], dict[str, int]]]:
-    """`count` plans of each group with bits drawn at random, tied layers together, in the order of layers."""
-    drawn = []
-    for bits in groups:
-        order = random.Random(f"{seed} {bits}")
-        for _ in range(count):
-            chosen = {name: b for unit in points.weight_units for b in [order.choice(bits)] for name in unit}
-            drawn.append((bits, {layer.name: chosen[layer.name] for layer in points.layers}))
-    return drawn
+def _plan_check(plan: DrawnPlan, loss_change: float, scores: dict[str, float]) -> PlanCheck:
+    return PlanCheck(
+        plan.offered,
+        plan.weight_bits,
+        loss_change,
+        scores,
+        average_bits=plan.average_bits,
+        criteria=plan.criteria,
+        moved=plan.moved,
+    )
 
 
 def _correlations(
@@ -247,25 +260,35 @@ def _correlations(
     widths: Sequence[int],
     groups: Sequence[tuple[int, ...]],
 ) -> dict[str, dict[str, float]]:
-    """Criterion → group → Spearman's correlation of its scores with the measured changes."""
-    rows: dict[str, Sequence[LayerCheck] | Sequence[PlanCheck]] = {
-        f"{b} bits": [row for row in layers if row.num_bits == b] for b in widths
+    """Criterion → group → Spearman's correlation of its scores with the measured changes.
+
+    For a group of plans it is the mean over sizes of the correlation among the plans drawn at that size: that smaller
+    plans lose more is known to every criterion.
+    """
+    rows: dict[str, list[Sequence[LayerCheck] | Sequence[PlanCheck]]] = {
+        f"{b} bits": [[row for row in layers if row.num_bits == b]] for b in widths
     }
-    rows["all bits"] = layers
-    rows |= {plan_group(bits): [row for row in plans if row.offered == bits] for bits in groups}
-    names = list(dict.fromkeys(name for own in rows.values() for name in (own[0].scores if own else ())))
-    return {
-        name: {
-            group: spearman([row.scores[name] for row in own], [row.loss_change for row in own])
-            for group, own in rows.items()
-            if own and name in own[0].scores
-        }
-        for name in names
-    }
+    rows["all bits"] = [layers]
+    for bits in groups:
+        of_group = [row for row in plans if row.offered == bits]
+        sizes = sorted({row.average_bits for row in of_group})
+        rows[plan_group(bits)] = [[row for row in of_group if row.average_bits == size] for size in sizes]
+    result: dict[str, dict[str, float]] = {}
+    for group, ranked in rows.items():
+        for name in ranked[0][0].scores if ranked and ranked[0] else ():
+            values = [spearman([row.scores[name] for row in r], [row.loss_change for row in r]) for r in ranked]
+            values = [value for value in values if not math.isnan(value)]
+            result.setdefault(name, {})[group] = math.fsum(values) / len(values) if values else math.nan
+    return result
 
 
 def _trusted(correlations: dict[str, dict[str, float]], groups: Sequence[str], criteria: Sequence[str]) -> str:
-    """The criterion of highest correlation over these groups, on average; the first of equal ones."""
+    """The criterion of highest correlation over these groups, on average; the first of equal ones.
+
+    Where no group has anything to rank, over single layers.
+    """
+    if all(math.isnan(correlations[name].get(group, math.nan)) for name in criteria for group in groups):
+        groups = ["all bits"]
 
     def worth(criterion: str) -> float:
         values = [correlations[criterion].get(group, math.nan) for group in groups]

@@ -26,6 +26,11 @@ def ordinary(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
 
 
+def tensor_bytes(batch: Batch) -> int:
+    """Bytes of all tensors in a batch."""
+    return sum(leaf.nbytes for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor))
+
+
 def check_finite(batch: Batch, index: int) -> None:
     """Raise `DataError` if any floating-point tensor of the batch holds NaN or infinity."""
     for path, leaf in pytree.tree_flatten_with_path(batch)[0]:

@@ -25,16 +25,22 @@ from tracequant.run.measured import measure_run_perturbation, rounded_weights
 from tracequant.run.stages import solve
 
 if TYPE_CHECKING:
-    from tracequant.model.batches import Batch
+    from tracequant.model.batches import Batch, Batches
+    from tracequant.model.task import Task
 
 Result = TypeVar("Result")
 
 
-def check(run: RunDirectory, samples: int | None, plans: int, offered: Sequence[Sequence[int]]) -> Check:
-    """Rank every criterion by the loss measured on the first `samples` of the calibration data (all if None).
+# Bytes of the samples on which the check measures the loss: they are held, because they are read again and again.
+CHECK_BYTES = 1 << 31
 
-    The expansion in the roundings is measured first where it is not there, which makes its criteria available to
-    `solve`.
+
+def check(run: RunDirectory, samples: int, plans: int, offered: Sequence[Sequence[int]]) -> Check:
+    """Rank every criterion by the loss measured on the first `samples` of the evaluation data.
+
+    They are fewer where they would take more than 2 GiB. The calibration data serve the criteria and the rounding, and
+    their loss is not looked at. The expansion in the roundings is measured first where it is not there, which makes its
+    criteria available to `solve`.
     """
     run.need("analyze")
     from tracequant.measure.check import check_criteria
@@ -51,9 +57,10 @@ def check(run: RunDirectory, samples: int | None, plans: int, offered: Sequence[
         shutil.rmtree(run.path / "batches", ignore_errors=True)
     result = check_criteria(
         setup.model,
-        setup.calibration if samples is None else _first_samples(run, samples),
+        setup.calibration,
         setup.task,
         curvature,
+        held_out=_first_samples(setup.task, setup.evaluation, samples),
         weight_bits=settings.sensitivity.weight_bits,
         weight_grid=settings.sensitivity.weight_grid,
         perturbation=perturbation,
@@ -241,16 +248,20 @@ def _first_batch(run: RunDirectory) -> list[Batch]:
     return list(itertools.islice(run.setup().calibration, 1))
 
 
-def _first_samples(run: RunDirectory, samples: int) -> list[Batch]:
-    """The first `samples` of the calibration data."""
-    setup, batches = run.setup(), []
-    for batch in setup.calibration:
-        size = min(setup.task.batch_size(batch), samples)
-        batches.append(batch if size == setup.task.batch_size(batch) else setup.task.select(batch, 0, size))
-        samples -= size
-        if not samples:
+def _first_samples(task: Task, batches: Batches, samples: int) -> list[Batch]:
+    """The first `samples` of the batches; fewer where more would take more than `CHECK_BYTES`."""
+    from tracequant.model.batches import tensor_bytes
+
+    first: list[Batch] = []
+    size = 0
+    for batch in batches:
+        count = min(task.batch_size(batch), samples)
+        first.append(batch if count == task.batch_size(batch) else task.select(batch, 0, count))
+        size += tensor_bytes(batch)
+        samples -= count
+        if not samples or size >= CHECK_BYTES:
             break
-    return batches
+    return first
 
 
 def _only(points: QuantizationPoints, names: Sequence[str]) -> QuantizationPoints:
