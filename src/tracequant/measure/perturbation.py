@@ -166,7 +166,7 @@ class _Perturbations(Passes):
         if idle := [name for name, slope in zip(names, slopes, strict=True) if slope is None]:
             raise idle_layers(idle)
         first = [
-            dense(slope).double().mul(move).sum()
+            (dense(slope) * move).sum(dtype=torch.float64)
             for name, slope in zip(names, slopes, strict=True)
             if slope is not None
             for move in self._moves[name]
