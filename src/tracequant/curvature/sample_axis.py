@@ -41,7 +41,7 @@ def find_outer(rows: Tensor, scaled: Tensor, samples: int) -> tuple[Outer | None
     """
     # As multiples of the largest entry, so that no square leaves float32's range. That has digits enough for both
     # tolerances.
-    largest = rows.abs().amax() if rows.numel() else 0.0
+    largest = rows.abs().amax() if rows.numel() else torch.zeros(())
     if not largest:
         return (1 if len(rows) % samples == 0 else None), False
     rows, scaled = _as_multiples(rows, largest), _as_multiples(scaled, largest)
