@@ -29,7 +29,7 @@ import tracequant as tq
 from tracequant.core import cost
 from tracequant.core.points import ActivationPoint, Layer, QuantizationPoints, StoredTensor
 from tracequant.core.sensitivity import Sensitivity
-from tracequant.core.settings import WeightGrid
+from tracequant.core.weight_grid import WeightGrid
 
 # Bottleneck blocks in each of the four stages; the last one is a network of 999 layers.
 NETWORKS: dict[str, tuple[int, int, int, int]] = {

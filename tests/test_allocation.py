@@ -24,7 +24,7 @@ from tracequant.core.errors import BudgetError, SettingsError
 from tracequant.core.plan import MIB, reprice
 from tracequant.core.points import ActivationPoint, Layer, QuantizationPoints, StoredTensor
 from tracequant.core.sensitivity import Sensitivity
-from tracequant.core.settings import WeightGrid
+from tracequant.core.weight_grid import WeightGrid
 
 PAPER_BITS = (1, 2, 4, 8)
 

@@ -26,7 +26,8 @@ from tracequant.core.errors import BudgetError
 from tracequant.core.plan import MIB
 from tracequant.core.points import ActivationPoint, Layer, QuantizationPoints, StoredTensor
 from tracequant.core.sensitivity import Sensitivity
-from tracequant.core.settings import PlanSettings, WeightGrid
+from tracequant.core.settings import PlanSettings
+from tracequant.core.weight_grid import WeightGrid
 
 WEIGHT_LIMITS = ("max_size_mib", "compression", "average_bits", "max_bops_g", "max_latency_ms")
 ACTIVATION_LIMITS = ("average_activation_bits", "activation_compression", "max_activation_mib")

@@ -19,7 +19,8 @@ import tracequant as tq
 from tracequant.core.errors import ArtifactError, SettingsError
 from tracequant.core.files import Saveable
 from tracequant.core.options import Option, option, options, resolve, takes, validate
-from tracequant.core.settings import FinetuneSettings, SensitivitySettings, WeightGrid
+from tracequant.core.settings import FinetuneSettings, SensitivitySettings
+from tracequant.core.weight_grid import WeightGrid
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tracequant.core.errors import ModelError
 from tracequant.core.packed_layout import symmetric_zero_point
-from tracequant.core.settings import WeightGrid
+from tracequant.core.weight_grid import WeightGrid
 from tracequant.quantization import grid
 from tracequant.quantization.convert import quantize_activation, quantize_weight
 from tracequant.quantization.grid import Grid, choose_grid, choose_weight_grid, grid_for_range

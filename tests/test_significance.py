@@ -11,8 +11,8 @@ import scipy.integrate
 from tracequant.core.curvature import Curvature, TraceEstimate
 from tracequant.core.points import Layer, QuantizationPoints
 from tracequant.core.sensitivity import Sensitivity, combine
-from tracequant.core.settings import WeightGrid
 from tracequant.core.significance import replacements, trace_covariance
+from tracequant.core.weight_grid import WeightGrid
 
 NUMEL = 8
 ERRORS = {2: 1.0, 4: 0.1}

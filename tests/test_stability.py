@@ -7,7 +7,8 @@ from tracequant.allocation.stability import is_stable, plan_stability
 from tracequant.core.curvature import Curvature, TraceEstimate
 from tracequant.core.points import Layer, QuantizationPoints
 from tracequant.core.sensitivity import combine
-from tracequant.core.settings import PlanSettings, WeightGrid
+from tracequant.core.settings import PlanSettings
+from tracequant.core.weight_grid import WeightGrid
 
 SETTINGS = PlanSettings(average_bits=3)
 

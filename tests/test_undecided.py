@@ -14,7 +14,7 @@ import tracequant as tq
 from tracequant.core.plan import BitPlan
 from tracequant.core.points import Layer, QuantizationPoints
 from tracequant.core.sensitivity import Sensitivity
-from tracequant.core.settings import WeightGrid
+from tracequant.core.weight_grid import WeightGrid
 
 BITS = (2, 3, 4, 8)
 

@@ -19,7 +19,8 @@ from tracequant.core.curvature import Curvature
 from tracequant.core.errors import BudgetError
 from tracequant.core.plan import BitPlan
 from tracequant.core.sensitivity import Sensitivity, combine
-from tracequant.core.settings import PlanSettings, WeightGrid
+from tracequant.core.settings import PlanSettings
+from tracequant.core.weight_grid import WeightGrid
 
 # The rule is applied after every batch, which leaves less time than a report has.
 STOP_RESAMPLES = 40

@@ -16,8 +16,8 @@ from tracequant.core.settings import (
     PlanSettings,
     SensitivitySettings,
     TaskOptions,
-    WeightGrid,
 )
+from tracequant.core.weight_grid import WeightGrid
 
 # Settings class → the Python function that takes its fields by keyword, and the commands that have its options.
 _PAGES: tuple[tuple[type, str, str], ...] = (

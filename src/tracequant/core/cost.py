@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from tracequant.core.packed_layout import DTYPE_BYTES, PackedWeight, layout_of_plan
 from tracequant.core.points import Layer, QuantizationPoints
-from tracequant.core.settings import Latency, WeightGrid
+from tracequant.core.settings import Latency
+from tracequant.core.weight_grid import WeightGrid
 
 FLOAT_BITS = 32
 # What stays in float is told where it has more than this share of the parameters, and of it the largest tensors are

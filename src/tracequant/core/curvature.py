@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from tracequant.core.files import Saveable
 from tracequant.core.points import QuantizationPoints
-from tracequant.core.settings import WeightGrid
+from tracequant.core.weight_grid import WeightGrid
 
 # What `print(curvature)` may take of a screen.
 SCREEN_COLUMNS, SCREEN_LAYERS, SCREEN_NAME = 100, 20, 38

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tracequant.core.files import Saveable
 from tracequant.core.plan import BitPlan
-from tracequant.core.settings import WeightGrid
+from tracequant.core.weight_grid import WeightGrid
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from tracequant.core.match import match_names
 from tracequant.core.points import QuantizationPoints
 from tracequant.core.reasons import aligned, in_bits, short_reasons
 from tracequant.core.sensitivity import Sensitivity
-from tracequant.core.settings import WeightGrid
+from tracequant.core.weight_grid import WeightGrid
 
 MIB = 1 << 20
 # Resource → the unit that `BitPlan.prices` are for.

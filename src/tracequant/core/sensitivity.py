@@ -8,8 +8,9 @@ from tracequant.core.curvature import Curvature, Perturbation
 from tracequant.core.errors import ModelError
 from tracequant.core.files import Saveable
 from tracequant.core.points import QuantizationPoints
-from tracequant.core.settings import CRITERIA, EXPANSIONS, Latency, WeightGrid
+from tracequant.core.settings import CRITERIA, EXPANSIONS, Latency
 from tracequant.core.significance import Replacement, replaced_values, replacements, trace_covariance
+from tracequant.core.weight_grid import WeightGrid
 
 # The tensor that enters the model keeps 8 bits in every plan: images are stored that way, and no layer gains from less.
 MODEL_INPUT_BITS = 8

@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 from tracequant.core.files import Saveable
 from tracequant.core.options import ascending, option, validate
+from tracequant.core.weight_grid import QUANTIZATION, WeightGrid
 
 # What stands for the loss that a layer's rounding costs; docs/method.md has the formulas. "trace" is HAWQ-V2's Eq. 10.
 Criterion = Literal["trace", "l2", "eigenvalue", "eigenvalue_alone", "quadratic", "first+quadratic"]
@@ -23,37 +24,7 @@ Latency = dict[str, dict[int, dict[int, float]]]
 
 # The panels in which `--help` groups the options.
 MODEL, BUDGET, RULES, ANALYSIS = "Model and data", "Budget", "Rules", "Analysis"
-QUANTIZATION, TRAINING = "Quantization", "Training"
-
-
-@dataclass(frozen=True)
-class WeightGrid:
-    """How weight grids are made: the same in sensitivity, conversion and the packed file.
-
-    `range`: "mse" (least squared error, the default), "percentile" or "minmax" (the paper's Appendix A with the whole
-    range).
-    """
-
-    per_channel: bool = option(
-        True,
-        "one scale for each output channel of a weight, or one for the whole tensor",
-        flag="--per-channel/--per-tensor",
-        panel=QUANTIZATION,
-        expert=True,
-    )
-    symmetric: bool = option(
-        True,
-        "weight ranges are centred on zero, or need not be",
-        flag="--symmetric/--asymmetric",
-        panel=QUANTIZATION,
-        expert=True,
-    )
-    range: Literal["mse", "percentile", "minmax"] = option(
-        "mse", "how the range of a weight grid is chosen", flag="--weight-range", panel=QUANTIZATION, expert=True
-    )
-
-    def __post_init__(self) -> None:
-        validate(self)
+TRAINING = "Training"
 
 
 @dataclass(frozen=True)
@@ -190,14 +161,24 @@ class SensitivitySettings:
         metavar="LIST",
         panel=QUANTIZATION,
     )
-    criterion: Criterion = option(
-        "trace", "what stands for the loss that rounding a layer costs; trace is HAWQ-V2's Eq. 10", panel=ANALYSIS
+    criterion: Literal["auto", Criterion] = option(
+        "auto",
+        "what stands for the loss that rounding a layer costs; auto is quadratic where rounding is compensated, and"
+        " trace (HAWQ-V2's Eq. 10) with --rounding nearest",
+        panel=ANALYSIS,
     )
     weight_grid: WeightGrid = WeightGrid()
 
     def __post_init__(self) -> None:
         validate(self)
         ascending(self, "weight_bits", "activation_bits", required=("weight_bits",))
+
+    @property
+    def chosen_criterion(self) -> Criterion:
+        """The criterion, chosen by the rounding where it is "auto"."""
+        if self.criterion != "auto":
+            return self.criterion
+        return "trace" if self.weight_grid.rounding == "nearest" else "quadratic"
 
 
 @dataclass(frozen=True)

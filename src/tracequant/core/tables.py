@@ -37,7 +37,8 @@ from tracequant.core.errors import ArtifactError
 from tracequant.core.files import read_json, write_text
 from tracequant.core.points import ActivationPoint, Layer, QuantizationPoints
 from tracequant.core.sensitivity import Sensitivity
-from tracequant.core.settings import Latency, WeightGrid
+from tracequant.core.settings import Latency
+from tracequant.core.weight_grid import WeightGrid
 
 FORMAT_NAME = "tracequant-table"
 

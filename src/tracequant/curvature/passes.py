@@ -17,6 +17,7 @@ from tracequant.core.points import QuantizationPoints
 from tracequant.curvature.microbatch import Microbatch
 from tracequant.curvature.output_factors import GROUP, Cotangents
 from tracequant.curvature.output_hessian import Factored, differentiable, factor
+from tracequant.curvature.output_lanczos import SETTLED
 from tracequant.curvature.products import generator, reading_variables, require_grad
 from tracequant.curvature.sweep import Rows, SampleAxes, Sweep, mixed_samples
 from tracequant.model.device import model_device
@@ -108,7 +109,7 @@ class Passes:
         for number in range(microbatch.samples):
             row = microbatch.start + number
             sample = microbatch.sample(self._task, row)
-            with _in_operations(self._model):
+            with in_operations(self._model):
                 outputs = sample.outputs(self._model, self._task)
             tensors = [differentiable(outputs)[place] for place in opened.places]
             for tensor, whole in zip(tensors, opened.hessian.tensors, strict=True):
@@ -136,11 +137,12 @@ class Passes:
         slow = ", ".join(layer.name for layer in self._points.layers if layer.name in opened.sweep.axes.slow)
         return (
             f"{opened.hessian.kind} output Hessian",
+            *_unsettled(opened.hessian),
             *([f"a backward pass for each sample for {slow}"] if slow else []),
         )
 
     def _forward(self, microbatch: Microbatch, weights: bool) -> Opened:
-        with reading_variables(self._model, self._read) as variables, _in_operations(self._model):
+        with reading_variables(self._model, self._read) as variables, in_operations(self._model):
             outputs, loss = microbatch.forward(self._model, self._task)
         random = generator(self._seed, microbatch.index, 0, device=model_device(self._model))
         hessian = factor(self._task, outputs, microbatch.batch, random)
@@ -174,8 +176,18 @@ class Passes:
         )
 
 
+def _unsettled(hessian: Factored) -> tuple[str, ...]:
+    """A remark where the recurrence of a coupled Hessian has not settled: by how much its draws may still change."""
+    error = max(getattr(part, "error", 0.0) for part in getattr(hessian, "parts", [hessian]))
+    if error <= SETTLED:
+        return ()
+    # Rounded up to few values, since every batch has its own and each remark appears once.
+    bound = next((share for share in (0.02, 0.05, 0.1, 0.2, 0.5) if error <= share), 1.0)
+    return (f"draws of the output Hessian not settled (to within {bound:.0%})",)
+
+
 @contextmanager
-def _in_operations(model: nn.Module) -> Iterator[None]:
+def in_operations(model: nn.Module) -> Iterator[None]:
     """Let recurrent layers compute in matrix products: one kernel for a whole sequence shows no operation inside."""
     on_gpu = model_device(model).type == "cuda"
     # On a CPU only LSTM has such a kernel.

@@ -31,7 +31,8 @@ from tracequant.core.files import Saveable
 from tracequant.core.points import OUTPUT_BITS, Layer, QuantizationPoints
 from tracequant.core.progress import track
 from tracequant.core.sensitivity import MODEL_INPUT_BITS
-from tracequant.core.settings import Latency, SensitivitySettings, WeightGrid
+from tracequant.core.settings import Latency, SensitivitySettings
+from tracequant.core.weight_grid import WeightGrid
 from tracequant.deploy.onnx import export_onnx, trace_float
 from tracequant.model.batches import Batches
 from tracequant.model.hooks import replace_inputs

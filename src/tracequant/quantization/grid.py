@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tracequant.core.errors import ModelError
 from tracequant.core.packed_layout import symmetric_zero_point
-from tracequant.core.settings import WeightGrid
+from tracequant.core.weight_grid import WeightGrid
 
 MAX_BITS = 8
 
@@ -93,14 +93,16 @@ def choose_grid(
     channel_axis: int | None = None,
     method: RangeMethod = "mse",
     percentile: float = 99.9,
+    importance: Tensor | None = None,
 ) -> Grid:
     """The grid for `values`, one per slice along `channel_axis`, or one for the whole tensor if that is None.
 
     `method`: "minmax" covers all values; "percentile" covers the central `percentile` % of them; "mse" covers the
-    share of the min-max range with the least squared error, one for each channel, to 1 / `SHARES`.
+    share of the min-max range with the least squared error, one for each channel, to 1 / `SHARES`. `importance`, of the
+    shape of `values`, weights these squares.
     """
     check_bits(num_bits)
-    rows = values.detach().reshape(1, -1) if channel_axis is None else _rows(values.detach(), channel_axis)
+    rows = _as_rows(values.detach(), channel_axis)
     if rows.numel() == 0:
         raise ModelError("cannot choose a quantization range for a tensor without elements")
     low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
@@ -110,7 +112,8 @@ def choose_grid(
         low = rows.kthvalue(below, 1, keepdim=True).values
         high = rows.kthvalue(rows.shape[1] - below + 1, 1, keepdim=True).values
     if method == "mse":
-        shrink = _best_shrink(rows, low, high, num_bits, symmetric)
+        weights = None if importance is None else _as_rows(importance, channel_axis)
+        shrink = _best_shrink(rows, low, high, num_bits, symmetric, weights)
         low, high = low * shrink, high * shrink
     grid = grid_for_range(low, high, num_bits, symmetric)
     shape = [1] * values.ndim
@@ -119,8 +122,10 @@ def choose_grid(
     return Grid(grid.scale.reshape(shape), grid.zero_point.reshape(shape), num_bits)
 
 
-def _best_shrink(rows: Tensor, low: Tensor, high: Tensor, num_bits: int, symmetric: bool) -> Tensor:
-    """The share of each row's range `[rows, 1]` that gives the least squared error.
+def _best_shrink(
+    rows: Tensor, low: Tensor, high: Tensor, num_bits: int, symmetric: bool, weights: Tensor | None
+) -> Tensor:
+    """The share of each row's range `[rows, 1]` that gives the least squared error, weighted where there are weights.
 
     Every `STRIDE`-th share is tried first, then those around the best one of each row. Shares that cut off more than
     the least error so far are left out, as all smaller ones are: most of them at many bits.
@@ -132,17 +137,20 @@ def _best_shrink(rows: Tensor, low: Tensor, high: Tensor, num_bits: int, symmetr
         """Of increasing steps `[k, rows, 1]` the best one for each row, several at a time where there are few values.
 
         A share cuts this length off one extreme of a row, or off both together: half of its square is the least error,
-        which leaves room for the step by which two's complement reaches further down than up.
+        which leaves room for the step by which two's complement reaches further down than up. With weights the extremes
+        may count for nothing, and all shares are tried.
         """
         grids = grid_for_range(low * (1 - steps / SHARES), high * (1 - steps / SHARES), num_bits, symmetric)
         cut = (steps / SHARES * reach).square() / 2
         least, best = torch.full_like(low, torch.inf), steps[0]
         for start in range(0, len(steps), group):
             some = slice(start, start + group)
-            if start and bool((cut[start] > least).all()):
+            if weights is None and start and bool((cut[start] > least).all()):
                 break
             grid = Grid(grids.scale[some], grids.zero_point[some], num_bits)
-            errors, position = grid.round(rows).sub_(rows).square_().sum(-1, keepdim=True).min(0, keepdim=True)
+            squares = grid.round(rows).sub_(rows).square_()
+            squares = squares if weights is None else squares.mul_(weights)
+            errors, position = squares.sum(-1, keepdim=True).min(0, keepdim=True)
             best = torch.where(errors[0] < least, steps[some].gather(0, position)[0], best)
             least = torch.minimum(errors[0], least)
         return best
@@ -153,11 +161,17 @@ def _best_shrink(rows: Tensor, low: Tensor, high: Tensor, num_bits: int, symmetr
     return 1 - best_of((centre + around).clamp(0, SHARES - 1)) / SHARES
 
 
-def choose_weight_grid(weight: Tensor, num_bits: int, channel_axis: int, settings: WeightGrid) -> Grid:
-    """The grid for a weight tensor under `settings`."""
+def choose_weight_grid(
+    weight: Tensor, num_bits: int, channel_axis: int, settings: WeightGrid, *, importance: Tensor | None = None
+) -> Grid:
+    """The grid for a weight tensor under `settings`; of the least squared error where `importance` weights it."""
     axis = channel_axis if settings.per_channel else None
-    return choose_grid(weight, num_bits, settings.symmetric, axis, settings.range)
+    method = settings.range if importance is None else "mse"
+    return choose_grid(weight, num_bits, settings.symmetric, axis, method, importance=importance)
 
 
-def _rows(values: Tensor, axis: int) -> Tensor:
+def _as_rows(values: Tensor, axis: int | None) -> Tensor:
+    """Values with those of one scale in a row: all of them where `axis` is None."""
+    if axis is None:
+        return values.reshape(1, -1)
     return values.movedim(axis, 0).flatten(1) if values.ndim > 1 else values.reshape(-1, 1)
