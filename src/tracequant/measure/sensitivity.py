@@ -203,4 +203,4 @@ def _warn_of_falling_losses(sensitivity: Sensitivity) -> None:
 
 
 def _squared_error(values: Tensor, grid: Grid) -> float:
-    return float((grid.round(values) - values).double().square().sum())
+    return float(grid.round(values).sub_(values).square_().sum(dtype=torch.float64))
