@@ -27,6 +27,7 @@ from tracequant.model.hooks import weight_parameter
 from tracequant.quantization.grid import choose_weight_grid
 
 TASK = ClassificationTask()
+NEAREST = WeightGrid(rounding="nearest")
 BITS = (2, 4)
 
 
@@ -35,7 +36,7 @@ def rounded(model: nn.Module, bits: dict[str, int]) -> nn.Module:
     changed = copy.deepcopy(model)
     for name, num_bits in bits.items():
         weight = changed.get_parameter(f"{name}.weight")
-        grid = choose_weight_grid(weight.detach(), num_bits, 0, WeightGrid())
+        grid = choose_weight_grid(weight.detach(), num_bits, 0, NEAREST)
         weight.data.copy_(grid.round(weight.detach()))
     return changed
 
@@ -60,9 +61,18 @@ def test_losses_scores_and_responses_by_hand() -> None:
     batches = images((4, 2))
     model = conv_net()
     points = discover(model, batches, TASK)
-    expansion = measure_perturbation(model, batches, TASK, points, weight_bits=BITS)
+    expansion = measure_perturbation(model, batches, TASK, points, weight_bits=BITS, weight_grid=NEAREST)
     before = snapshot(model)
-    found = check_criteria(model, batches, TASK, made_up(points), weight_bits=BITS, perturbation=expansion, plans=3)
+    found = check_criteria(
+        model,
+        batches,
+        TASK,
+        made_up(points),
+        weight_bits=BITS,
+        weight_grid=NEAREST,
+        perturbation=expansion,
+        plans=3,
+    )
     assert snapshot(model) == before
     model.eval()
     base = loss(model, batches)

@@ -11,6 +11,7 @@ import pytest
 import tracequant as tq
 from cli_runs import TASK, invoke, modified
 from tracequant.measure import accuracy, check
+from tracequant.quantization import rounding
 from tracequant.run.directory import RunDirectory
 
 
@@ -55,7 +56,8 @@ def test_check_again_measures_nothing(copy: Path, monkeypatch: pytest.MonkeyPatc
     def never(*_: object) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(check, "choose_weight_grid", never)
+    monkeypatch.setattr(rounding, "input_grams", never)
+    monkeypatch.setattr(check.Microbatches, "outputs", never)
     assert invoke("check", copy, "--samples", "20", "--plans", "4", "--plan-bits", "2,3", "-q") == 0
     assert RunDirectory(copy).check_result() == before
 

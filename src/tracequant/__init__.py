@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from tracequant.model.task import Evaluation, Exported, Task, TaskSetup, evaluate
     from tracequant.quantization.convert import quantize, to_float
     from tracequant.quantization.finetune import finetune
+    from tracequant.quantization.rounding import RoundedWeights, round_weights
     from tracequant.report.html import write_report
     from tracequant.tasks.retinanet import RetinaNetTask
 
@@ -174,6 +175,10 @@ _MODULES = {
         "to_float",
     ),
     "tracequant.quantization.finetune": ("finetune",),
+    "tracequant.quantization.rounding": (
+        "RoundedWeights",
+        "round_weights",
+    ),
     "tracequant.report.html": ("write_report",),
     "tracequant.tasks.retinanet": ("RetinaNetTask",),
 }
@@ -184,13 +189,13 @@ __all__ = [
     "ClassificationTask", "Curvature", "CurvatureSettings", "DataError", "Density", "DiscoverSettings",
     "EvaluatedPlan", "Evaluation", "Evaluations", "Explanation", "Exported", "FinetuneSettings", "Frontier",
     "HuggingFaceTask", "Landscapes", "Layer", "ModelError", "OnnxFile", "OutputPoint", "PackedFile", "Perturbation",
-    "PlanSettings", "QuantizationPoints", "ResourceError", "RetinaNetTask", "RunError", "Sensitivity",
+    "PlanSettings", "QuantizationPoints", "ResourceError", "RetinaNetTask", "RoundedWeights", "RunError", "Sensitivity",
     "SensitivitySettings", "SettingsError", "Spectrum", "Task", "TaskError", "TaskSetup", "TraceEstimate",
     "TracequantError", "Verification", "WeightGrid", "check_criteria", "discover", "estimate_curvature", "evaluate",
     "explain", "export_onnx", "finetune", "frontier", "fuse_weight_norm", "load", "loss_landscapes",
     "measure_latency", "measure_perturbation", "measure_sensitivity", "pack", "plan_stability", "quantize",
-    "read_latency", "read_packed", "read_sensitivity", "solve", "solve_by_accuracy", "spectral_density", "to_float",
-    "top_eigenvalues", "uniform_plan", "verify", "write_latency", "write_report",
+    "read_latency", "read_packed", "read_sensitivity", "round_weights", "solve", "solve_by_accuracy",
+    "spectral_density", "to_float", "top_eigenvalues", "uniform_plan", "verify", "write_latency", "write_report",
 ]  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from tracequant.core.errors import ArtifactError, SettingsError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @contextmanager

@@ -161,14 +161,24 @@ class SensitivitySettings:
         metavar="LIST",
         panel=QUANTIZATION,
     )
-    criterion: Criterion = option(
-        "trace", "what stands for the loss that rounding a layer costs; trace is HAWQ-V2's Eq. 10", panel=ANALYSIS
+    criterion: Literal["auto", Criterion] = option(
+        "auto",
+        "what stands for the loss that rounding a layer costs; auto is quadratic where rounding is compensated, and"
+        " trace (HAWQ-V2's Eq. 10) with --rounding nearest",
+        panel=ANALYSIS,
     )
     weight_grid: WeightGrid = WeightGrid()
 
     def __post_init__(self) -> None:
         validate(self)
         ascending(self, "weight_bits", "activation_bits", required=("weight_bits",))
+
+    @property
+    def chosen_criterion(self) -> Criterion:
+        """The criterion, chosen by the rounding where it is "auto"."""
+        if self.criterion != "auto":
+            return self.criterion
+        return "trace" if self.weight_grid.rounding == "nearest" else "quadratic"
 
 
 @dataclass(frozen=True)

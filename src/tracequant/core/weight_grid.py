@@ -21,12 +21,6 @@ class WeightGrid:
     "minmax" (the paper's Appendix A with the whole range).
     """
 
-    rounding: Literal["gptq", "nearest"] = option(
-        "gptq",
-        "gptq repairs the error of each weight's rounding in the weights that follow; nearest is the paper's",
-        panel=QUANTIZATION,
-    )
-
     per_channel: bool = option(
         True,
         "one scale for each output channel of a weight, or one for the whole tensor",
@@ -43,6 +37,12 @@ class WeightGrid:
     )
     range: Literal["mse", "percentile", "minmax"] = option(
         "mse", "how the range of a weight grid is chosen", flag="--weight-range", panel=QUANTIZATION, expert=True
+    )
+
+    rounding: Literal["gptq", "nearest"] = option(
+        "gptq",
+        "gptq repairs the error of each weight's rounding in the weights that follow; nearest is the paper's",
+        panel=QUANTIZATION,
     )
 
     def __post_init__(self) -> None:

@@ -28,6 +28,7 @@ from tracequant.model.digest import digest
 from tracequant.model.state import fingerprint
 from tracequant.model.task import Evaluation, Task
 from tracequant.quantization.convert import quantize
+from tracequant.quantization.rounding import RoundedWeights, round_weights
 
 # The bisection ends when sizes differ by less than this share.
 RESOLUTION = 0.002
@@ -45,10 +46,11 @@ class Evaluator:
         task: Task,
         *,
         evaluation: Batches,
+        rounded: RoundedWeights | None = None,
         cache: str | Path | None = None,
         progress: bool = False,
     ) -> None:
-        self._model, self._task = model, task
+        self._model, self._task, self._rounded = model, task, rounded
         self._calibration, self._evaluation = reusable(calibration), reusable(evaluation)
         self._path = None if cache is None else Path(cache)
         self._progress = progress
@@ -74,7 +76,9 @@ class Evaluator:
         for known in self.results.plans:
             if (known.weight_bits, known.activation_bits, known.weight_grid) == asked:
                 return known
-        quantized = quantize(self._model, self._calibration, self._task, plan, progress=self._progress)
+        quantized = quantize(
+            self._model, self._calibration, self._task, plan, rounded=self._rounded, progress=self._progress
+        )
         result = self._evaluated(quantized, self._evaluation)
         found = EvaluatedPlan(
             plan.weight_bits,
@@ -117,6 +121,7 @@ def solve_by_accuracy(
     settings: PlanSettings | None = None,
     *,
     evaluation: Batches,
+    rounded: RoundedWeights | None = None,
     cache: str | Path | None = None,
     progress: bool = False,
     **fields: object,
@@ -126,7 +131,8 @@ def solve_by_accuracy(
     Plans are quantized, calibrated on `batches` and evaluated on `evaluation`, which should be held out from both
     training and calibration; nothing is fine-tuned. `max_accuracy_drop` is in points of the task's metric, of which
     more must be better; `max_loss_increase` is in units of the loss. With both, both hold. The other fields of
-    `PlanSettings` that limit no cost of the weights are rules as in `solve`. `cache` is a file of evaluations. It is
+    `PlanSettings` that limit no cost of the weights are rules as in `solve`. `rounded` are the weights of
+    `round_weights` at all bits of `sensitivity`, where they are known already. `cache` is a file of evaluations. It is
     read if it is of the same model and data, and written after each evaluation: an interrupted search resumes where it
     stopped.
 
@@ -150,7 +156,14 @@ def solve_by_accuracy(
         min_bits=request.min_bits,
         allowed_bits=request.allowed_bits,
     )
-    evaluator = Evaluator(model, batches, task, evaluation=evaluation, cache=cache, progress=progress)
+    batches, grid = reusable(batches), sensitivity.weight_grid
+    bits = {name: tuple(options) for name, options in sensitivity.weight_omega.items()}
+    if grid.rounding != "nearest" and (
+        rounded is None or not rounded.covers(sensitivity.points.fingerprint, bits, grid)
+    ):
+        # Once for all plans.
+        rounded = round_weights(model, batches, task, sensitivity.points, bits, weight_grid=grid, progress=progress)
+    evaluator = Evaluator(model, batches, task, evaluation=evaluation, rounded=rounded, cache=cache, progress=progress)
     base = evaluator.results
     steps: dict[int, EvaluatedPlan] = {}
 

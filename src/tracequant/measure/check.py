@@ -23,14 +23,13 @@ from tracequant.core.progress import track
 from tracequant.core.sensitivity import Sensitivity, combine
 from tracequant.core.settings import EXPANSIONS, Criterion, SensitivitySettings
 from tracequant.core.weight_grid import WeightGrid
-from tracequant.measure.sensitivity import measure_weight_errors
 from tracequant.model.batches import Batch, Batches, reusable
 from tracequant.model.device import measuring, model_device
 from tracequant.model.digest import digest
-from tracequant.model.hooks import replaced_weights, weight_parameter
+from tracequant.model.hooks import replaced_weights
 from tracequant.model.memory import Microbatches
 from tracequant.model.task import Task, checked, checked_loss, total_loss
-from tracequant.quantization.grid import choose_weight_grid
+from tracequant.quantization.rounding import RoundedWeights, round_weights
 
 # Elements of all layers' changes of the outputs together, above which they are not kept and "response" is left out.
 RESPONSE_ELEMENTS = 1 << 25
@@ -48,6 +47,7 @@ def check_criteria(
     weight_bits: Sequence[int] = SensitivitySettings.weight_bits,
     weight_grid: WeightGrid | None = None,
     perturbation: Perturbation | None = None,
+    rounded: RoundedWeights | None = None,
     plans: int = 80,
     offered: Sequence[Sequence[int]] | None = None,
     seed: int = 0,
@@ -74,10 +74,14 @@ def check_criteria(
     for bits in groups:
         if not bits or not set(bits) <= set(widths):
             raise ModelError(f"plans of {list(bits)} bits were asked for, layers are measured at {widths}")
-    errors = measure_weight_errors(model, points, widths, grid)
-    tables = _tables(curvature, errors, grid, perturbation)
+    bits_of_layers = {layer.name: widths for layer in points.layers}
+    if rounded is None or not rounded.covers(points.fingerprint, bits_of_layers, grid):
+        rounded = round_weights(
+            model, batches, task, points, bits_of_layers, weight_grid=grid, cache=cache, progress=progress
+        )
+    tables = _tables(curvature, rounded.errors, grid, perturbation)
     with measuring(model), torch.no_grad():
-        bench = _Bench(model, batches, task, points, grid, cache)
+        bench = _Bench(model, batches, task, rounded, cache)
         plain = bench.measure({})
         float_loss = bench.mean(plain[0])
         options = [(layer.name, b) for layer in points.layers for b in widths]
@@ -132,16 +136,14 @@ class _Bench:
         model: nn.Module,
         batches: Batches,
         task: Task,
-        points: QuantizationPoints,
-        grid: WeightGrid,
+        rounded: RoundedWeights,
         cache: str | Path | None,
     ) -> None:
         self._model, self._batches, self._task = model, batches, task
-        self._points, self._grid = points, grid
+        self._rounded = rounded
         self._microbatches = Microbatches(task)
-        self._rounded: dict[tuple[str, int], Tensor] = {}
         self._sizes: list[int] = []
-        seen = hashlib.sha256(f"{points.fingerprint} {grid}".encode())
+        seen = hashlib.sha256(f"{rounded.points.fingerprint} {rounded.weight_grid}".encode())
         for batch in self._moved():
             self._sizes.append(task.batch_size(batch))
             seen.update(digest(batch).encode())
@@ -173,13 +175,8 @@ class _Bench:
             path = self._folder / f"{name}-{'outputs' if outputs else 'loss'}.safetensors"
             if (found := _load(path, model_device(self._model))) is not None:
                 return found
-        for option in bits.items():
-            if option not in self._rounded:
-                layer = self._points.by_name[option[0]]
-                weight = weight_parameter(self._model, layer).detach()
-                grid = choose_weight_grid(weight, option[1], layer.channel_axis, self._grid)
-                self._rounded[option] = grid.round(weight)
-        with replaced_weights(self._model, {n: self._rounded[n, b] for n, b in bits.items()}, self._points):
+        values = {name: self._rounded.layers[name][b].values for name, b in bits.items()}
+        with replaced_weights(self._model, values, self._rounded.points):
             measured = self._run()
         losses, found_outputs = measured[0], measured[1] if outputs else []
         if path is not None:

@@ -44,10 +44,11 @@ from tracequant.curvature.passes import Opened, Passes, dense
 from tracequant.curvature.sweep import Sweep
 from tracequant.model.batches import Batches, reusable
 from tracequant.model.device import Precision
-from tracequant.model.hooks import idle_layers, weight_parameter
+from tracequant.model.hooks import weight_parameter
 from tracequant.model.task import Task
 from tracequant.quantization.calibrate import activation_options, calibrate
-from tracequant.quantization.grid import Grid, check_bits, choose_weight_grid
+from tracequant.quantization.grid import Grid, check_bits
+from tracequant.quantization.rounding import RoundedWeights, round_weights
 
 # The most backward passes that a batch gets by default: as many random vectors, or all columns.
 DEFAULT_PROBES = 4
@@ -63,6 +64,7 @@ def measure_perturbation(
     weight_grid: WeightGrid | None = None,
     activation_bits: Sequence[int] = (),
     num_probes: int | Literal["exact"] | None = None,
+    rounded: RoundedWeights | None = None,
     seed: int = 0,
     checkpoint: str | Path | None = None,
     precision: Precision = "float32",
@@ -78,7 +80,7 @@ def measure_perturbation(
     are; between two layers, and in networks that bend, it leaves out the outputs' own second derivatives. `checkpoint`
     and `precision` are those of `collect`; memory grows with the number of bit widths. The model is left as it was.
 
-    Raises `ModelError` naming layers that the loss does not depend on, for bits outside 1 to 8, and where samples
+    Raises `ModelError` naming layers that the loss of no batch depends on, for bits outside 1 to 8, and where samples
     cannot be separated.
     """
     if num_probes is not None and num_probes != "exact" and (not isinstance(num_probes, int) or num_probes < 1):
@@ -88,9 +90,12 @@ def measure_perturbation(
         raise ModelError("weight_bits is empty; name at least one bit width from 1 to 8")
     for num_bits in (*widths, *activation_bits):
         check_bits(num_bits)
+    batches, settings = reusable(batches), weight_grid or WeightGrid()
+    bits = {layer.name: widths for layer in points.layers}
+    if rounded is None or not rounded.covers(points.fingerprint, bits, settings):
+        rounded = round_weights(model, batches, task, points, bits, weight_grid=settings, progress=progress)
     grids: dict[str, dict[int, Grid]] = {}
     if activation_bits:
-        batches = reusable(batches)
         options = activation_options(points, activation_bits)
         grids = calibrate(model, batches, task, points, bits=options, progress=progress)
     estimator = _Perturbations(
@@ -98,7 +103,7 @@ def measure_perturbation(
         task,
         points,
         weight_bits=widths,
-        weight_grid=weight_grid or WeightGrid(),
+        rounded=rounded,
         activation_grids=grids,
         num_probes=num_probes,
         seed=seed,
@@ -116,7 +121,7 @@ class _Perturbations(Passes):
         points: QuantizationPoints,
         *,
         weight_bits: tuple[int, ...],
-        weight_grid: WeightGrid,
+        rounded: RoundedWeights,
         activation_grids: dict[str, dict[int, Grid]],
         num_probes: int | Literal["exact"] | None,
         seed: int,
@@ -129,7 +134,8 @@ class _Perturbations(Passes):
             seed=seed,
             activations=bool(activation_grids),
         )
-        self._widths, self._grid, self._activation_grids = weight_bits, weight_grid, activation_grids
+        self._widths, self._rounded, self._grid = weight_bits, rounded, rounded.weight_grid
+        self._activation_grids = activation_grids
         self._choose = num_probes is None
         # The pass itself keeps 2. Every activation's rounding comes on top, for each width.
         self.memory = 2.0 + max((len(own) for own in activation_grids.values()), default=0)
@@ -143,7 +149,7 @@ class _Perturbations(Passes):
             "layers": [layer.name for layer in self._points.layers],
             "bits": self._widths,
             "activation_grids": [[_values(grid) for grid in own.values()] for own in self._activation_grids.values()],
-            "grid": [self._grid.per_channel, self._grid.symmetric, self._grid.range],
+            "grid": [self._grid.rounding, self._grid.per_channel, self._grid.symmetric, self._grid.range],
         }
 
     def prepare(self) -> None:
@@ -152,8 +158,8 @@ class _Perturbations(Passes):
         self._moves: dict[str, Tensor] = {}
         for layer in self._points.layers:
             weight = weight_parameter(self._model, layer).detach()
-            grids = (choose_weight_grid(weight, b, layer.channel_axis, self._grid) for b in self._widths)
-            self._moves[layer.name] = torch.stack([grid.round(weight) - weight for grid in grids])
+            widths = self._rounded.layers[layer.name]
+            self._moves[layer.name] = torch.stack([widths[b].values - weight for b in self._widths])
 
     def measure(self, microbatch: Microbatch, probes: Sequence[int]) -> Part:
         """Sums over the microbatch's samples, in units of the batch's mean loss times its size."""
@@ -164,12 +170,10 @@ class _Perturbations(Passes):
         targets = [*self._parameters.values(), *(move.tensor for move in moved.values())]
         found = torch.autograd.grad(opened.loss, targets, retain_graph=True, allow_unused=True)
         slopes, activation_slopes = found[: len(names)], found[len(names) :]
-        if idle := [name for name, slope in zip(names, slopes, strict=True) if slope is None]:
-            raise idle_layers(idle)
         first = [
-            dense(slope).double().mul(move).sum()
+            # A layer that this batch never reached counts as zero.
+            move.new_zeros((), dtype=torch.float64) if slope is None else dense(slope).double().mul(move).sum()
             for name, slope in zip(names, slopes, strict=True)
-            if slope is not None
             for move in self._moves[name]
         ]
         slope = self._zeros()
@@ -197,6 +201,7 @@ class _Perturbations(Passes):
             },
             {},
             (text, *self.notes(opened)),
+            tuple(name for name, slope in zip(names, slopes, strict=True) if slope is None),
         )
 
     def add(self, parts: Sequence[Part]) -> Part:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -18,16 +17,16 @@ from tracequant.core.points import QuantizationPoints
 from tracequant.core.progress import track
 from tracequant.core.sensitivity import Sensitivity, combine
 from tracequant.core.settings import EXPANSIONS, SensitivitySettings
-from tracequant.core.weight_grid import WeightGrid
 from tracequant.curvature.spectrum import top_eigenvalues
 from tracequant.measure.perturbation import measure_perturbation
 from tracequant.model.batches import Batch, Batches, reusable
 from tracequant.model.device import measuring
-from tracequant.model.hooks import reading, weight_parameter
+from tracequant.model.hooks import reading
 from tracequant.model.memory import Microbatches, on_first_batch
 from tracequant.model.task import Task, check_arguments, checked
 from tracequant.quantization.calibrate import activation_options, calibrate
-from tracequant.quantization.grid import Grid, check_bits, choose_weight_grid
+from tracequant.quantization.grid import Grid
+from tracequant.quantization.rounding import RoundedWeights, round_weights
 
 
 @takes(SensitivitySettings)
@@ -38,7 +37,7 @@ def measure_sensitivity(
     curvature: Curvature,
     settings: SensitivitySettings | None = None,
     *,
-    weight_errors: dict[str, dict[int, float]] | None = None,
+    rounded: RoundedWeights | None = None,
     perturbation: Perturbation | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -46,13 +45,15 @@ def measure_sensitivity(
 ) -> Sensitivity:
     """Perturbations and Ω (HAWQ-V2, Eq. 10) of every layer at `weight_bits` and every point at `activation_bits`.
 
-    Weights: ‖Q(W) − W‖² with the grid that conversion will use (`weight_grid`). Activations: the mean over samples of
+    Weights: ‖Q(W) − W‖² with the rounding that conversion will do (`weight_grid`); where it compensates, with every
+    element weighted by what it is multiplied with (`RoundedWeight.output_error`). Activations: the mean over samples of
     ‖Q(a) − a‖², with ranges chosen on `batches`. `criterion` "trace" weights them by the average trace; the other
-    criteria are explained at `tracequant.core.sensitivity.combine`. What a criterion needs is measured on `batches`
+    criteria are explained at `tracequant.core.sensitivity.combine`. "auto" is "quadratic" where rounding is
+    compensated, and "trace" for rounding to the nearest. What a criterion needs is measured on `batches`
     where it is not given: the largest eigenvalues (on the first batch, where `curvature` has none) and the
     `perturbation` of `measure_perturbation`, both by `seed`. With `activation_bits=()` activations stay in float. The
-    tensor that the caller hands to the model is offered 8 bits only: images arrive that way. `weight_errors` are those
-    of `measure_weight_errors` for these bits and this grid, where they are known already.
+    tensor that the caller hands to the model is offered 8 bits only: images arrive that way. `rounded` are the weights
+    of `round_weights` for these bits and this grid, where they are known already.
 
     Raises `SettingsError` for bit widths outside 1 to 8, `ModelError` for weights that are not finite and for a
     curvature without activations.
@@ -60,7 +61,7 @@ def measure_sensitivity(
     request = resolve(SensitivitySettings, settings, fields)
     check_arguments(model, batches, task)
     batches = reusable(batches)
-    points, criterion, weight_grid = curvature.points, request.criterion, request.weight_grid
+    points, criterion, weight_grid = curvature.points, request.chosen_criterion, request.weight_grid
     weight_bits, activation_bits = request.weight_bits, request.activation_bits
     if activation_bits and points.activations and not curvature.activations:
         raise ModelError(
@@ -68,8 +69,9 @@ def measure_sensitivity(
         )
     if missing := [layer.name for layer in points.layers if layer.name not in curvature.weights]:
         raise ModelError(f"the curvature holds no trace of {missing[0]}; estimate it with weights=True")
-    if weight_errors is None:
-        weight_errors = measure_weight_errors(model, points, weight_bits, weight_grid)
+    bits = {layer.name: weight_bits for layer in points.layers}
+    if rounded is None or not rounded.covers(points.fingerprint, bits, weight_grid):
+        rounded = round_weights(model, batches, task, points, bits, weight_grid=weight_grid, progress=progress)
     activation_errors: dict[str, dict[int, float]] = {}
     if activation_bits:
         options = activation_options(points, activation_bits)
@@ -86,11 +88,12 @@ def measure_sensitivity(
             weight_bits=weight_bits,
             weight_grid=weight_grid,
             activation_bits=activation_bits,
+            rounded=rounded,
             seed=seed,
             progress=progress,
         )
     found = combine(
-        curvature, weight_errors, activation_errors, weight_grid, criterion=criterion, perturbation=perturbation
+        curvature, rounded.errors, activation_errors, weight_grid, criterion=criterion, perturbation=perturbation
     )
     _warn_of_noise(found)
     _warn_of_falling_losses(found)
@@ -131,27 +134,6 @@ def with_eigenvalues(
             stacklevel=2,
         )
     return replace(curvature, top_eigenvalues={name: values[0] for name, values in found.items()})
-
-
-def measure_weight_errors(
-    model: nn.Module, points: QuantizationPoints, weight_bits: Sequence[int], weight_grid: WeightGrid
-) -> dict[str, dict[int, float]]:
-    """‖Q(W) − W‖² of every layer at every bit width: the part of Ω that takes no data.
-
-    Raises `ModelError` for bit widths outside 1 to 8 and for weights that are not finite.
-    """
-    for num_bits in weight_bits:
-        check_bits(num_bits)
-    result = {}
-    for layer in points.layers:
-        weight = weight_parameter(model, layer).detach()
-        if not torch.isfinite(weight).all():
-            raise ModelError(f"layer {layer.name} holds weights that are NaN or infinite")
-        result[layer.name] = {
-            num_bits: _squared_error(weight, choose_weight_grid(weight, num_bits, layer.channel_axis, weight_grid))
-            for num_bits in sorted(set(weight_bits))
-        }
-    return result
 
 
 def _activation_errors(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import glob
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,15 +22,30 @@ from tracequant.model.hooks import weight_parameter
 from tracequant.model.sites import check_plain, first_look
 from tracequant.model.task import Task, check_arguments
 from tracequant.quantization.calibrate import calibrate
-from tracequant.quantization.grid import Grid, choose_weight_grid
+from tracequant.quantization.grid import Grid
 from tracequant.quantization.quantizer import ActivationQuantizer, OutputQuantizer, WeightQuantizer
+from tracequant.quantization.rounding import RoundedWeights, round_weights
+from tracequant.quantization.statistics import correct_statistics
 
 # The children by which a module of a quantized model rounds what it reads and what it returns.
 QUANTIZER_NAMES = ("input_quantizer", "output_quantizer")
 
 
-def quantize(model: nn.Module, batches: Batches, task: Task, plan: BitPlan, *, progress: bool = False) -> nn.Module:
+def quantize(
+    model: nn.Module,
+    batches: Batches,
+    task: Task,
+    plan: BitPlan,
+    *,
+    rounded: RoundedWeights | None = None,
+    say: Callable[[str], None] | None = None,
+    progress: bool = False,
+) -> nn.Module:
     """A copy of `model` whose weights and activations are rounded as `plan` says; `model` itself is untouched.
+
+    Weights are rounded as the plan's `weight_grid` says, on `batches`. Those of `rounded` (from `round_weights`) are
+    taken where it holds all that the plan asks for. Where rounding is compensated, BatchNorm statistics and biases are
+    then corrected as `correct_statistics` finds that it helps, and `say` is told what it did.
 
     Module classes stay what they are: a weight is quantized by a parametrization, an activation by a forward pre-hook
     of its consumers, and the output of a convolution that others read as well (`OutputPoint`) by a forward hook, with 8
@@ -53,12 +68,21 @@ def quantize(model: nn.Module, batches: Batches, task: Task, plan: BitPlan, *, p
             " since, measure it anew",
             stacklevel=2,
         )
+    bits = {layer.name: (plan.weight_bits[layer.name],) for layer in points.layers}
+    if rounded is None or not rounded.covers(points.fingerprint, bits, plan.weight_grid):
+        rounded = round_weights(model, batches, task, points, bits, weight_grid=plan.weight_grid, progress=progress)
     quantized = copy.deepcopy(model)
     for layer in points.layers:
-        weight = weight_parameter(quantized, layer)
+        weight = rounded.layers[layer.name][plan.weight_bits[layer.name]]
+        if plan.weight_grid.rounding != "nearest":  # else rounding the float weight gives the same, and training has it
+            with torch.no_grad():
+                weight_parameter(quantized, layer).copy_(weight.values)
         axis = layer.channel_axis if plan.weight_grid.per_channel else None
-        grid = choose_weight_grid(weight, plan.weight_bits[layer.name], layer.channel_axis, plan.weight_grid)
-        quantize_weight(quantized, layer.sites, grid, axis, plan.weight_grid.symmetric)
+        quantize_weight(quantized, layer.sites, weight.grid, axis, plan.weight_grid.symmetric)
+    if plan.weight_grid.rounding != "nearest":
+        correction = correct_statistics(quantized, model, batches, task, progress=progress)
+        if say is not None:
+            say(str(correction))
     if plan.activation_bits:
         options = {name: [num_bits] for name, num_bits in plan.activation_bits.items()}
         outputs = points.rounded_outputs(plan.activation_bits)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -158,7 +159,7 @@ def _convolution_matrix(operand: Tensor, geometry: Convolution) -> Tensor:
 
 
 def _windows(read: Tensor, geometry: Convolution, random: torch.Generator) -> Iterator[Tensor]:
-    """What each position of a convolution's output reads, `[g, positions, inputs · kernel]`, a few samples at a time."""
+    """What positions of a convolution's output read, `[g, positions, inputs · kernel]`, a few samples at a time."""
     kernel = geometry.weight_shape[2:]
     size = [1] * len(kernel)
     pads: list[int] = []
@@ -167,7 +168,8 @@ def _windows(read: Tensor, geometry: Convolution, random: torch.Generator) -> It
         # The same as a convolution of what is read with zeros in between, by the kernel turned round.
         spread = [(length - 1) * step + 1 for length, step in zip(read.shape[2:], stride, strict=True)]
         wide = read.new_zeros(*read.shape[:2], *spread)
-        wide[(..., *(slice(None, None, step) for step in stride))] = read
+        every: tuple[Any, ...] = (..., *(slice(None, None, step) for step in stride))
+        wide[every] = read
         read, stride = wide, size
         for pad, extra, length, step in zip(
             geometry.padding, geometry.output_padding, kernel, geometry.dilation, strict=True

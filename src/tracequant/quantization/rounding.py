@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -12,40 +13,45 @@ from tracequant.core.errors import ModelError
 from tracequant.core.points import Layer, QuantizationPoints
 from tracequant.core.progress import track
 from tracequant.core.weight_grid import WeightGrid
-from tracequant.model.batches import Batches
-from tracequant.model.device import measuring
+from tracequant.model.batches import Batches, reusable
+from tracequant.model.device import model_device
 from tracequant.model.hooks import weight_parameter
 from tracequant.model.task import Task
 from tracequant.quantization.compensate import Piece, compensate
-from tracequant.quantization.grid import Grid, check_bits, choose_weight_grid
+from tracequant.quantization.grid import check_bits, choose_weight_grid
 from tracequant.quantization.input_gram import InputGram, input_grams
+from tracequant.quantization.rounded_store import RoundedWeight, Store
 
 # Bytes of all Grams that are held at a time. The layers of a larger model take several passes over the inputs.
 GRAM_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
-class RoundedWeight:
-    """A weight's codes, uint8 of its shape, and the grid that they belong to.
+class RoundedWeights:
+    """Rounded weights by layer and bit width, those of one model and one `weight_grid`."""
 
-    `squared_error` is ‖Ŵ − W‖². `output_error` is the same with every element weighted by what it is multiplied with:
-    the mean squared change of the layer's outputs over the mean square of its inputs. The two are equal for inputs that
-    are uncorrelated and of one size, and where the inputs are not known.
-    """
+    points: QuantizationPoints
+    weight_grid: WeightGrid
+    layers: dict[str, dict[int, RoundedWeight]]
 
-    codes: Tensor
-    grid: Grid
-    squared_error: float
-    output_error: float
+    def covers(self, fingerprint: str, bits: Mapping[str, Sequence[int]], weight_grid: WeightGrid) -> bool:
+        """Whether all of these are here, for the model of this fingerprint."""
+        return (
+            self.points.fingerprint == fingerprint
+            and self.weight_grid == weight_grid
+            and all(set(widths) <= self.layers.get(name, {}).keys() for name, widths in bits.items())
+        )
 
     @property
-    def values(self) -> Tensor:
-        """The weight that the codes stand for."""
-        return self.grid.dequantize(self.codes.to(self.grid.scale.dtype))
+    def errors(self) -> dict[str, dict[int, float]]:
+        """What a layer's average trace is multiplied with in Ω: the `output_error` of every layer at every width.
 
-
-# Layer → bits → rounded weight.
-RoundedWeights = dict[str, dict[int, RoundedWeight]]
+        For rounding to the nearest it is ‖Ŵ − W‖², as in Eq. 10.
+        """
+        return {
+            name: {num_bits: weight.output_error for num_bits, weight in widths.items()}
+            for name, widths in self.layers.items()
+        }
 
 
 def round_weights(
@@ -54,39 +60,49 @@ def round_weights(
     task: Task,
     points: QuantizationPoints,
     bits: Mapping[str, Sequence[int]],
-    weight_grid: WeightGrid,
     *,
+    weight_grid: WeightGrid | None = None,
+    cache: str | Path | None = None,
     progress: bool = False,
 ) -> RoundedWeights:
     """The weights of the layers of `bits` at these widths, rounded as `weight_grid` says.
 
     "gptq" reads the inputs of layers in the float model on `batches`, which need no labels: one forward pass, or more
     where the Grams of all layers together take more than `GRAM_BYTES`. What it returns for a layer and a width does not
-    depend on other layers and widths.
+    depend on other layers and widths. `cache` is a folder in which every layer is saved as soon as it is rounded, so
+    that an interrupted call resumes where it stopped, with the same codes.
 
     Raises `ModelError` for widths outside 1 to 8, and for weights or inputs of a layer that are not finite.
     """
+    settings = weight_grid or WeightGrid()
     layers = [points.by_name[name] for name in bits]
     for layer in layers:
         for num_bits in bits[layer.name]:
             check_bits(num_bits)
         if not torch.isfinite(weight_parameter(model, layer)).all():
             raise ModelError(f"layer {layer.name} holds weights that are NaN or infinite")
-    if weight_grid.rounding == "nearest":
-        return {
+    rounded: dict[str, dict[int, RoundedWeight]]
+    if settings.rounding == "nearest":
+        rounded = {
             layer.name: {
-                b: _nearest(weight_parameter(model, layer).detach(), b, layer, weight_grid) for b in bits[layer.name]
+                b: _nearest(weight_parameter(model, layer).detach(), b, layer, settings) for b in bits[layer.name]
             }
             for layer in layers
         }
-    rounded: RoundedWeights = {}
-    for group in _groups(layers):
-        some = replace(points, layers=tuple(group))
-        grams = input_grams(model, batches, task, some, progress=progress)
+        return RoundedWeights(points, settings, rounded)
+    batches = reusable(batches)
+    store = Store(cache, points, settings, batches)
+    rounded = {layer.name: store.load(layer.name, model_device(model)) for layer in layers}
+    missing = {name: [b for b in widths if b not in rounded[name]] for name, widths in bits.items()}
+    for group in _groups([layer for layer in layers if missing[layer.name]]):
+        grams = input_grams(model, batches, task, replace(points, layers=tuple(group)), progress=progress)
         for layer in track(group, "Rounding", progress):
             weight = weight_parameter(model, layer).detach()
-            rounded[layer.name] = _compensated(weight, grams.pop(layer.name, ()), bits[layer.name], layer, weight_grid)
-    return {name: rounded[name] for name in bits}
+            new = _compensated(weight, grams.pop(layer.name, ()), missing[layer.name], layer, settings)
+            rounded[layer.name] |= new
+            store.save(layer.name, rounded[layer.name])
+    ordered = {name: {b: rounded[name][b] for b in sorted(set(widths))} for name, widths in bits.items()}
+    return RoundedWeights(points, settings, ordered)
 
 
 def _nearest(weight: Tensor, num_bits: int, layer: Layer, settings: WeightGrid) -> RoundedWeight:

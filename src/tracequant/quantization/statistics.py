@@ -93,7 +93,7 @@ def correct_statistics(
     `task.distillation_loss`. Only what gains there is applied, fitted anew to all of them. A single batch is cut in
     two. With fewer than `MINIMUM_SAMPLES` in a part nothing is changed. BatchNorms without running statistics,
     torchvision's frozen ones, other norms, and layers that the forward pass does not call stay as they are. Layers are
-    fitted in the order of the forward pass, each with those before it corrected. It costs about seven forward passes
+    fitted in the order of the forward pass, each with those before it corrected. It costs about five forward passes
     over `batches`, and gives the same values each time it is called on the same model and batches. Modes and random
     states stay as they were; `model` is untouched.
 

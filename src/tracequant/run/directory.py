@@ -365,7 +365,8 @@ class RunDirectory:
         rows: list[ModelRow] = []
         if self.done("quantize"):
             result = self.quantize_result()
-            rows += [result.float_model, result.uniform, result.mixed]
+            rows += [result.float_model, result.uniform]
+            rows += [row for row in (result.nearest, result.mixed) if row is not None]
         if self.done("finetune"):
             outcome = self.finetune_outcome()
             rows += [row for row in (outcome.uniform, outcome.mixed) if row is not None]

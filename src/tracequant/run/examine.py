@@ -21,7 +21,8 @@ from tracequant.core.plan import BitPlan
 from tracequant.core.points import QuantizationPoints
 from tracequant.core.settings import Criterion, PlanSettings
 from tracequant.run.directory import RunDirectory
-from tracequant.run.stages import measure_run_perturbation, solve
+from tracequant.run.measured import measure_run_perturbation, rounded_weights
+from tracequant.run.stages import solve
 
 if TYPE_CHECKING:
     from tracequant.model.batches import Batch
@@ -40,11 +41,12 @@ def check(run: RunDirectory, samples: int | None, plans: int, offered: Sequence[
 
     start = time.perf_counter()
     setup, settings, curvature = run.setup(), run.settings().analysis, run.curvature()
+    rounded = rounded_weights(run, curvature.points)
     path = run.path / "perturbation.json"
     if path.is_file():
         perturbation = Perturbation.load(path)
     else:
-        perturbation = measure_run_perturbation(run, curvature.points)
+        perturbation = measure_run_perturbation(run, curvature.points, rounded)
         perturbation.save(path)
         shutil.rmtree(run.path / "batches", ignore_errors=True)
     result = check_criteria(
@@ -55,6 +57,7 @@ def check(run: RunDirectory, samples: int | None, plans: int, offered: Sequence[
         weight_bits=settings.sensitivity.weight_bits,
         weight_grid=settings.sensitivity.weight_grid,
         perturbation=perturbation,
+        rounded=rounded,
         plans=plans,
         offered=offered or None,
         seed=settings.options.seed,

@@ -20,7 +20,10 @@ class ModelRow(Saveable):
 
 @dataclass(frozen=True)
 class QuantizeResult(Saveable):
-    """Models before fine-tuning: float32, uniform at the offered width whose file is nearest in size, and mixed."""
+    """Models before fine-tuning: float32, uniform at the offered width whose file is nearest in size, and mixed.
+
+    `nearest` is the mixed plan rounded to the nearest, where the run compensates.
+    """
 
     metric_name: str
     samples: int
@@ -28,6 +31,7 @@ class QuantizeResult(Saveable):
     uniform: ModelRow
     uniform_bits: int
     mixed: ModelRow
+    nearest: ModelRow | None = None
 
 
 @dataclass(frozen=True)

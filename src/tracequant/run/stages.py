@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 import typing
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from tracequant.allocation.solve import solve as solve_plan
 from tracequant.allocation.stability import is_stable, plan_stability
 from tracequant.allocation.uniform import nearest_uniform
 from tracequant.core.cost import float_bytes
-from tracequant.core.curvature import Curvature, Perturbation
+from tracequant.core.curvature import Curvature
 from tracequant.core.errors import (
     ArtifactError,
     BudgetError,
@@ -33,12 +34,12 @@ from tracequant.core.plan import BitPlan
 from tracequant.core.reasons import in_bits
 from tracequant.core.settings import EXPANSIONS, FinetuneSettings, PlanSettings
 from tracequant.run.directory import RunDirectory
+from tracequant.run.measured import measure_run_perturbation, rounded_weights
 from tracequant.run.results import FinetuneOutcome, ModelRow, PackResult, QuantizeResult
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from tracequant.core.points import QuantizationPoints
     from tracequant.model.task import Evaluation
 
 # What belongs to one analysis only: a new analysis deletes it.
@@ -53,7 +54,7 @@ def analyze(run: RunDirectory) -> None:
     if run.done("analyze"):
         return
     from tracequant.curvature.estimate import estimate_curvature
-    from tracequant.measure.sensitivity import measure_sensitivity, measure_weight_errors, with_eigenvalues
+    from tracequant.measure.sensitivity import measure_sensitivity, with_eigenvalues
     from tracequant.model import distributed
     from tracequant.model.discover import discover
 
@@ -70,13 +71,13 @@ def analyze(run: RunDirectory) -> None:
         f" {sum(layer.numel for layer in points.layers):,} weights"
     )
     weight_grid, seed = settings.sensitivity.weight_grid, settings.options.seed
-    weight_errors = measure_weight_errors(model, points, settings.sensitivity.weight_bits, weight_grid)
+    rounded = rounded_weights(run, points)
 
     def stable(curvature: Curvature) -> bool:
         assert settings.target_stability is not None
         return is_stable(
             curvature,
-            weight_errors,
+            rounded.errors,
             weight_grid,
             settings=run.settings().plan,
             share=settings.target_stability,
@@ -94,9 +95,9 @@ def analyze(run: RunDirectory) -> None:
         checkpoint=run.path / "batches",
         progress=run.progress,
     )
-    criterion = settings.sensitivity.criterion
+    criterion = settings.sensitivity.chosen_criterion
     # All processes measure it together.
-    perturbation = measure_run_perturbation(run, points) if criterion in EXPANSIONS else None
+    perturbation = measure_run_perturbation(run, points, rounded) if criterion in EXPANSIONS else None
     if not first:
         return
     required = criterion.startswith("eigenvalue")
@@ -117,7 +118,7 @@ def analyze(run: RunDirectory) -> None:
         task,
         curvature,
         settings=settings.sensitivity,
-        weight_errors=weight_errors,
+        rounded=rounded,
         perturbation=perturbation,
         progress=run.progress,
     )
@@ -130,26 +131,6 @@ def analyze(run: RunDirectory) -> None:
     sensitivity.save(run.path / "sensitivity.json")
     shutil.rmtree(run.path / "batches", ignore_errors=True)
     run.finish("analyze", start)
-
-
-def measure_run_perturbation(run: RunDirectory, points: QuantizationPoints) -> Perturbation:
-    """The expansion in the roundings, measured on the run's calibration data."""
-    from tracequant.measure.perturbation import measure_perturbation
-
-    setup, settings = run.setup(), run.settings().analysis
-    return measure_perturbation(
-        setup.model,
-        setup.calibration,
-        setup.task,
-        points,
-        weight_bits=settings.sensitivity.weight_bits,
-        weight_grid=settings.sensitivity.weight_grid,
-        activation_bits=settings.sensitivity.activation_bits,
-        seed=settings.options.seed,
-        checkpoint=run.path / "batches",
-        precision=settings.curvature.precision,
-        progress=run.progress,
-    )
 
 
 def solve(run: RunDirectory, settings: PlanSettings) -> BitPlan:
@@ -172,6 +153,7 @@ def solve(run: RunDirectory, settings: PlanSettings) -> BitPlan:
         sensitivity,
         settings=settings,
         evaluation=setup.evaluation,
+        rounded=rounded_weights(run, sensitivity.points),
         cache=run.path / "evaluations.json",
         progress=run.progress,
     )
@@ -211,7 +193,10 @@ def stability(run: RunDirectory) -> dict[str, float] | None:
 
 
 def quantize(run: RunDirectory) -> None:
-    """Quantize by the plan and uniformly, and evaluate both and the float model."""
+    """Quantize by the plan and uniformly, and evaluate both and the float model.
+
+    Where weights are compensated, the plan is evaluated with rounding to the nearest too, to say what that gained.
+    """
     if run.done("quantize"):
         return
     run.need("plan")
@@ -227,14 +212,29 @@ def quantize(run: RunDirectory) -> None:
         (f"uniform {in_bits(uniform_bits)}", uniform, "uniform.safetensors"),
         ("mixed", plan, "quantized.safetensors"),
     ):
-        quantized = _quantized(run, candidate)
+        quantized = _quantized(run, candidate, run.say if candidate is plan else None)
         size = pack(quantized, run.path / file)
         result = _evaluate(run, quantized)
         rows.append(_row(name, result, size_bytes=size, average_bits=candidate.average_bits))
-    result_row = QuantizeResult(
-        evaluation.metric_name, evaluation.samples, float_row, rows[0], uniform_bits=uniform_bits, mixed=rows[1]
+    nearest_row = None
+    if plan.weight_grid.rounding != "nearest":
+        nearest = replace(plan, weight_grid=replace(plan.weight_grid, rounding="nearest"))
+        result = _evaluate(run, _quantized(run, nearest))
+        nearest_row = _row("mixed, nearest", result, size_bytes=plan.size_bytes, average_bits=plan.average_bits)
+        run.say(
+            f"quantize: compensated rounding changes {evaluation.metric_name} of the mixed plan from"
+            f" {result.metric:.2f} to {rows[1].metric:.2f}"
+        )
+    outcome = QuantizeResult(
+        evaluation.metric_name,
+        evaluation.samples,
+        float_row,
+        rows[0],
+        uniform_bits=uniform_bits,
+        mixed=rows[1],
+        nearest=nearest_row,
     )
-    result_row.save(run.path / "quantize.json")
+    outcome.save(run.path / "quantize.json")
     run.finish("quantize", start)
 
 
@@ -378,8 +378,12 @@ def _save_state(model: nn.Module, path: Path) -> None:
         save_file(state, temporary)
 
 
-def _quantized(run: RunDirectory, plan: BitPlan) -> nn.Module:
+def _quantized(run: RunDirectory, plan: BitPlan, say: Callable[[str], None] | None = None) -> nn.Module:
     from tracequant.quantization.convert import quantize as quantize_model
 
     setup = run.setup()
-    return quantize_model(setup.model, setup.calibration, setup.task, plan, progress=run.progress)
+    compensated = plan.weight_grid.rounding != "nearest"  # else the plan's own widths alone take less time
+    rounded = rounded_weights(run, run.sensitivity().points) if compensated else None
+    return quantize_model(
+        setup.model, setup.calibration, setup.task, plan, rounded=rounded, say=say, progress=run.progress
+    )
