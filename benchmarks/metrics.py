@@ -175,7 +175,9 @@ def ablation(setup: tq.TaskSetup, test_images: int, cache: Path | None) -> dict[
         )  # fmt: skip
         perturbation = kept(
             cache, f"perturbation-seed{seed}", tq.Perturbation,
-            lambda data=data, points=points: tq.measure_perturbation(*data, points, weight_bits=WIDTHS, weight_grid=NEAREST),
+            lambda data=data, points=points: tq.measure_perturbation(
+                *data, points, weight_bits=WIDTHS, weight_grid=NEAREST
+            ),
         )  # fmt: skip
         table = kept(
             cache, f"sensitivity-seed{seed}", tq.Sensitivity,
