@@ -115,10 +115,7 @@ def correct_statistics(
         except TaskError as error:
             return StatisticsCorrection(fitted=fitted, reason=f"its outputs cannot be compared ({error})")
         if min(fitted, judged) < MINIMUM_SAMPLES:
-            reason = (
-                f"{fitted} calibration samples to fit a correction to and {judged} to judge it by, fewer than"
-                f" {MINIMUM_SAMPLES}"
-            )
+            reason = f"fewer than {MINIMUM_SAMPLES} calibration samples could be had to fit a correction to, or to judge it by"
             return StatisticsCorrection(fitted=fitted, judged=judged, reason=reason)
         best = min(range(len(after)), key=lambda number: after[number])
         result = StatisticsCorrection(fitted=fitted, judged=judged, distance_before=before, distance_after=after[best])
@@ -380,11 +377,12 @@ def _half(batches: Batches, task: Task, model: nn.Module, half: int | None) -> I
     if second is None and half is not None:
         size = task.batch_size(first)
         cut = (size + 1) // 2
-        try:
-            samples = task.select(first, 0, cut) if half == 0 else task.select(first, cut, size)
-        except TaskError:  # a batch that cannot be divided
+        if size - cut < MINIMUM_SAMPLES:
             return
-        if task.batch_size(samples):
+        # A batch that cannot be divided, or a model that knows one size of batch only.
+        with suppress(Exception), torch.no_grad():
+            samples = task.select(first, 0, cut) if half == 0 else task.select(first, cut, size)
+            task.outputs(model, samples)
             yield samples
         return
     others = () if second is None else (second,)
