@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -115,7 +115,7 @@ def correct_statistics(
         except TaskError as error:
             return StatisticsCorrection(fitted=fitted, reason=f"its outputs cannot be compared ({error})")
         if min(fitted, judged) < MINIMUM_SAMPLES:
-            reason = f"fewer than {MINIMUM_SAMPLES} calibration samples could be had to fit a correction to, or to judge it by"
+            reason = f"fewer than {MINIMUM_SAMPLES} calibration samples to fit a correction to, or to judge it by"
             return StatisticsCorrection(fitted=fitted, judged=judged, reason=reason)
         best = min(range(len(after)), key=lambda number: after[number])
         result = StatisticsCorrection(fitted=fitted, judged=judged, distance_before=before, distance_after=after[best])
