@@ -379,11 +379,13 @@ def _half(batches: Batches, task: Task, model: nn.Module, half: int | None) -> I
         cut = (size + 1) // 2
         if size - cut < MINIMUM_SAMPLES:
             return
+        parts = []
         # A batch that cannot be divided, or a model that knows one size of batch only.
         with suppress(Exception), torch.no_grad():
-            samples = task.select(first, 0, cut) if half == 0 else task.select(first, cut, size)
-            task.outputs(model, samples)
-            yield samples
+            part = task.select(first, 0, cut) if half == 0 else task.select(first, cut, size)
+            task.outputs(model, part)
+            parts.append(part)
+        yield from parts
         return
     others = () if second is None else (second,)
     for number, batch in enumerate(itertools.chain((first,), others, stream)):
