@@ -18,7 +18,8 @@ from tracequant.run.directory import RunDirectory
 def analysed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An analysis by the trace, with eigenvalues, and a check on some of its data."""
     path = tmp_path_factory.mktemp("runs") / "analysed"
-    assert invoke("analyze", "--task", TASK, "--num-probes", "2", "--activation-bits", "4", "--out", path, "-q") == 0
+    options = ("--num-probes", "2", "--activation-bits", "4", "--rounding", "nearest")
+    assert invoke("analyze", "--task", TASK, *options, "--out", path, "-q") == 0
     return path
 
 
