@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -23,9 +24,18 @@ from test_sensitivity import made_up
 from tracequant.core import cost
 from tracequant.core.sensitivity import combine
 from tracequant.core.settings import PlanSettings
-from tracequant.measure.sensitivity import measure_weight_errors
+from tracequant.quantization.rounding import round_weights
 
 WIDTHS = (2, 4, 8)
+NEAREST = tq.WeightGrid(rounding="nearest")
+
+
+def nearest_errors(
+    model: nn.Module, points: tq.QuantizationPoints, bits: tuple[int, ...]
+) -> dict[str, dict[int, float]]:
+    """‖ΔW‖² of rounding to the nearest, which reads no data."""
+    by_layer = {layer.name: bits for layer in points.layers}
+    return round_weights(model, [], TASK, points, by_layer, weight_grid=NEAREST).errors
 
 
 @pytest.mark.parametrize("metric", ["cross", "first+cross"])
@@ -33,7 +43,7 @@ def test_a_plan_has_the_square_of_the_sum(metric: str) -> None:
     """½E[(Σ u·ΔW)²] + ΣE[g·ΔW] of whole plans."""
     batches = images((4, 3))
     points = tq.discover(residual_net(), batches, TASK)
-    perturbation = tq.measure_perturbation(residual_net(), batches, TASK, points, weight_bits=BITS)
+    perturbation = tq.measure_perturbation(residual_net(), batches, TASK, points, weight_bits=BITS, weight_grid=NEAREST)
     first, second = explicit(residual_net(), batches, TASK)
     names = [layer.name for layer in points.layers]
     for bits in itertools.islice(itertools.product(BITS, repeat=len(names)), 0, None, 7):
@@ -55,10 +65,10 @@ def crossed(seed: int, ties: tuple[tuple[str, ...], ...] = ()) -> tuple[tq.Sensi
     products = c.T @ c
     rows = tuple(tuple(float(x) for x in products[i, : i + 1]) for i in range(options))
     slope = rng.standard_normal(options) * np.tile([0.3, 0.1, 0.02], len(names))
-    perturbation = tq.Perturbation(points, WIDTHS, tq.WeightGrid(), tuple(map(float, slope)), rows, 2, "made up")
+    perturbation = tq.Perturbation(points, WIDTHS, NEAREST, tuple(map(float, slope)), rows, 2, "made up")
     errors = {name: dict.fromkeys(WIDTHS, 1.0) for name in names}
     return combine(
-        made_up(points), errors, {}, tq.WeightGrid(), criterion="first+quadratic", perturbation=perturbation
+        made_up(points), errors, {}, NEAREST, criterion="first+quadratic", perturbation=perturbation
     ), perturbation
 
 
@@ -113,9 +123,9 @@ def test_inverted_and_random_deal_the_traces_out() -> None:
     model = residual_net()
     points = tq.discover(model, images(), TASK)
     curvature = made_up(points)
-    errors = measure_weight_errors(model, points, (4,), tq.WeightGrid())
+    errors = nearest_errors(model, points, (4,))
     activations = {point.name: {4: 0.25} for point in points.activations}
-    measured = combine(curvature, errors, activations, tq.WeightGrid(), criterion="trace")
+    measured = combine(curvature, errors, activations, NEAREST, criterion="trace")
 
     def dealt(metric: str, seed: int = 0) -> list[float]:
         table = ablation_metrics.sensitivity_by(metric, curvature=curvature, measured=measured, seed=seed)
@@ -138,10 +148,8 @@ def test_every_metric_of_the_ablations_makes_a_plan() -> None:
     points = tq.discover(model, batches, TASK)
     eigenvalues = {layer.name: float(10 + i) for i, layer in enumerate(points.layers)}
     curvature = dataclasses.replace(made_up(points), top_eigenvalues=eigenvalues)
-    measured = combine(
-        curvature, measure_weight_errors(model, points, WIDTHS, tq.WeightGrid()), {}, tq.WeightGrid(), criterion="l2"
-    )
-    perturbation = tq.measure_perturbation(model, batches, TASK, points, weight_bits=WIDTHS)
+    measured = combine(curvature, nearest_errors(model, points, WIDTHS), {}, NEAREST, criterion="l2")
+    perturbation = tq.measure_perturbation(model, batches, TASK, points, weight_bits=WIDTHS, weight_grid=NEAREST)
     for metric in ablation_metrics.ABLATION_METRICS:
         plan = ablation_metrics.plan_by(
             metric, PlanSettings(average_bits=4), curvature=curvature, measured=measured, perturbation=perturbation

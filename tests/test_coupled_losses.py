@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tracequant as tq
-from models import exact_hessian
+from models import build, exact_hessian, labelled
 from tracequant.core.errors import GaussNewtonError
+from tracequant.curvature import passes
 from tracequant.curvature.output_factors import draw_signs
 from tracequant.curvature.output_hessian import factor
 from tracequant.curvature.output_lanczos import CoupledHessian, lanczos, square_roots
@@ -221,3 +223,18 @@ def test_many_eigenvalues_have_no_exact_sum() -> None:
     z, y = outputs()
     with pytest.raises(tq.ModelError, match="give a number of probes"):
         list(factored(dice, z, y).columns())
+
+
+@pytest.mark.parametrize(("error", "text"), [(0.004, None), (0.03, "not settled (to within 5%)")])
+def test_a_recurrence_that_has_not_settled_is_in_the_reason(
+    error: float, text: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsettled(task: Any, outputs: Tensor, batch: Any, generator: torch.Generator) -> CoupledHessian:
+        values, vectors = outputs.new_zeros(len(outputs), 0), outputs.new_zeros(*outputs.shape, 0)
+        return CoupledHessian([outputs], lambda v: v, values, vectors, complete=False, error=error)
+
+    monkeypatch.setattr(passes, "factor", unsettled)
+    model = build(lambda: nn.Sequential(nn.Linear(6, 5)))
+    reason = tq.estimate_curvature(model, labelled(6), tq.ClassificationTask(), num_probes=1).reason
+    assert ("settled" in reason) == (text is not None)
+    assert text is None or text in reason

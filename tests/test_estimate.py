@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 import tracequant as tq
@@ -128,6 +129,78 @@ class MixesSamples(nn.Module):
 def test_samples_that_interact_in_the_model_are_an_error_too() -> None:
     with pytest.raises(GaussNewtonError, match=r"samples of a batch interact.*estimator='hutchinson'"):
         tq.estimate_curvature(build(MixesSamples), labelled(6), TASK, num_probes=1)
+
+
+class Loop(nn.Module):
+    """Calls its layers on one sample after another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.last(F.relu(self.first(sample))) for sample in x])
+
+
+class ReadsConstant(nn.Module):
+    """Adds a layer of a constant to every sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.of_constant, self.last = nn.Linear(6, 8), nn.Linear(5, 8), nn.Linear(8, CLASSES)
+        self.register_buffer("constant", torch.ones(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.first(x) + self.of_constant(self.constant)))
+
+
+@pytest.mark.filterwarnings("ignore:layers .* are read by operations")
+@pytest.mark.parametrize("make", [Loop, ReadsConstant])
+def test_activations_without_an_axis_of_samples_are_an_error_whose_cures_work(make: type[nn.Module]) -> None:
+    model, batches = build(make), labelled(6)
+    with pytest.raises(
+        GaussNewtonError, match=r"a constant, or one sample at a time in a loop.*one sample, activations=F"
+    ):
+        tq.estimate_curvature(model, batches, TASK)
+    single = [(x[i : i + 1], y[i : i + 1]) for x, y in batches for i in range(len(x))]
+    alone = tq.estimate_curvature(model, single, TASK, num_probes="exact")
+    together = tq.estimate_curvature(model, batches, TASK, num_probes="exact", activations=False)
+    assert alone.activations
+    for name, whole in together.weights.items():
+        assert alone.weights[name].trace == pytest.approx(whole.trace, rel=1e-8)
+    assert tq.estimate_curvature(model, batches, TASK, num_probes=1, estimator="hutchinson").activations
+
+
+class Checkpointed(nn.Module):
+    """Computes its hidden layer again in the backward pass, by the older or the newer way of torch."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+        self.first, self.hidden, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        return self.last(checkpoint(lambda h: F.relu(self.hidden(h)), x, use_reentrant=self.reentrant))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("activations", [False, True])
+@pytest.mark.parametrize("method", ["auto", "gauss_newton", "hutchinson"])
+def test_a_reentrant_checkpoint_is_an_error_that_names_the_cure(method: str, activations: bool) -> None:
+    options = {"estimator": method, "num_probes": 1, "activations": activations}
+    with pytest.raises(tq.ModelError, match=r"^the model checkpoints.*use_reentrant=False"):
+        tq.estimate_curvature(build(lambda: Checkpointed(True)), labelled(6), TASK, **options)
+    assert tq.estimate_curvature(build(lambda: Checkpointed(False)), labelled(6), TASK, **options).weights
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_a_reentrant_checkpoint_is_named_by_other_measurements_too() -> None:
+    model = build(lambda: Checkpointed(True))
+    points = tq.discover(model, labelled(6), TASK)
+    for measure in (tq.measure_perturbation, tq.top_eigenvalues):
+        with pytest.raises(tq.ModelError, match="use_reentrant=False"):
+            measure(model, labelled(6), TASK, points)
 
 
 class Idle(nn.Module):

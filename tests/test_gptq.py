@@ -177,12 +177,12 @@ def test_a_sweep_is_the_least_squares_solution_of_every_step(columns: int) -> No
     x = torch.randn(200, columns, dtype=torch.float64) @ torch.randn(columns, columns, dtype=torch.float64)
     gram, weight = x.T @ x / 200, torch.randn(3, columns, dtype=torch.float64)
     factor = factorize(gram[None], torch.float64, damping=1e-9)
-    scale = torch.full((1, 3, 1), 0.4, dtype=torch.float64)
+    scale = torch.full((1, 1, 3, 1), 0.4, dtype=torch.float64)
     grid = Grid(scale, torch.full_like(scale, 8.0), 4)
-    codes = sweep(factor.arranged(weight[None]), factor, grid)
+    codes = sweep(factor.arranged(weight[None]), factor, grid)[0]
     order = factor.order[0].tolist()
     assert order == gram.diagonal().argsort(descending=True).tolist()
-    got = factor.restored(grid.dequantize(codes))[0]
+    got = factor.restored(grid.dequantize(codes)[0])[0]
     damped = gram + 1e-9 * gram.diagonal().mean() * torch.eye(columns, dtype=torch.float64)
     torch.testing.assert_close(got, by_least_squares(weight, damped, order, scale.flatten(), 4))
 
@@ -192,9 +192,9 @@ def test_descent_ends_where_no_single_code_can_improve() -> None:
     x = torch.randn(100, 6, dtype=torch.float64) @ torch.randn(6, 6, dtype=torch.float64)
     factor = factorize((x.T @ x / 100)[None], torch.float64)
     weight = torch.randn(1, 4, 6, dtype=torch.float64)
-    scale = torch.full((1, 4, 1), 0.7, dtype=torch.float64)
+    scale = torch.full((1, 1, 4, 1), 0.7, dtype=torch.float64)
     grid = Grid(scale, torch.full_like(scale, 1.5), 2)
-    codes = grid.quantize(weight)
+    codes = grid.quantize(weight[None])
     errors = [factor.error(grid.dequantize(codes) - weight)]
     for _ in range(20):
         codes = descend(weight, codes, factor, grid)

@@ -637,7 +637,7 @@ class Unused(nn.Module):
 def test_a_layer_that_the_loss_does_not_depend_on_is_named(layer):
     model = build(Unused)
     points = discover(model, labelled(6), TASK, include=["fc", layer])
-    with pytest.raises(ModelError, match=rf"does not depend on layer {layer}; .*exclude=\['{layer}'\]"):
+    with pytest.raises(ModelError, match=rf"does not depend on layer {layer} in any batch; .*exclude=\['{layer}'\]"):
         estimate_curvature(model, labelled(6), TASK, points=points)
     points = discover(model, labelled(6), TASK, exclude=["idle", "lost"])
     assert list(estimate_curvature(model, labelled(6), TASK, num_probes=1, points=points).weights) == ["fc"]

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import tracequant as tq
 from models import ConvNet, EnergyTask, ResidualNet, SharedHeadNet, TiedNet, build, snapshot
@@ -516,6 +517,53 @@ def test_verification_finds_what_is_there(tmp_path: Path) -> None:
     assert len(convolutions) == 6
     assert {(kernels[name].kernel, kernels[name].reason) for name in convolutions} == {("QLinearConv", "")}
     assert "output of the model" in kernels["fc"].reason
+
+
+@pytest.mark.parametrize(
+    ("axis", "task"),
+    [
+        (1, tq.ClassificationTask()),
+        (1, tq.ClassificationTask(loss=lambda z, y: (z.softmax(1) - F.one_hot(y, 5).movedim(-1, 1)).square().mean())),
+        (1, tq.CallableTask(loss=lambda z, batch: F.cross_entropy(z, batch[1]))),
+        (2, tq.CallableTask(loss=lambda z, batch: F.cross_entropy(z.flatten(0, 1), batch[1].flatten()))),
+        (2, tq.HuggingFaceTask("token")),
+        (None, tq.CallableTask(loss=lambda z, batch: z.square().mean())),
+    ],
+    ids=["pixels", "pixels, no softmax", "pixels, function", "tokens, function", "Hugging Face", "regression"],
+)
+def test_predictions_are_compared_along_the_axis_of_classes(tmp_path: Path, axis: int | None, task: tq.Task) -> None:
+    """The exported plan has other bits than the model, so that some predictions differ: along which axis is seen."""
+    from tracequant.deploy.verify import verify
+
+    torch.manual_seed(0)
+    if axis == 2:  # [N, T, C] with fewer tokens than classes
+        layer, inputs, targets = nn.Linear(4, 5), torch.randn(6, 3, 4), torch.randint(0, 5, (6, 3))
+    else:  # [N, C, H, W]
+        layer, inputs, targets = nn.Conv2d(4, 5, 1), torch.randn(6, 4, 3, 3), torch.randint(0, 5, (6, 3, 3))
+    model = Named(layer).eval()
+    batch: Any = {"x": inputs, "labels": targets} if isinstance(task, tq.HuggingFaceTask) else (inputs, targets)
+    exported, other = (tq.quantize(model, [batch], task, by_hand({"layer": b}, {}, SYMMETRIC)).eval() for b in (2, 8))
+    tq.export_onnx(exported, tmp_path / "model.onnx", inputs)
+    found = verify(other, [batch], task, tmp_path / "model.onnx", float_model=model, promised_bytes=1, repeats=1)
+
+    equal = found.runtimes[0].equal_predictions
+    if axis is None:
+        assert equal is None
+        return
+    shares = [float((exported(inputs).argmax(a) == other(inputs).argmax(a)).float().mean()) for a in (1, -1)]
+    assert shares[0] != shares[1]
+    assert equal == pytest.approx(shares[axis == 2], abs=1e-6)
+
+
+class Named(nn.Module):
+    """One layer, whose input has a name."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.layer(x))
 
 
 def test_outputs_that_are_no_tensors_are_left_alone(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The expansion of the loss in the roundings, against Jacobians and Hessians written out."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,25 +29,37 @@ from tracequant import (
     ClassificationTask,
     ModelError,
     Perturbation,
+    QuantizationPoints,
     Task,
     WeightGrid,
     discover,
     estimate_curvature,
-    measure_perturbation,
-    measure_sensitivity,
 )
 from tracequant.core.sensitivity import combine
 from tracequant.core.settings import CRITERIA, EXPANSIONS
 from tracequant.curvature import batch_loop
 from tracequant.curvature.output_hessian import loss_hessian
-from tracequant.measure.sensitivity import measure_weight_errors
+from tracequant.measure import perturbation, sensitivity
 from tracequant.model.hooks import reading, weight_parameter
 from tracequant.model.state import frozen_evaluation
 from tracequant.model.task import total_loss
 from tracequant.quantization.calibrate import calibrate
 from tracequant.quantization.grid import choose_weight_grid
+from tracequant.quantization.rounding import round_weights
 
 TASK = ClassificationTask()
+NEAREST = WeightGrid(rounding="nearest")
+# The expansion is compared with roundings that a test can make itself.
+measure_perturbation = functools.partial(perturbation.measure_perturbation, weight_grid=NEAREST)
+measure_sensitivity = functools.partial(sensitivity.measure_sensitivity, weight_grid=NEAREST)
+
+
+def nearest_errors(model: nn.Module, points: QuantizationPoints) -> dict[str, dict[int, float]]:
+    """‖ΔW‖² of rounding to the nearest, which reads no data."""
+    bits = {layer.name: BITS for layer in points.layers}
+    return round_weights(model, [], TASK, points, bits, weight_grid=NEAREST).errors
+
+
 BITS = (2, 4)
 
 
@@ -56,10 +69,7 @@ def explicit(model: nn.Module, batches: list[Any], task: Task, bits: tuple[int, 
     model.eval()
     weights = [weight_parameter(model, layer) for layer in points.layers]
     moves = [
-        [
-            choose_weight_grid(w.detach(), b, layer.channel_axis, WeightGrid()).round(w.detach()) - w.detach()
-            for b in bits
-        ]
+        [choose_weight_grid(w.detach(), b, layer.channel_axis, NEAREST).round(w.detach()) - w.detach() for b in bits]
         for w, layer in zip(weights, points.layers, strict=True)
     ]
     first: Any = 0
@@ -348,7 +358,7 @@ def test_it_is_what_the_loss_does_for_small_steps() -> None:
         weight = weight_parameter(model, layer)
         saved = weight.detach().clone()
         with torch.no_grad():
-            weight.copy_(choose_weight_grid(saved, 8, layer.channel_axis, WeightGrid()).round(saved))
+            weight.copy_(choose_weight_grid(saved, 8, layer.channel_axis, NEAREST).round(saved))
         change = TASK.evaluate(model, batches).loss - before
         with torch.no_grad():
             weight.copy_(saved)
@@ -404,7 +414,9 @@ def test_every_metric_is_the_formula_that_is_documented() -> None:
     points = discover(model, batches, TASK)
     eigenvalues = {layer.name: float(10 + i) for i, layer in enumerate(points.layers)}
     curvature = dataclasses.replace(made_up(points, average_trace=0.5), top_eigenvalues=eigenvalues)
-    errors = measure_weight_errors(model, points, BITS, WeightGrid())
+    errors = round_weights(
+        model, [], TASK, points, {layer.name: BITS for layer in points.layers}, weight_grid=NEAREST
+    ).errors
     activations = {point.name: {4: 0.25} for point in points.activations}
     expansion = measure_perturbation(model, batches, TASK, points, weight_bits=BITS)
     numel = {layer.name: layer.numel for layer in points.layers}
@@ -421,7 +433,7 @@ def test_every_metric_is_the_formula_that_is_documented() -> None:
     }
     assert {*want} == set(CRITERIA)
     for metric, formula in want.items():
-        table = combine(curvature, errors, activations, WeightGrid(), criterion=metric, perturbation=expansion)
+        table = combine(curvature, errors, activations, NEAREST, criterion=metric, perturbation=expansion)
         assert table.criterion == metric
         assert table.weight_omega == {n: {b: pytest.approx(formula(n, b)) for b in BITS} for n in numel}
         for i, point in enumerate(points.activations):
@@ -433,17 +445,19 @@ def test_every_metric_is_the_formula_that_is_documented() -> None:
 def test_metrics_refuse_what_they_have_no_ingredients_for() -> None:
     model = conv_net()
     points = discover(model, images(), TASK)
-    errors = measure_weight_errors(model, points, BITS, WeightGrid())
+    errors = round_weights(
+        model, [], TASK, points, {layer.name: BITS for layer in points.layers}, weight_grid=NEAREST
+    ).errors
     curvature = made_up(points)
     with pytest.raises(ModelError, match="unknown criterion 'hessian'; choose trace, l2"):
-        combine(curvature, errors, {}, WeightGrid(), criterion="hessian")
+        combine(curvature, errors, {}, NEAREST, criterion="hessian")
     with pytest.raises(ModelError, match="no eigenvalues"):
-        combine(curvature, errors, {}, WeightGrid(), criterion="eigenvalue")
+        combine(curvature, errors, {}, NEAREST, criterion="eigenvalue")
     with pytest.raises(ModelError, match="needs the roundings"):
-        combine(curvature, errors, {}, WeightGrid(), criterion="quadratic")
+        combine(curvature, errors, {}, NEAREST, criterion="quadratic")
     other = measure_perturbation(model, images(), TASK, points, weight_bits=(2, 3))
     with pytest.raises(ModelError, match=r"measured at \[2, 3\] bits"):
-        combine(curvature, errors, {}, WeightGrid(), criterion="quadratic", perturbation=other)
+        combine(curvature, errors, {}, NEAREST, criterion="quadratic", perturbation=other)
 
 
 def test_measure_sensitivity_measures_what_the_metric_needs() -> None:

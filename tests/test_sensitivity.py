@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import math
 from types import SimpleNamespace
 
@@ -36,7 +37,6 @@ from tracequant import (
     WeightGrid,
     discover,
     estimate_curvature,
-    measure_sensitivity,
 )
 from tracequant.curvature.spectrum import top_eigenvalues
 from tracequant.measure import sensitivity as sensitivity_module
@@ -45,6 +45,9 @@ from tracequant.quantization.calibrate import calibrate
 from tracequant.quantization.grid import Grid, choose_weight_grid
 
 TASK = ClassificationTask()
+# The arithmetic of Eq. 10 is that of rounding to the nearest.
+NEAREST = WeightGrid(rounding="nearest")
+measure_sensitivity = functools.partial(sensitivity_module.measure_sensitivity, weight_grid=NEAREST)
 
 
 def made_up(points: QuantizationPoints, average_trace: float = 1.0, activations: bool = True) -> Curvature:
@@ -89,7 +92,9 @@ def squared_error(tensor: Tensor, grid: Grid) -> float:
 
 
 @pytest.mark.parametrize(
-    "weight_grid", [WeightGrid(), WeightGrid(per_channel=False, symmetric=False, range="minmax")], ids=str
+    "weight_grid",
+    [NEAREST, WeightGrid(per_channel=False, symmetric=False, range="minmax", rounding="nearest")],
+    ids=str,
 )
 def test_weight_omega_is_average_trace_times_the_sum_of_squares(weight_grid):
     """Eq. 10 with the grids that conversion will use, for a strided grouped convolution as for a linear layer."""
@@ -120,7 +125,9 @@ def test_a_transposed_convolution_has_scales_for_its_output_channels():
         model[0].weight[:, 1] *= 100
     batches = [(torch.randn(2, 3, 4, 4, dtype=torch.float64),)]
     points = discover(model, batches, EnergyTask())
-    result = measure_sensitivity(model, batches, EnergyTask(), made_up(points), weight_bits=(4,), activation_bits=())
+    result = measure_sensitivity(
+        model, batches, EnergyTask(), made_up(points), weight_bits=(4,), activation_bits=(), weight_grid=NEAREST
+    )
     want = sum(
         squared_error(part, choose_weight_grid(part, 4, 0, WeightGrid(per_channel=False)))
         for part in model[0].weight.detach().unbind(1)
@@ -138,7 +145,9 @@ def test_a_layer_counts_by_its_size():
     curvature = made_up(discover(model, batches, TASK))
     same = dataclasses.replace(curvature.weights["0"], average_trace=2.0)
     curvature = dataclasses.replace(curvature, weights={"0": same, "1": same})
-    result = measure_sensitivity(model, batches, TASK, curvature, weight_bits=(2, 3, 8), activation_bits=())
+    result = measure_sensitivity(
+        model, batches, TASK, curvature, weight_bits=(2, 3, 8), activation_bits=(), weight_grid=NEAREST
+    )
     for num_bits in (2, 3, 8):
         assert result.weight_omega["1"][num_bits] == pytest.approx(100 * result.weight_omega["0"][num_bits], rel=1e-9)
 

@@ -22,12 +22,14 @@ from tracequant.core.errors import DataError, ResourceError, RunError, TaskError
 from tracequant.core.progress import track
 from tracequant.curvature import microbatch
 from tracequant.curvature.microbatch import Microbatch
-from tracequant.curvature.parts import Part, all_notes
+from tracequant.curvature.output_hessian import check_curved
+from tracequant.curvature.parts import Part, all_notes, idle_in_all
 from tracequant.curvature.store import Store
 from tracequant.model import distributed, memory
 from tracequant.model.batches import Batch, Batches, reusable
 from tracequant.model.device import Precision, check_parameters, measuring, model_device
 from tracequant.model.digest import digest
+from tracequant.model.hooks import idle_layers
 from tracequant.model.task import Task, checked
 
 # Share of the free main memory that a batch may be expected to take before it is cut.
@@ -81,6 +83,8 @@ def collect(
     processes each measures a share of the batches, of the probes where there are fewer batches than processes, and all
     get the whole result; `stop` is then asked after every round of them. A batch that does not fit into memory is
     measured in microbatches. The model is left as it was.
+
+    Raises `ModelError` naming layers that no batch reached.
     """
     check_parameters(model, "model.float(), and precision='bfloat16' if it must be fast")
     rank, processes = distributed.rank(), distributed.world_size()
@@ -99,8 +103,11 @@ def collect(
             done.update(found)
         fresh.clear()
 
-    def summary() -> Result:
-        return estimator.summarize(_merged(done))
+    def satisfied() -> bool:
+        assert stop is not None
+        parts = _merged(done)
+        # Of a layer that no batch has reached yet nothing is known, however certain its zero looks.
+        return not idle_in_all(parts) and stop(estimator.summarize(parts))
 
     with measuring(model, precision):
         try:
@@ -130,11 +137,15 @@ def collect(
                 unit += 1
                 if stop is not None and unit % processes == 0:
                     exchange()
-                    content = stop(summary())
+                    content = satisfied()
             if content or (failure is not None and (processes == 1 or stop is None)):
                 break
         exchange()
-    return summary()
+    parts = _merged(done)
+    check_curved([part.notes for part in parts])
+    if idle := idle_in_all(parts):
+        raise idle_layers(idle)
+    return estimator.summarize(parts)
 
 
 class _Collector:
@@ -215,7 +226,7 @@ def _merged(done: dict[tuple[int, int], Part]) -> list[Part]:
     merged = []
     for own in by_batch.values():
         values = {name: torch.cat([part.values[name] for part in own]) for name in own[0].values}
-        merged.append(replace(own[0], values=values, notes=all_notes(own)))
+        merged.append(replace(own[0], values=values, notes=all_notes(own), idle=idle_in_all(own)))
     return merged
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -74,47 +76,35 @@ def estimate_curvature(
         batches = reusable(batches)
         if points is None:
             points = discover(model, batches, task)
-        if request.estimator != "hutchinson":
+        estimator: Callable[..., Curvature]
+        if request.estimator == "hutchinson":
+            estimator = partial(
+                hutchinson,
+                probe_scope=request.probe_scope,
+                distribution=request.distribution,
+                target_standard_error=request.target_standard_error,
+            )
+        else:
+            estimator = partial(gauss_newton, target_sampling_error=request.target_sampling_error)
+        why = ""
+        if request.estimator == "auto":
             # Of several processes all must say the same.
-            why = (
-                distributed.gather(identity(model, batches, task, points, seed))[0]
-                if request.estimator == "auto"
-                else ""
-            )
-            result = gauss_newton(
-                model,
-                batches,
-                task,
-                points,
-                num_probes=request.num_probes,
-                seed=seed,
-                weights=weights,
-                activations=activations,
-                target_sampling_error=request.target_sampling_error,
-                checkpoint=checkpoint,
-                stop=stop,
-                precision=request.precision,
-                progress=progress,
-            )
-            return replace(result, reason=f"{why}; {result.reason}") if why else result
-        assert request.num_probes != "exact"
-        return hutchinson(
+            why = distributed.gather(identity(model, batches, task, points, seed))[0]
+        result = estimator(
             model,
             batches,
             task,
             points,
             num_probes=request.num_probes,
             seed=seed,
-            probe_scope=request.probe_scope,
-            distribution=request.distribution,
             weights=weights,
             activations=activations,
-            target_standard_error=request.target_standard_error,
             checkpoint=checkpoint,
             stop=stop,
             precision=request.precision,
             progress=progress,
         )
+    return replace(result, reason=f"{why}; {result.reason}") if why else result
 
 
 def _refuse_others_options(request: CurvatureSettings) -> None:

@@ -35,11 +35,11 @@ from tracequant.curvature.batch_loop import Stop, collect
 from tracequant.curvature.gradient_norms import Call, squared_norms
 from tracequant.curvature.microbatch import Microbatch
 from tracequant.curvature.output_factors import Cotangents
+from tracequant.curvature.output_hessian import ZERO
 from tracequant.curvature.parts import Part, exceeded, together, warn_of_error
 from tracequant.curvature.passes import Opened, Passes, dense
 from tracequant.model.batches import Batches
 from tracequant.model.device import Precision
-from tracequant.model.hooks import idle_layers
 from tracequant.model.task import Task
 
 DEFAULT_PROBES = 2
@@ -74,7 +74,7 @@ def gauss_newton(
     With `target_sampling_error` no more batches are taken once the `sampling_error` of every trace is below that share
     of it. `checkpoint`, `stop` and `precision` are those of `collect`.
 
-    Raises `ModelError` naming layers that the loss does not depend on, and where samples cannot be separated.
+    Raises `ModelError` naming layers that the loss of no batch depends on, and where samples cannot be separated.
     """
     estimator = _GaussNewton(
         model,
@@ -143,17 +143,21 @@ class _GaussNewton(Passes):
         opened = self.open(microbatch, self._weights)
         rows = self._squares(microbatch, opened, probes)
         variables = opened.sweep.variables
-        if missing := [name for name in self._parameters if self._weights and f"weights:{name}" not in rows]:
-            raise idle_layers(missing)
-        nothing = torch.zeros_like(next(iter(rows.values())))
+        nothing = torch.zeros(len(probes), microbatch.samples, dtype=torch.float64)
         names = (*(f"weights:{n}" for n in self._parameters if self._weights), *(f"activations:{n}" for n in variables))
         return Part(
             microbatch.samples,
-            # ‖J_nᵀ L v‖² carries the batch mean's 1/size; a sample's own value is size times that. A tensor that this
-            # batch never reached counts as zero.
+            # ‖J_nᵀ L v‖² carries the batch mean's 1/size; a sample's own value is size times that. What this batch
+            # never reached counts as zero.
             {name: rows.get(name, nothing) * microbatch.size for name in names},
             {name: sum(tensor.numel() for tensor in tensors) for name, tensors in variables.items()},
             self.notes(opened),
+            # A batch without any curvature says of no layer that it is known.
+            tuple(
+                name
+                for name in self._parameters
+                if self._weights and (opened.hessian.kind == ZERO or f"weights:{name}" not in rows)
+            ),
         )
 
     def add(self, parts: Sequence[Part]) -> Part:

@@ -85,7 +85,7 @@ def hutchinson(
     that share of its trace, at most `num_probes` times a batch (default 1,000). `checkpoint`, `stop` and `precision`
     are those of `collect`. The model is given back as it came.
 
-    Raises `ModelError` naming layers that the loss does not depend on, or the layer that has no second derivative.
+    Raises `ModelError` naming layers that the loss of no batch depends on, or the layer that has no second derivative.
     """
     if num_probes is None:
         num_probes = DEFAULT_PROBES if target_standard_error is None else MOST_PROBES
@@ -173,7 +173,7 @@ class _Hutchinson:
         """Values of zᵀHz, `[probes, 1]`, of the microbatch's part of the batch's mean loss."""
         device, self._batch = model_device(self._model), microbatch.batch
         loss, families, elements = self._graph(microbatch)
-        product = self._product(loss, families)
+        product, idle = self._product(loss, families)
         del loss
         values: dict[str, Tensor] = {}
         for number, (family, targets) in enumerate(families.items()):
@@ -204,7 +204,7 @@ class _Hutchinson:
                 self._counts[family] = {name: len(row) for name, row in rows.items()}
             for name, row in rows.items():
                 values[f"{family}:{name}"] = torch.tensor(row, dtype=torch.float64).unsqueeze(1)
-        return Part(microbatch.samples, values, elements)
+        return Part(microbatch.samples, values, elements, idle=idle)
 
     def add(self, parts: Sequence[Part]) -> Part:
         """Microbatches share their probes and add up to the batch's loss."""
@@ -261,10 +261,10 @@ class _Hutchinson:
         variance = math.fsum((value - mean) ** 2 for value in row) / (len(row) - 1) / len(row)
         return math.sqrt(variance) <= self._target * abs(mean)
 
-    def _product(self, loss: Tensor, families: _Families) -> _Product:
-        """What gives products by differentiating gᵀz, from one graph for all probes."""
+    def _product(self, loss: Tensor, families: _Families) -> tuple[_Product, tuple[str, ...]]:
+        """What gives products by differentiating gᵀz, from one graph for all probes; and layers without a gradient."""
         try:
-            gradients = first_derivatives(loss, families)
+            gradients, idle = first_derivatives(loss, families)
         except SecondDerivativeError as error:
             raise self._named(error) from error
 
@@ -285,7 +285,7 @@ class _Hutchinson:
                 raise self._named(error) from error
             return {name: [next(found) for _ in targets[name]] for name in probes}
 
-        return product
+        return product, idle
 
     def _graph(self, microbatch: Microbatch) -> tuple[Tensor, _Families, dict[str, int]]:
         """The loss, what to differentiate it by, and the number of elements of each activation."""

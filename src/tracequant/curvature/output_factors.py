@@ -54,7 +54,7 @@ class OutputHessian:
         row = number % GROUP
         if self.kind == "softmax":
             yield [self._softmax(draw_signs(self._probabilities, generator, row))], 1.0
-        elif self.kind == "diagonal":
+        elif self.kind in ("diagonal", "zero"):
             signs = [_by_size(draw_signs(h, generator, row), h) for h in self.first]
             for sign in self._present_signs():
                 yield [(sign * h).clamp_min(0).sqrt() * v for h, v in zip(self.first, signs, strict=True)], sign

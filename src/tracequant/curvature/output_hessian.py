@@ -21,7 +21,7 @@ have a shape of its own. Others are coupled.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,9 @@ DENSE_LIMIT = 128
 # Elements of all blocks at all positions: 512 MiB in float64.
 BLOCKS_LIMIT = 2**26
 
+# The kind of a batch's H_L that is zero.
+ZERO = "zero"
+
 Factored = OutputHessian | CoupledHessian | SeparateHessians
 
 
@@ -48,7 +51,8 @@ def factor(task: Task, outputs: Any, batch: Batch, generator: torch.Generator) -
     """The factored Hessian of the batch's mean loss with respect to its outputs.
 
     A task's own `output_hessian(outputs, batch)` is taken where it returns one. Raises `ModelError` if H_L is of no
-    shape that can be factored, or zero.
+    shape that can be factored, or the loss is linear in the outputs. Where all samples are saturated H_L is zero, of
+    the kind `ZERO`.
     """
     own = task.output_hessian(outputs, batch)
     if own is not None:
@@ -57,10 +61,8 @@ def factor(task: Task, outputs: Any, batch: Batch, generator: torch.Generator) -
     probe = [_random(v, generator) for v in tensors]
     image = product(probe)
     if not any(v.any() for v in image):
-        raise GaussNewtonError(
-            "the loss has no curvature in the model's outputs (an absolute error, say): its Gauss-Newton traces are"
-            " zero; use another loss, or estimator='hutchinson' where the model itself bends"
-        )
+        # A batch whose samples are all saturated adds nothing; `check_curved` looks at all batches.
+        return OutputHessian(ZERO, tensors, [torch.zeros_like(v) for v in probe])
     if len(tensors) == 1:
         return _factor_one(tensors[0], (probe[0], image[0]), lambda v: product([v])[0], generator)
     diagonal = product([torch.ones_like(v) for v in probe])
@@ -78,6 +80,16 @@ def factor(task: Task, outputs: Any, batch: Batch, generator: torch.Generator) -
             return coupled(tensors, product, generator)
         parts.append(_factor_one(tensor, (probe[number], image[number]), alone, generator))
     return SeparateHessians(parts)
+
+
+def check_curved(notes: Sequence[Sequence[str]]) -> None:
+    """Raise `GaussNewtonError` if the H_L of every batch is zero, as the notes of each say."""
+    if all(f"{ZERO} output Hessian" in of_batch for of_batch in notes):
+        raise GaussNewtonError(
+            "the loss has no curvature in the model's outputs in any batch (an absolute error, or predictions that are"
+            " all certain): its Gauss-Newton traces are zero; use another loss, or estimator='hutchinson' where the"
+            " model itself bends"
+        )
 
 
 def _factor_one(

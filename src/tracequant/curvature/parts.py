@@ -19,24 +19,31 @@ class Part:
 
     `values` are float64 `[probes, columns]` by "weights:LAYER" or "activations:POINT", with a column for each sample,
     or one for the batch. `elements` counts the elements of each activation over the samples. `notes` are remarks for
-    the result's `reason`.
+    the result's `reason`. `idle` are layers that no sample of the part reached, as an expert that no token is sent to;
+    their values are zero.
     """
 
     samples: int
     values: dict[str, Tensor]
     elements: dict[str, int]
     notes: tuple[str, ...] = ()
+    idle: tuple[str, ...] = ()
 
 
 def together(parts: Sequence[Part], values: dict[str, Tensor]) -> Part:
     """Parts of different samples as one, with these `values`."""
     elements = {name: sum(part.elements[name] for part in parts) for name in parts[0].elements}
-    return Part(sum(part.samples for part in parts), values, elements, all_notes(parts))
+    return Part(sum(part.samples for part in parts), values, elements, all_notes(parts), idle_in_all(parts))
 
 
 def all_notes(parts: Sequence[Part]) -> tuple[str, ...]:
     """The parts' notes, each once."""
     return tuple(dict.fromkeys(note for part in parts for note in part.notes))
+
+
+def idle_in_all(parts: Sequence[Part]) -> tuple[str, ...]:
+    """The layers that no part reached."""
+    return tuple(name for name in parts[0].idle if all(name in part.idle for part in parts)) if parts else ()
 
 
 def exceeded(

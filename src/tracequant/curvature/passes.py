@@ -17,6 +17,7 @@ from tracequant.core.points import QuantizationPoints
 from tracequant.curvature.microbatch import Microbatch
 from tracequant.curvature.output_factors import GROUP, Cotangents
 from tracequant.curvature.output_hessian import Factored, differentiable, factor
+from tracequant.curvature.output_lanczos import SETTLED
 from tracequant.curvature.products import generator, reading_variables, require_grad
 from tracequant.curvature.sweep import Rows, SampleAxes, Sweep, mixed_samples
 from tracequant.model.device import model_device
@@ -135,6 +136,7 @@ class Passes:
         slow = ", ".join(layer.name for layer in self._points.layers if layer.name in opened.sweep.axes.slow)
         return (
             f"{opened.hessian.kind} output Hessian",
+            *_unsettled(opened.hessian),
             *([f"a backward pass for each sample for {slow}"] if slow else []),
         )
 
@@ -172,6 +174,16 @@ class Passes:
             " more",
             stacklevel=2,
         )
+
+
+def _unsettled(hessian: Factored) -> tuple[str, ...]:
+    """A remark where the recurrence of a coupled Hessian has not settled: by how much its draws may still change."""
+    error = max(getattr(part, "error", 0.0) for part in getattr(hessian, "parts", [hessian]))
+    if error <= SETTLED:
+        return ()
+    # Rounded up to few values, since every batch has its own and each remark appears once.
+    bound = next((share for share in (0.02, 0.05, 0.1, 0.2, 0.5) if error <= share), 1.0)
+    return (f"draws of the output Hessian not settled (to within {bound:.0%})",)
 
 
 @contextmanager

@@ -66,8 +66,13 @@ def reading_variables(model: nn.Module, points: QuantizationPoints) -> Iterator[
     nodes.clear()
 
 
-def first_derivatives(loss: Tensor, families: dict[str, dict[str, list[Tensor]]]) -> dict[str, dict[str, list[Tensor]]]:
-    """Gradients of the loss with respect to all targets, differentiable once more, in the shape of `families`."""
+def first_derivatives(
+    loss: Tensor, families: dict[str, dict[str, list[Tensor]]]
+) -> tuple[dict[str, dict[str, list[Tensor]]], tuple[str, ...]]:
+    """Gradients of the loss with respect to all targets, differentiable once more, in the shape of `families`.
+
+    And the layers among the "weights" that the loss does not depend on, whose gradients are zero.
+    """
     flat = [tensor for targets in families.values() for tensors in targets.values() for tensor in tensors]
     if not flat:
         raise ModelError("there is nothing to measure: neither weights nor activations that can be differentiated")
@@ -88,15 +93,13 @@ def first_derivatives(loss: Tensor, families: dict[str, dict[str, list[Tensor]]]
             own = [next(gradients) for _ in tensors]
             if all(gradient is None for gradient in own) and family == "weights":
                 idle.append(name)
-            # An activation that only a part of the loss reads has a zero gradient for the rest.
+            # What the loss does not depend on has a zero gradient.
             result[family][name] = [
                 torch.zeros_like(tensor) if gradient is None else gradient
                 for gradient, tensor in zip(own, tensors, strict=True)
             ]
-    if idle:
-        raise idle_layers(idle)
     check_differentiable([g for targets in result.values() for gradients in targets.values() for g in gradients])
-    return result
+    return result, tuple(idle)
 
 
 def check_differentiable(gradients: Sequence[Tensor | None]) -> None:
@@ -198,7 +201,10 @@ def exact_block(model: nn.Module, batch: Batch, task: Task, points: Quantization
     with frozen_evaluation(model), double_backward():
         parameter = require_grad(model, points)[name]
         _, loss = forward(task, model, batch)
-        gradient = first_derivatives(loss, {"weights": {name: [parameter]}})["weights"][name]
+        gradients, idle = first_derivatives(loss, {"weights": {name: [parameter]}})
+        if idle:
+            raise idle_layers(idle)
+        gradient = gradients["weights"][name]
         rows = []
         for index in range(parameter.numel()):
             unit = torch.zeros_like(parameter)

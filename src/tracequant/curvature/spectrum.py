@@ -35,6 +35,7 @@ from tracequant.curvature.products import (
 from tracequant.model import memory
 from tracequant.model.batches import Batches, reusable
 from tracequant.model.device import check_parameters, measuring, model_device
+from tracequant.model.hooks import idle_layers
 from tracequant.model.state import double_backward
 from tracequant.model.task import Task, checked, forward
 
@@ -166,9 +167,14 @@ def _blocks(
         data = list(checked(reusable(batches), task, model))
         total = sum(task.batch_size(batch) for batch in data)
 
+        # Of each batch the layers that it does not reach, once its gradients were taken.
+        idle: dict[int, tuple[str, ...]] = {}
+
         def gradients(index: int) -> dict[str, list[Tensor]]:
             _, loss = forward(task, model, data[index])
-            return first_derivatives(loss, {"weights": {name: [p] for name, p in parameters.items()}})["weights"]
+            families = {"weights": {name: [parameter] for name, parameter in parameters.items()}}
+            slopes, idle[index] = first_derivatives(loss, families)
+            return slopes["weights"]
 
         with _graph():
             kept = gradients(0) if len(data) == 1 else None
@@ -186,6 +192,8 @@ def _blocks(
                     own = hessian_vector_product([slopes[name][0] for name in names], targets, parts)
                     share = task.batch_size(batch) / total
                     result += share * torch.cat([part.detach().flatten() for part in own])
+                if never := [name for name in names if all(name in absent for absent in idle.values())]:
+                    raise idle_layers(never)
                 return result
 
             return product, torch.cat([target.detach().flatten() for target in targets])

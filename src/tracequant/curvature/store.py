@@ -55,14 +55,20 @@ class Store:
                 f"batch {key[0]} is not the one that {path.parent} was made with: the loader shuffles, or the data have"
                 " changed; use shuffle=False, or delete that folder"
             )
-        return Part(values=values, **head | {"notes": tuple(head["notes"])})
+        return Part(values=values, **head | {"notes": tuple(head["notes"]), "idle": tuple(head.get("idle", ()))})
 
     def save(self, key: tuple[int, int], shares: int, digest: str, part: Part) -> None:
         """Write the part, whole or not at all."""
         path = self._path(key, shares)
         if path is None:
             return
-        head = {"samples": part.samples, "elements": part.elements, "notes": part.notes, "digest": digest}
+        head = {
+            "samples": part.samples,
+            "elements": part.elements,
+            "notes": part.notes,
+            "idle": part.idle,
+            "digest": digest,
+        }
         values = {name: tensor.contiguous() for name, tensor in part.values.items()}
         with replace_file(path) as temporary:
             save_file(values, temporary, {"part": json.dumps(head)})

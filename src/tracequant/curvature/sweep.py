@@ -96,7 +96,7 @@ class Sweep:
             elif family == "weights":
                 self.axes.slow.append(name)
             else:
-                raise mixed_samples(name)
+                raise _unlocated(name)
         return self.axes
 
     def set_axes(self, axes: SampleAxes) -> None:
@@ -154,7 +154,7 @@ class Sweep:
             return tensor.reshape(1, -1)
         rows, outer = flat_rows(tensor), self.axes.activations.get((name, number), 1)
         if not divisible(len(rows), samples, outer):
-            raise mixed_samples(name)
+            raise _unlocated(name)
         return by_sample(rows, samples, outer).flatten(1)
 
     def _backward(
@@ -247,6 +247,15 @@ def mixed_samples(name: str) -> GaussNewtonError:
     """The error for samples that cannot be told apart inside the model."""
     return GaussNewtonError(
         f"at layer {name} samples of a batch interact, or lie along no axis of their own; use batches of one sample, or"
+        " estimator='hutchinson'"
+    )
+
+
+def _unlocated(point: str) -> GaussNewtonError:
+    """The error for an activation whose rows are not the batch's samples."""
+    return GaussNewtonError(
+        f"the input of layer {point} does not hold the batch's samples along an axis: it reads a constant, or one"
+        " sample at a time in a loop, or samples of a batch interact; use batches of one sample, activations=False, or"
         " estimator='hutchinson'"
     )
 

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from tracequant.core.errors import ArtifactError, DataError, ResourceError
 from tracequant.core.files import Saveable
 from tracequant.deploy.onnx import trace_float
-from tracequant.model.batches import Batches
+from tracequant.model.batches import Batch, Batches
 from tracequant.model.state import frozen_evaluation
 from tracequant.model.task import Exported, Task
 
@@ -39,7 +39,8 @@ class RuntimeResult:
 
     Milliseconds of processor time, medians of interleaved runs on one sample and one thread, of this file and of the
     float32 model.
-    `equal_predictions` is None where the first output is not `[N, C, ...]` with several classes C.
+    A prediction is the class with the largest score, at every position along `Task.class_axis`. `equal_predictions` is
+    None where the task's outputs have no such axis.
     """
 
     runtime: str
@@ -122,7 +123,7 @@ def verify(
     fake = task.evaluate(quantized, batches)
     largest, count = 0.0, 0
     equal = dict.fromkeys(runtimes, 0.0)
-    predictions: int | None = 0
+    predictions = 0
     differences = []
     for batch in (own for whole in batches for own in task.parts(whole)):
         args, kwargs = part.arguments(batch)
@@ -134,13 +135,14 @@ def verify(
         differences.append(rows)
         largest = max(largest, max(float(np.abs(a).max()) for a in want))
         count += len(rows)
-        if predictions is not None and part.module is quantized and want[0].ndim > 1 and want[0].shape[1] > 1:
-            chosen = want[0].argmax(1)
-            predictions += chosen.size
+        scores = _task_outputs(task, part, want, outputs, batch)
+        axis = task.class_axis(scores, batch)
+        if axis is not None:
+            chosen = scores.argmax(axis)
+            predictions += chosen.numel()
             for name, session, *_ in found:
-                equal[name] += float((session(given)[0].argmax(1) == chosen).sum())
-        else:
-            predictions = None
+                others = _task_outputs(task, part, session(given), outputs, batch)
+                equal[name] += float((others.argmax(axis) == chosen).sum())
     if not count:
         raise DataError("there is no evaluation data; the task's `evaluation` must yield at least one batch")
     every = np.concatenate(differences) / max(largest, 1e-30)
@@ -166,6 +168,12 @@ def _one_sample(part: Exported, task: Task, batches: Batches) -> _Call:
     for batch in batches:
         return part.arguments(task.select(batch, 0, 1))
     raise DataError("there is no evaluation data; the task's `evaluation` must yield at least one batch")
+
+
+def _task_outputs(task: Task, part: Exported, arrays: list[NDArray[Any]], example: Any, batch: Batch) -> Any:
+    """What the task makes of a batch where the exported part returns these arrays, nested as `example` is."""
+    with torch.no_grad():
+        return task.outputs(part.replaced(_RuntimeModel(lambda _: arrays, example)), batch)
 
 
 class _RuntimeModel(nn.Module):

@@ -44,7 +44,7 @@ from tracequant.curvature.passes import Opened, Passes, dense
 from tracequant.curvature.sweep import Sweep
 from tracequant.model.batches import Batches, reusable
 from tracequant.model.device import Precision
-from tracequant.model.hooks import idle_layers, weight_parameter
+from tracequant.model.hooks import weight_parameter
 from tracequant.model.task import Task
 from tracequant.quantization.calibrate import activation_options, calibrate
 from tracequant.quantization.grid import Grid, check_bits
@@ -80,7 +80,7 @@ def measure_perturbation(
     are; between two layers, and in networks that bend, it leaves out the outputs' own second derivatives. `checkpoint`
     and `precision` are those of `collect`; memory grows with the number of bit widths. The model is left as it was.
 
-    Raises `ModelError` naming layers that the loss does not depend on, for bits outside 1 to 8, and where samples
+    Raises `ModelError` naming layers that the loss of no batch depends on, for bits outside 1 to 8, and where samples
     cannot be separated.
     """
     if num_probes is not None and num_probes != "exact" and (not isinstance(num_probes, int) or num_probes < 1):
@@ -170,12 +170,10 @@ class _Perturbations(Passes):
         targets = [*self._parameters.values(), *(move.tensor for move in moved.values())]
         found = torch.autograd.grad(opened.loss, targets, retain_graph=True, allow_unused=True)
         slopes, activation_slopes = found[: len(names)], found[len(names) :]
-        if idle := [name for name, slope in zip(names, slopes, strict=True) if slope is None]:
-            raise idle_layers(idle)
         first = [
-            dense(slope).double().mul(move).sum()
+            # A layer that this batch never reached counts as zero.
+            move.new_zeros((), dtype=torch.float64) if slope is None else dense(slope).double().mul(move).sum()
             for name, slope in zip(names, slopes, strict=True)
-            if slope is not None
             for move in self._moves[name]
         ]
         slope = self._zeros()
@@ -203,6 +201,7 @@ class _Perturbations(Passes):
             },
             {},
             (text, *self.notes(opened)),
+            tuple(name for name, slope in zip(names, slopes, strict=True) if slope is None),
         )
 
     def add(self, parts: Sequence[Part]) -> Part:

@@ -97,6 +97,10 @@ class ClassificationTask(Task):
                 " check the labels, the model's last layer, or pass ClassificationTask(ignore_index=...)"
             )
 
+    def class_axis(self, outputs: Any, batch: Batch) -> int | None:
+        """The second axis; None for a single logit."""
+        return 1 if outputs.shape[1] > 1 else None
+
     def distillation_loss(self, outputs: Any, teacher_outputs: Any, batch: Batch) -> Tensor:
         """Kullback-Leibler divergence from the teacher's class probabilities.
 

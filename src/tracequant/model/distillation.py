@@ -64,6 +64,12 @@ def output_distance(loss: Callable[[Any], Tensor], outputs: Any, teacher_outputs
     return torch.stack(distances).sum()
 
 
+def softmax_axis(loss: Callable[[Any], Tensor], outputs: Tensor) -> int | None:
+    """The axis of the classes if the loss bends in the outputs as a softmax along it does, else None."""
+    (bend,) = _bends(loss, [outputs], pytree.tree_structure(outputs))
+    return None if bend is None or bend.softmax is None else bend.softmax[0]
+
+
 def divergence(student: Tensor, teacher: Tensor, axis: int) -> Tensor:
     """KL(teacher ‖ student) of the class probabilities along `axis`, which stays with length 1."""
     terms = F.kl_div(student.log_softmax(axis), teacher.log_softmax(axis), reduction="none", log_target=True)

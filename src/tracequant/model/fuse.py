@@ -34,7 +34,7 @@ def fuse_weight_norm(model: nn.Module) -> nn.Module:
                 " already; tracequant.to_float(model) gives plain weights with the values of their codes"
             )
     # A weight that a hook has computed is no leaf of its graph, which torch does not copy.
-    computed = [weight for module in model.modules() for weight in vars(module).values() if isinstance(weight, Tensor)]
+    computed = [weight for module in model.modules() for weight in _attributes(module) if isinstance(weight, Tensor)]
     memo: dict[int, Any] = {id(weight): weight.detach().clone() for weight in computed if not weight.is_leaf}
     fused = copy.deepcopy(model, memo)
     modes = {module: module.training for module in fused.modules()}
@@ -50,6 +50,12 @@ def fuse_weight_norm(model: nn.Module) -> nn.Module:
     for module, training in modes.items():
         module.training = training
     return fused
+
+
+def _attributes(module: nn.Module) -> list[Any]:
+    """What a module holds beside its parameters and buffers, and the list of weights that a recurrent layer keeps."""
+    weights = module._flat_weights if isinstance(module, nn.RNNBase) else []
+    return [*vars(module).values(), *weights]
 
 
 def computes_weights(module: nn.Module) -> list[str]:

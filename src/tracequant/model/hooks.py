@@ -15,15 +15,16 @@ from tracequant.core.points import Layer, QuantizationPoints
 
 
 def idle_layers(names: Sequence[str]) -> ModelError:
-    """The error for layers that the loss does not depend on."""
+    """The error for layers that the loss of no batch depends on."""
     # Many layers under one name are an auxiliary head, left out by one pattern.
     groups: dict[str, list[str]] = defaultdict(list)
     for name in names:
         groups[name.split(".")[0]].append(name)
     patterns = [f"{top}.*" if len(members) > 1 else members[0] for top, members in groups.items()]
     return ModelError(
-        f"the loss of a batch does not depend on layer {', '.join(names[:4])}{' and others' if len(names) > 4 else ''};"
-        f" leave out what the task does not use, for instance with exclude={patterns}"
+        f"the loss does not depend on layer {', '.join(names[:4])}{' and others' if len(names) > 4 else ''} in"
+        " any batch; give batches that reach every layer, or leave out what the task does not use, for instance with"
+        f" exclude={patterns}"
     )
 
 

@@ -124,6 +124,10 @@ class HuggingFaceTask(Task):
                 " check the labels, the model's last layer, or pass HuggingFaceTask(ignore_index=...)"
             )
 
+    def class_axis(self, outputs: Any, batch: Batch) -> int | None:
+        """The last axis."""
+        return outputs.ndim - 1 if outputs.shape[-1] > 1 else None
+
     def distillation_loss(self, outputs: Any, teacher_outputs: Any, batch: Batch) -> Tensor:
         """Mean Kullback-Leibler divergence from the teacher's probabilities over the labels that count."""
         counts = (self._targets(outputs, batch) != self._ignore_index).unsqueeze(-1)

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tracequant.core.errors import ModelError
+
 
 @contextmanager
 def frozen_evaluation(model: nn.Module) -> Iterator[None]:
@@ -18,7 +20,8 @@ def frozen_evaluation(model: nn.Module) -> Iterator[None]:
 
     Caches of keys and values are off: nothing here reads them, and they take the memory of a tensor for each layer.
 
-    Hooks are not restored here: whoever registers one removes it.
+    Hooks are not restored here: whoever registers one removes it. Raises `ModelError` for a reentrant checkpoint, which
+    gives no gradients of single tensors.
     """
     modes = {module: module.training for module in model.modules()}
     gradients = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
@@ -34,6 +37,13 @@ def frozen_evaluation(model: nn.Module) -> Iterator[None]:
         with torch.random.fork_rng(devices=_cuda_devices(model)), without_cache(model):
             model.eval()
             yield
+    except RuntimeError as error:
+        if "torch.utils.checkpoint is incompatible" not in str(error):
+            raise
+        raise ModelError(
+            "the model checkpoints activations with use_reentrant=True, which gives no gradients of single tensors;"
+            " call torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or switch checkpointing off"
+        ) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         for module, mode in modes.items():

@@ -25,7 +25,7 @@ from tracequant.model.batches import (
     slice_samples,
 )
 from tracequant.model.device import measuring, model_device
-from tracequant.model.distillation import output_distance
+from tracequant.model.distillation import output_distance, softmax_axis
 from tracequant.model.memory import Microbatches
 from tracequant.model.state import frozen_evaluation
 
@@ -128,6 +128,16 @@ class Task(abc.ABC):
         and the mean squared difference for every other output that the loss depends on.
         """
         return output_distance(lambda point: total_loss(self, point, batch), outputs, teacher_outputs)
+
+    def class_axis(self, outputs: Any, batch: Batch) -> int | None:
+        """The axis of the outputs that holds scores of classes, the largest of which is the prediction.
+
+        None where the outputs are not one tensor of such scores. The default is the axis of the softmax in the loss,
+        None where the loss has no softmax.
+        """
+        if not isinstance(outputs, Tensor):
+            return None
+        return softmax_axis(lambda point: total_loss(self, point, batch), outputs)
 
     def exported(self, model: nn.Module) -> Exported:
         """What of `model` goes into an ONNX file: by default all of it, as `outputs` calls it."""

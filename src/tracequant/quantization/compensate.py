@@ -104,20 +104,16 @@ class _Search:
                 sweep(own, piece.factor, self._grid(number, trial))
                 for number, (own, piece) in enumerate(zip(self._weights, self._pieces, strict=True))
             ]
-            errors = self._measure(trial, codes)
-            for row in range(len(some)):
-                self._keep(trial[row], [own[row] for own in codes], errors[row])
+            self._keep_best(trial, codes)
 
     def refine(self) -> None:
-        """Scales of least squares for the codes, and for these scales a sweep and a descent from the present codes."""
-        trial = self._refitted()
-        for begin in ("present", "anew"):
-            codes = []
-            for number, (own, piece) in enumerate(zip(self._weights, self._pieces, strict=True)):
-                grid = self._grid(number, trial)
-                first = self.codes[number] if begin == "present" else sweep(own, piece.factor, grid)
-                codes.append(descend(own, first, piece.factor, grid))
-            self._keep(trial, codes, self._measure(trial[None], [own[None] for own in codes])[0])
+        """Scales of least squares for the codes, and for these scales descents from the present codes and a sweep's."""
+        trial = self._refitted()[None].expand(2, -1)
+        codes = []
+        for number, (own, piece) in enumerate(zip(self._weights, self._pieces, strict=True)):
+            both = torch.cat([self.codes[number][None], sweep(own, piece.factor, self._grid(number, trial[:1]))])
+            codes.append(descend(own, both, piece.factor, self._grid(number, trial)))
+        self._keep_best(trial, codes)
 
     def _refitted(self) -> Tensor:
         """The share for each unit that has the least error with the present codes."""
@@ -139,22 +135,19 @@ class _Search:
         scale = grid.scale * shares[..., self._units[number]][..., None]
         return Grid(scale, grid.zero_point.expand(scale.shape), grid.num_bits)
 
-    def _measure(self, shares: Tensor, codes: Sequence[Tensor]) -> Tensor:
-        """Errors of alternatives, float64 `[alternatives, units]`."""
+    def _keep_best(self, shares: Tensor, codes: Sequence[Tensor]) -> None:
+        """Take what errs less than before, of alternative shares `[a, units]` and codes `[a, g, R, K]`."""
         errors = torch.zeros(len(shares), len(self._best), dtype=torch.float64, device=shares.device)
         for number, (own, piece) in enumerate(zip(self._weights, self._pieces, strict=True)):
             change = self._grid(number, shares).dequantize(codes[number]) - own
-            rows = piece.factor.error(change).double().flatten(1)
-            errors.index_add_(1, self._units[number].flatten(), rows)
-        return errors
-
-    def _keep(self, shares: Tensor, codes: Sequence[Tensor], errors: Tensor) -> None:
-        """Take what has a smaller error than before."""
-        better = errors < self._errors
-        self._best = torch.where(better, shares, self._best)
-        self._errors = torch.where(better, errors, self._errors)
-        for number, units in enumerate(self._units):
-            self.codes[number] = torch.where(better[units][..., None], codes[number], self.codes[number])
+            errors.index_add_(1, self._units[number].flatten(), piece.factor.error(change).double().flatten(1))
+        for row, error in enumerate(errors):
+            better = error < self._errors
+            self._best = torch.where(better, shares[row], self._best)
+            self._errors = torch.where(better, error, self._errors)
+            for number, units in enumerate(self._units):
+                chosen = better[units][..., None]
+                self.codes[number] = torch.where(chosen, codes[number][row], self.codes[number])
 
 
 def _importance(weight: Tensor, pieces: Sequence[Piece]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import glob
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from tracequant.quantization.calibrate import calibrate
 from tracequant.quantization.grid import Grid
 from tracequant.quantization.quantizer import ActivationQuantizer, OutputQuantizer, WeightQuantizer
 from tracequant.quantization.rounding import RoundedWeights, round_weights
+from tracequant.quantization.statistics import correct_statistics
 
 # The children by which a module of a quantized model rounds what it reads and what it returns.
 QUANTIZER_NAMES = ("input_quantizer", "output_quantizer")
@@ -37,12 +38,14 @@ def quantize(
     plan: BitPlan,
     *,
     rounded: RoundedWeights | None = None,
+    say: Callable[[str], None] | None = None,
     progress: bool = False,
 ) -> nn.Module:
     """A copy of `model` whose weights and activations are rounded as `plan` says; `model` itself is untouched.
 
     Weights are rounded as the plan's `weight_grid` says, on `batches`. Those of `rounded` (from `round_weights`) are
-    taken where it holds all that the plan asks for.
+    taken where it holds all that the plan asks for. Where rounding is compensated, BatchNorm statistics and biases are
+    then corrected as `correct_statistics` finds that it helps, and `say` is told what it did.
 
     Module classes stay what they are: a weight is quantized by a parametrization, an activation by a forward pre-hook
     of its consumers, and the output of a convolution that others read as well (`OutputPoint`) by a forward hook, with 8
@@ -76,6 +79,10 @@ def quantize(
                 weight_parameter(quantized, layer).copy_(weight.values)
         axis = layer.channel_axis if plan.weight_grid.per_channel else None
         quantize_weight(quantized, layer.sites, weight.grid, axis, plan.weight_grid.symmetric)
+    if plan.weight_grid.rounding != "nearest":
+        correction = correct_statistics(quantized, model, batches, task, progress=progress)
+        if say is not None:
+            say(str(correction))
     if plan.activation_bits:
         options = {name: [num_bits] for name, num_bits in plan.activation_bits.items()}
         outputs = points.rounded_outputs(plan.activation_bits)

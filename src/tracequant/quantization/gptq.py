@@ -14,6 +14,7 @@ error.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,47 +72,55 @@ def factorize(gram: Tensor, dtype: torch.dtype, damping: float = DAMPING) -> Fac
 
 
 def sweep(weight: Tensor, factor: Factor, grid: Grid) -> Tensor:
-    """Codes `[..., g, R, K]` by GPTQ, for an arranged weight and a grid in its order; leading axes are alternatives."""
-    weight = weight.expand(*grid.scale.shape[:-1], weight.shape[-1]).clone()
-    codes = torch.empty_like(weight)
-    for start in range(0, weight.shape[-1], BLOCK):
-        stop = min(start + BLOCK, weight.shape[-1])
-        block, upper = weight[..., start:stop], factor.upper[:, start:stop, start:stop]
+    """Codes `[a, g, R, K]` by GPTQ for an arranged weight `[g, R, K]` and alternative grids `[a, g, R, 1 or K]`."""
+    shape = (*grid.scale.shape[:-1], weight.shape[-1])
+    values = _by_column(weight.expand(shape))
+    scale, step, zero_point = (_by_column(part) for part in (grid.scale, grid.scale.reciprocal(), grid.zero_point))
+    codes, largest = torch.empty_like(values), 2**grid.num_bits - 1
+    for start in range(0, values.shape[1], BLOCK):
+        stop = min(start + BLOCK, values.shape[1])
+        block, upper = values[:, start:stop], factor.upper[:, start:stop, start:stop]
+        inverse = upper.diagonal(dim1=-2, dim2=-1).reciprocal()[..., None]
         errors = torch.empty_like(block)
         for j in range(stop - start):
-            levels = _column(grid, start + j)
-            column = block[..., j : j + 1]
-            rounded = levels.quantize(column)
-            codes[..., start + j : start + j + 1] = rounded
-            error = (column - levels.dequantize(rounded)).div_(upper[:, j : j + 1, j : j + 1])
-            errors[..., j : j + 1] = error
-            block[..., j + 1 :] -= error * upper[:, j : j + 1, j + 1 :]
-        weight[..., stop:] -= torch.matmul(errors, factor.upper[:, start:stop, stop:])
-    return codes
+            # `Grid.quantize` and `dequantize` of one column, in as few operations as it takes: there are many columns.
+            k = start + j if scale.shape[1] > 1 else 0
+            position = torch.addcmul(zero_point[:, k], block[:, j], step[:, k])
+            code = torch.round(position, out=codes[:, start + j]).clamp_(0, largest)
+            error = torch.mul(position.sub_(code), scale[:, k], out=errors[:, j]).mul_(inverse[:, j])
+            block[:, j + 1 :].addcmul_(upper[:, j, j + 1 :, None], error[:, None], value=-1)
+        values[:, stop:].baddbmm_(factor.upper[:, start:stop, stop:].mT, errors, alpha=-1)
+    return _by_row(codes, shape)
 
 
 def descend(weight: Tensor, codes: Tensor, factor: Factor, grid: Grid) -> Tensor:
-    """Codes after one pass of coordinate descent: each takes the level that is best while all others stay."""
-    codes = codes.clone()
-    slopes = torch.matmul(grid.dequantize(codes) - weight, factor.gram)
-    for start in range(0, weight.shape[-1], BLOCK):
-        stop = min(start + BLOCK, weight.shape[-1])
-        gram, local = factor.gram[:, start:stop, start:stop], slopes[..., start:stop].clone()
+    """Codes `[a, g, R, K]` after a pass of coordinate descent: each takes the level that is best while others stay."""
+    slopes = _by_column(torch.matmul(grid.dequantize(codes) - weight, factor.gram))
+    shape, codes = codes.shape, _by_column(codes)
+    scale, step, largest = _by_column(grid.scale), _by_column(grid.scale.reciprocal()), 2**grid.num_bits - 1
+    for start in range(0, codes.shape[1], BLOCK):
+        stop = min(start + BLOCK, codes.shape[1])
+        gram, local = factor.gram[:, start:stop, start:stop], slopes[:, start:stop].clone()
+        inverse = gram.diagonal(dim1=-2, dim2=-1).reciprocal()[..., None]
         changes = torch.empty_like(local)
         for j in range(stop - start):
-            levels = _column(grid, start + j)
-            values = levels.dequantize(codes[..., start + j : start + j + 1])
-            best = levels.quantize(values - local[..., j : j + 1] / gram[:, j : j + 1, j : j + 1])
-            change = levels.dequantize(best) - values
-            codes[..., start + j : start + j + 1] = best
-            changes[..., j : j + 1] = change
-            local += change * gram[:, j : j + 1, :]
-        slopes += torch.matmul(changes, factor.gram[:, start:stop])
-    return codes
+            k = start + j if scale.shape[1] > 1 else 0
+            code = codes[:, start + j]
+            best = torch.addcmul(code, local[:, j] * inverse[:, j], step[:, k], value=-1)
+            best.round_().clamp_(0, largest)
+            change = torch.mul(best - code, scale[:, k], out=changes[:, j])
+            code.copy_(best)
+            local.addcmul_(gram[:, j, :, None], change[:, None])
+        slopes.baddbmm_(factor.gram[:, start:stop].mT, changes)
+    return _by_row(codes, shape)
 
 
-def _column(grid: Grid, number: int) -> Grid:
-    """The grid of one column; scales are one for each row, or one for each element."""
-    if grid.scale.shape[-1] == 1:
-        return grid
-    return Grid(grid.scale[..., number : number + 1], grid.zero_point[..., number : number + 1], grid.num_bits)
+def _by_column(matrix: Tensor) -> Tensor:
+    """`[a, g, R, K]` as `[g, K, rows]`, each column of all alternatives in one stretch of memory."""
+    return matrix.permute(1, 3, 0, 2).flatten(2).contiguous()
+
+
+def _by_row(matrix: Tensor, shape: Sequence[int]) -> Tensor:
+    """The inverse of `_by_column`."""
+    groups, rows, columns = shape[-3:]
+    return matrix.view(groups, columns, -1, rows).permute(2, 0, 3, 1).reshape(shape)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 import typing
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -211,7 +212,7 @@ def quantize(run: RunDirectory) -> None:
         (f"uniform {in_bits(uniform_bits)}", uniform, "uniform.safetensors"),
         ("mixed", plan, "quantized.safetensors"),
     ):
-        quantized = _quantized(run, candidate)
+        quantized = _quantized(run, candidate, run.say if candidate is plan else None)
         size = pack(quantized, run.path / file)
         result = _evaluate(run, quantized)
         rows.append(_row(name, result, size_bytes=size, average_bits=candidate.average_bits))
@@ -377,10 +378,12 @@ def _save_state(model: nn.Module, path: Path) -> None:
         save_file(state, temporary)
 
 
-def _quantized(run: RunDirectory, plan: BitPlan) -> nn.Module:
+def _quantized(run: RunDirectory, plan: BitPlan, say: Callable[[str], None] | None = None) -> nn.Module:
     from tracequant.quantization.convert import quantize as quantize_model
 
     setup = run.setup()
     compensated = plan.weight_grid.rounding != "nearest"  # else the plan's own widths alone take less time
     rounded = rounded_weights(run, run.sensitivity().points) if compensated else None
-    return quantize_model(setup.model, setup.calibration, setup.task, plan, rounded=rounded, progress=run.progress)
+    return quantize_model(
+        setup.model, setup.calibration, setup.task, plan, rounded=rounded, say=say, progress=run.progress
+    )
