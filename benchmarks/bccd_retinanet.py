@@ -55,6 +55,8 @@ LEARNING_RATE = 2e-3
 RESULTS = Path(__file__).parent / "results"
 CRITERIA: tuple[Criterion, ...] = ("trace", "quadratic", "first+quadratic")
 CHECKED_BITS = (4, 3)
+# The paper's rounding.
+NEAREST = tq.WeightGrid(rounding="nearest")
 WEIGHT_BITS, ACTIVATION_BITS = (2, 3, 4, 5, 6, 8), (2, 3, 4, 5, 6, 8)
 # Table 2's: a little smaller than 4-bit weights, a little larger than 4-bit activations.
 W_COMPRESSION, A_COMPRESSION = 8.1, 7.62
@@ -232,7 +234,7 @@ def analyze(model: RetinaNet, images: Images, out: Path, settings: Settings) -> 
     curvature = tq.Curvature.load(curved)
     print(f"{curvature.estimator}: {curvature.reason}", flush=True)
     if not expanded.is_file():
-        bits = {"weight_bits": WEIGHT_BITS, "activation_bits": ACTIVATION_BITS}
+        bits = {"weight_bits": WEIGHT_BITS, "weight_grid": NEAREST, "activation_bits": ACTIVATION_BITS}
         found = tq.measure_perturbation(model, batches, task, curvature.points, checkpoint=kept, progress=True, **bits)
         found.save(expanded)
     tables = {}
@@ -245,6 +247,7 @@ def analyze(model: RetinaNet, images: Images, out: Path, settings: Settings) -> 
                 task,
                 curvature,
                 weight_bits=WEIGHT_BITS,
+                weight_grid=NEAREST,
                 activation_bits=ACTIVATION_BITS,
                 criterion=metric,
                 perturbation=tq.Perturbation.load(expanded),

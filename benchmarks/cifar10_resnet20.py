@@ -39,7 +39,7 @@ from data import data_folder
 from tracequant.core.cost import average_activation_bits, float_bytes
 from tracequant.core.settings import TaskOptions
 from tracequant.deploy.verify import verify
-from tracequant.measure.sensitivity import measure_weight_errors, with_eigenvalues
+from tracequant.measure.sensitivity import with_eigenvalues
 from tracequant.tasks.registry import load_task
 
 RESULTS = Path(__file__).parent / "results" / "cifar10_resnet20.json"
@@ -65,6 +65,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 # What the library does not have; `ablations.py` does it.
 ABLATIONS = ("pact", "label_smoothing", "order")
+# The paper's rounding.
+NEAREST = tq.WeightGrid(rounding="nearest")
 
 
 @dataclass(frozen=True)
@@ -110,15 +112,16 @@ class Measured:
         self.curvature = tq.Curvature.load(work / "curvature.json")
         self.points = self.curvature.points
         if not (work / "perturbation.json").is_file():
-            tq.measure_perturbation(*data, self.points, weight_bits=WEIGHT_BITS).save(work / "perturbation.json")
+            found = tq.measure_perturbation(*data, self.points, weight_bits=WEIGHT_BITS, weight_grid=NEAREST)
+            found.save(work / "perturbation.json")
         if not (work / "sensitivity.json").is_file():
-            errors = measure_weight_errors(self.setup.model, self.points, WEIGHT_BITS, tq.WeightGrid())
             measured = tq.measure_sensitivity(
                 *data,
                 self.curvature,
                 weight_bits=WEIGHT_BITS,
+                weight_grid=NEAREST,
                 activation_bits=ACTIVATION_BITS,
-                weight_errors=errors,
+                criterion="trace",
             )
             measured.save(work / "sensitivity.json")
         self.measured = tq.Sensitivity.load(work / "sensitivity.json")

@@ -51,7 +51,7 @@ def build(name: str) -> nn.Module:
 
 def mixed_plan(points: tq.QuantizationPoints, activation_bits: int) -> tq.BitPlan:
     """Bits drawn at random for weights, the same bits for all activations but the model's input."""
-    draw, grid = random.Random(0), tq.WeightGrid()
+    draw, grid = random.Random(0), tq.WeightGrid(rounding="nearest")
     weights = {layer.name: draw.choice((2, 3, 4, 8)) for layer in points.layers}
     weights[points.layers[0].name] = weights[points.layers[-1].name] = 8
     read = points.activations if activation_bits else ()

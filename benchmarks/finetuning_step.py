@@ -39,7 +39,13 @@ def quantized(model: nn.Module, batch: Any) -> nn.Module:
     points = tq.discover(model, [batch], task)
     curvature = tq.estimate_curvature(model, [batch], task, estimator="gauss_newton", num_probes=1, points=points)
     sensitivity = tq.measure_sensitivity(
-        model, [batch], task, curvature, weight_bits=(WEIGHT_BITS,), activation_bits=(ACTIVATION_BITS,)
+        model,
+        [batch],
+        task,
+        curvature,
+        weight_bits=(WEIGHT_BITS,),
+        weight_grid=tq.WeightGrid(rounding="nearest"),
+        activation_bits=(ACTIVATION_BITS,),
     )
     return tq.quantize(model, [batch], task, tq.uniform_plan(sensitivity, WEIGHT_BITS))
 

@@ -34,6 +34,8 @@ from tracequant.tasks.registry import load_task
 
 WIDTHS = (2, 3, 4, 8)
 AVERAGE_BITS = 4.0
+# The paper's rounding.
+NEAREST = tq.WeightGrid(rounding="nearest")
 HERE = Path(__file__).parent
 # Network → (task, its model, weights file).
 NETWORKS = {
@@ -72,13 +74,15 @@ def measured(name: str, data: Path, images: int, seed: int, cache: Path) -> dict
     expansion = kept(
         cache, "perturbation", tq.Perturbation,
         lambda: tq.measure_perturbation(
-            *parts, points, weight_bits=WIDTHS, seed=seed, checkpoint=cache / "batches", progress=True
+            *parts, points, weight_bits=WIDTHS, weight_grid=NEAREST, seed=seed, checkpoint=cache / "batches",
+            progress=True,
         ),
     )  # fmt: skip
     table = kept(
         cache, "sensitivity", tq.Sensitivity,
         lambda: tq.measure_sensitivity(
-            setup.model, setup.calibration, setup.task, traces, weight_bits=WIDTHS, activation_bits=(8,)
+            setup.model, setup.calibration, setup.task, traces, weight_bits=WIDTHS, weight_grid=NEAREST,
+            activation_bits=(8,), criterion="trace",
         ),
     )  # fmt: skip
     plans = {f"uniform {bits} bits": tq.uniform_plan(table, bits) for bits in (8, 4)}

@@ -51,6 +51,8 @@ COMPRESSION = 12.0
 CALIBRATION_IMAGES = 256
 SEEDS = (0, 1, 2)
 RANDOM_PLANS = 20
+# The paper's rounding.
+NEAREST = tq.WeightGrid(rounding="nearest")
 
 
 def kept(cache: Path | None, name: str, kind: Any, make: Callable[[], Any]) -> Any:
@@ -75,7 +77,7 @@ def correlations(
         cache,
         f"perturbation-{images}",
         tq.Perturbation,
-        lambda: tq.measure_perturbation(*data, points, weight_bits=WIDTHS),
+        lambda: tq.measure_perturbation(*data, points, weight_bits=WIDTHS, weight_grid=NEAREST),
     )
     curvature = kept(
         cache,
@@ -92,6 +94,7 @@ def correlations(
         curvature,
         held_out=first(setup.evaluation, test_images),
         weight_bits=WIDTHS,
+        weight_grid=NEAREST,
         perturbation=perturbation,
         plans=plans,
         offered=GROUPS,
@@ -175,12 +178,15 @@ def ablation(setup: tq.TaskSetup, test_images: int, cache: Path | None) -> dict[
         )  # fmt: skip
         perturbation = kept(
             cache, f"perturbation-seed{seed}", tq.Perturbation,
-            lambda data=data, points=points: tq.measure_perturbation(*data, points, weight_bits=WIDTHS),
+            lambda data=data, points=points: tq.measure_perturbation(
+                *data, points, weight_bits=WIDTHS, weight_grid=NEAREST
+            ),
         )  # fmt: skip
         table = kept(
             cache, f"sensitivity-seed{seed}", tq.Sensitivity,
             lambda data=data, c=curvature: tq.measure_sensitivity(
-                setup.model, data[1], setup.task, c, weight_bits=WIDTHS, activation_bits=(8,)
+                setup.model, data[1], setup.task, c, weight_bits=WIDTHS, weight_grid=NEAREST, activation_bits=(8,),
+                criterion="trace",
             ),
         )  # fmt: skip
         evaluator = Evaluator(

@@ -1,6 +1,7 @@
 """What traces cost on the networks that people bring: time and memory beside a plain forward and backward pass.
 
-    python benchmarks/network_costs.py [--networks resnet50 vit_tiny ...] [--samples 16] [--stages] [--json FILE]
+    python benchmarks/network_costs.py [--networks resnet50 vit_tiny ...] [--samples 16] [--stages] [--rivals]
+                                          [--json FILE]
 
 For every network: one estimate of all traces, weights and activations, by two random vectors for each sample, all
 checks included, on one batch; the quantization points are found before. Its time is given in plain passes (forward, and
@@ -9,7 +10,15 @@ round for the further stages). Peak memory is the growth of the process's reside
 processes of their own, as a multiple of the plain pass's.
 
 `--stages` adds `measure_sensitivity` (ranges and errors of activations at the default bit widths) and
-`measure_perturbation`, in plain passes too. Weights are random; inputs are random. UNet has a Dice loss for each
+`measure_perturbation`, in plain passes too.
+
+`--rivals` adds what the same number of random vectors costs by PyHessian (Hutchinson, `pip install pyhessian`) and
+curvlinops (Gauss-Newton products for CrossEntropyLoss, `pip install curvlinops-for-pytorch`), both optional. They take
+one layer at a time and weights only. To end in reasonable time they are given every n-th layer, three in all, and their
+time is scaled to all layers. Equal numbers of vectors are not equal errors: `curvature.py` compares those. "-" stands
+where a package is not installed or refuses the network.
+
+Weights are random; inputs are random. UNet has a Dice loss for each
 sample, GPT-2 and Llama predict next tokens.
 """
 
@@ -25,6 +34,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +46,8 @@ from torch.nn import functional as F
 import tracequant as tq
 
 SEQUENCE = 128
+# Random vectors of the default, and layers that the other packages are given.
+PROBES, RIVAL_LAYERS = 2, 3
 
 
 class UNet(nn.Module):
@@ -218,6 +230,55 @@ def measure(name: str, samples: int, mode: str) -> dict[str, Any]:
     return figures
 
 
+def rivals(name: str, samples: int) -> dict[str, Any]:
+    """What `PROBES` random vectors for every layer cost by other packages, in plain passes; None where they fail."""
+    model, task, batch = load(name, samples)
+    layers = tq.discover(model, [batch], task).layers
+    some = [layers[len(layers) * (2 * i + 1) // (2 * RIVAL_LAYERS)].name for i in range(RIVAL_LAYERS)]
+
+    class Whole(nn.Module):
+        """The model on the whole batch, whatever it is handed."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, _: Any) -> Any:
+            return task.outputs(self.model, batch)
+
+    def pyhessian(weight: nn.Parameter) -> None:
+        from pyhessian import hessian
+
+        data = (torch.zeros(samples), torch.zeros(samples))
+        hessian(Whole(), lambda outputs, _: task.loss(outputs, batch), data=data, cuda=False).trace(PROBES, tol=0)
+
+    def curvlinops(weight: nn.Parameter) -> None:
+        from curvlinops import GGNLinearOperator, hutchinson_trace
+
+        if not isinstance(batch, tuple) or name == "unet_dice":
+            raise ValueError("curvlinops knows pairs of inputs and labels, and no Dice loss")
+        operator = GGNLinearOperator(model, nn.CrossEntropyLoss(), [weight], [batch], check_deterministic=False)
+        for _ in range(PROBES):
+            hutchinson_trace(operator, 1)
+
+    plain_pass(model, task, batch)
+    start = time.perf_counter()
+    plain_pass(model, task, batch)
+    unit = time.perf_counter() - start
+    figures: dict[str, Any] = {}
+    for package, run in (("pyhessian", pyhessian), ("curvlinops", curvlinops)):
+        try:
+            start = time.perf_counter()
+            for layer in some:
+                model.requires_grad_(False)
+                run(model.get_parameter(f"{layer}.weight").requires_grad_(True))
+                model.zero_grad()
+            figures[package] = (time.perf_counter() - start) / unit / RIVAL_LAYERS * len(layers)
+        except Exception as error:
+            figures |= {package: None, f"{package}_error": str(error).splitlines()[0] if str(error) else repr(error)}
+    return figures
+
+
 def child(name: str, samples: int, mode: str) -> dict[str, Any]:
     """`measure` in a process of its own."""
     arguments = [sys.executable, __file__, "--one", name, "--mode", mode, "--samples", str(samples)]
@@ -233,6 +294,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--stages", action="store_true")
+    parser.add_argument("--rivals", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--mode", default="time", help=argparse.SUPPRESS)
@@ -240,25 +302,26 @@ def main() -> None:
     if options.one:
         warnings.simplefilter("ignore")
         torch.set_num_threads(1)
-        print(json.dumps(measure(options.one, options.samples, options.mode)))
+        one = rivals if options.mode == "rivals" else partial(measure, mode=options.mode)
+        print(json.dumps(one(options.one, options.samples)))
         return
     print(f"torch {torch.__version__}, {platform.machine()}, one thread; batches of {options.samples} images\n")
-    header = f"{'network':22} {'layers':>6} {'passes':>7} {'memory':>7}"
-    print(header + (f" {'sensitivity':>12} {'perturbation':>13}" if options.stages else ""))
+    further = ["sensitivity", "perturbation"] * options.stages + ["pyhessian", "curvlinops"] * options.rivals
+    header = "".join(f" {column:>12}" for column in further)
+    print(f"{'network':22} {'layers':>6} {'passes':>7} {'memory':>7}{header}")
     table = {}
     for name in options.networks:
         row = child(name, options.samples, "time")
         memory = [child(name, options.samples, mode).get("bytes") for mode in ("estimate", "plain")]
         row["memory"] = memory[0] / memory[1] if all(memory) else None
-        if options.stages:
-            row |= child(name, options.samples, "stages")
+        for mode in ["stages"] * options.stages + ["rivals"] * options.rivals:
+            row |= child(name, options.samples, mode)
         table[name] = row
         if "error" in row:
             print(f"{name:22} {row['error']}", flush=True)
             continue
         line = f"{name:22} {row['layers']:6} {row['estimate']:7.2f} {row['memory'] or 0:7.2f}"
-        if options.stages:
-            line += f" {row['sensitivity']:12.2f} {row['perturbation']:13.2f}"
+        line += "".join(" " + ("-" if row.get(c) is None else f"{row[c]:.2f}").rjust(12) for c in further)
         print(line, f"  {row['reason']}", flush=True)
     if options.json:
         options.json.write_text(json.dumps({"torch": torch.__version__, "networks": table}, indent=1) + "\n")

@@ -283,6 +283,7 @@ def plans(setup: tq.TaskSetup) -> Iterator[tuple[str, tq.BitPlan]]:
             *data,
             curvature,
             weight_bits=(2, 3, 4, 5, 6, 8),
+            weight_grid=tq.WeightGrid(rounding="nearest"),
             activation_bits=(4, 5, 6, 8),
             criterion=metric,
         )

@@ -36,7 +36,8 @@ def block_differences(
             outputs, loss = forward(task, model, batch)
         names = _some_layers(points, calls)
         tensors, product = loss_hessian(task, outputs, batch)
-        gradients = first_derivatives(loss, {"weights": {name: [parameters[name]] for name in names}})["weights"]
+        slopes, _ = first_derivatives(loss, {"weights": {name: [parameters[name]] for name in names}})
+        gradients = slopes["weights"]
         for name in names:
             weight = parameters[name]
             vector = draw_probe(weight, "rademacher", generator)

@@ -223,7 +223,7 @@ def test_an_interrupted_search_goes_on(case, tmp_path, monkeypatch) -> None:
         ({"max_loss_increase": float("nan")}, "max_loss_increase must be a finite number"),
         ({"max_accuracy_drop": 1.0, "max_size_mib": 2.0}, "and max_size_mib too"),
         ({"max_accuracy_drop": 1.0, "solver": "pareto"}, "walks the exact frontier"),
-        ({"max_accuracy_drop": 1.0, "criterion": "l2"}, "by criterion 'trace', the plan was asked for by 'l2'"),
+        ({"max_accuracy_drop": 1.0, "criterion": "l2"}, "by criterion 'quadratic', the plan was asked for by 'l2'"),
         ({"max_accuracy_drop": 1.0, "colour": 3}, "colour is not an argument here"),
         ({"max_accuracy_drop": 0.0, "max_loss_increase": 0.0, "allowed_bits": {"*": (1,)}}, "even the largest plan"),
     ],

@@ -16,7 +16,7 @@ from tracequant.run.directory import RunDirectory
 
 @pytest.fixture(scope="module")
 def analysed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An analysis by the trace, with eigenvalues, and a check on some of its data."""
+    """An analysis in the paper's way, by the trace with rounding to the nearest, with eigenvalues."""
     path = tmp_path_factory.mktemp("runs") / "analysed"
     options = ("--num-probes", "2", "--activation-bits", "4", "--rounding", "nearest")
     assert invoke("analyze", "--task", TASK, *options, "--out", path, "-q") == 0

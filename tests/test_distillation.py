@@ -222,7 +222,7 @@ def test_finetuning_with_a_teacher_takes_any_task() -> None:
     task = CallableTask(loss)
     points = tq.discover(model, batches, task)
     bits = {layer.name: 3 for layer in points.layers}
-    plan = tq.BitPlan(bits, {}, 0, 0, 1, 0.0, 0.0, tq.WeightGrid(), "", "by hand", "none")
+    plan = tq.BitPlan(bits, {}, 0, 0, 1, 0.0, 0.0, tq.WeightGrid(rounding="nearest"), "", "by hand", "none")
     quantized = tq.quantize(model, batches, task, plan)
     losses = tq.finetune(quantized, batches, task, steps=60, learning_rate=0.01, teacher=model, distillation=1.0).losses
     assert sum(losses[-4:]) < 0.5 * sum(losses[:4])

@@ -93,7 +93,7 @@ def by_hand(points: QuantizationPoints, weight_bits: int, activation_bits: int) 
         weight_count=1,
         omega=0.0,
         activation_omega=0.0,
-        weight_grid=tq.WeightGrid(),
+        weight_grid=tq.WeightGrid(rounding="nearest"),  # training has more to mend
         fingerprint=points.fingerprint,
         solver="by hand",
         budget="none",

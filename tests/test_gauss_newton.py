@@ -491,7 +491,7 @@ def test_idle_layer_is_named() -> None:
     model.add_module("spare", nn.Identity())
     model.spare.add_module("idle", nn.Linear(2, 2))
     x = seeded(3, 5)
-    with pytest.raises(tq.ModelError, match=r"layer spare\.idle;.* with exclude=\['spare\.idle'\]$"):
+    with pytest.raises(tq.ModelError, match=r"layer spare\.idle in any batch;.* with exclude=\['spare\.idle'\]$"):
         exact(model, x, labels(x), F.cross_entropy)
 
 

@@ -103,7 +103,7 @@ def traces_by_unit_vectors(model: nn.Module, batch: Any, task: Task, points: Qua
         require_grad(model, points)
         with reading_variables(model, points) as variables:
             _, loss = forward(task, model, batch)
-        gradients = first_derivatives(loss, {"activations": variables})["activations"]
+        gradients = first_derivatives(loss, {"activations": variables})[0]["activations"]
         traces = {}
         for name, tensors in variables.items():
             traces[name] = 0.0
@@ -126,7 +126,7 @@ def test_the_mean_over_all_sign_vectors_is_the_trace(device):
     with frozen_evaluation(model):
         parameters = require_grad(model, points)
         _, loss = forward(TASK, model, batch)
-        gradients = first_derivatives(loss, {"weights": {n: [p] for n, p in parameters.items()}})["weights"]
+        gradients = first_derivatives(loss, {"weights": {n: [p] for n, p in parameters.items()}})[0]["weights"]
         for name, parameter in parameters.items():
             block = reference_block(model, f"{name}.weight", lambda out: F.cross_entropy(out, batch[1]), batch[0])
             values = []

@@ -30,7 +30,7 @@ onnx = pytest.importorskip("onnx", reason="needs the extra 'onnx'")
 pytest.importorskip("onnxscript", reason="needs the extra 'onnx'")
 
 TASK = EnergyTask()
-SYMMETRIC = tq.WeightGrid(range="minmax")
+SYMMETRIC = tq.WeightGrid(range="minmax", rounding="nearest")
 ASYMMETRIC = tq.WeightGrid(symmetric=False, range="minmax")
 PER_TENSOR = tq.WeightGrid(per_channel=False, range="minmax")
 

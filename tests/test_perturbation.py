@@ -269,7 +269,7 @@ def test_the_expansion_of_activations_is_their_omega(tmp_path: Path) -> None:
         curvature,
         tables["trace"].weight_errors,
         tables["trace"].activation_errors,
-        WeightGrid(),
+        NEAREST,
         criterion="quadratic",
         perturbation=weights_only,
     )

@@ -218,6 +218,41 @@ def test_mse_range_is_the_best_of_the_shrunk_ranges(
     assert torch.equal(alone.zero_point, chosen.zero_point)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("num_bits", [1, 2, 3, 5, 8])
+def test_range_search_leaves_out_no_share_that_could_be_best(num_bits: int, symmetric: bool) -> None:
+    """The same ranges as a search over all coarse shares and then their neighbours, whatever the row looks like."""
+
+    def error(row: torch.Tensor, step: int) -> float:
+        shrink = 1 - step / grid.SHARES
+        trial = grid_for_range(row.min() * shrink, row.max() * shrink, num_bits, symmetric)
+        return float((trial.round(row) - row).square().sum())
+
+    normal = random(12, 90, seed=5)
+    # Heavy tails, one outlier, one sign only, a sign with a small other side, few values, values far from zero.
+    rows = [normal[0], normal[1] ** 5, normal[2].abs(), -normal[3].abs(), normal[4].abs() - 0.1, normal[5] + 9]
+    rows += [torch.where(torch.arange(90) == 7, 40.0, normal[6]), normal[7].sign(), 0.1 - normal[8].exp()]
+    values = torch.stack(rows)
+    chosen = choose_grid(values, num_bits, symmetric, 0, "mse")
+    for channel, row in enumerate(values):
+        coarse = min(range(0, grid.SHARES, grid.STRIDE), key=lambda step, row=row: error(row, step))
+        around = [min(max(coarse + i, 0), grid.SHARES - 1) for i in range(1 - grid.STRIDE, grid.STRIDE)]
+        least = min(error(row, step) for step in around)
+        own = Grid(chosen.scale[channel], chosen.zero_point[channel], num_bits)
+        assert float((own.round(row) - row).square().sum()) == pytest.approx(least, rel=1e-5, abs=1e-12)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_range_search_rounds_less_often_at_many_bits(symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    rounded = []
+    original = Grid.round
+    monkeypatch.setattr(Grid, "round", lambda self, values: rounded.append(self.num_bits) or original(self, values))
+    monkeypatch.setattr(grid, "TOGETHER", 1)
+    for num_bits in (2, 8):
+        choose_grid(random(4, 400, seed=3), num_bits, symmetric, 0, "mse")
+    assert rounded.count(8) < 0.6 * rounded.count(2) <= 0.6 * (grid.SHARES // grid.STRIDE + 2 * grid.STRIDE - 1)
+
+
 def test_two_bit_gaussian_error_is_the_known_optimum() -> None:
     """The best uniform 4-level quantizer of a unit Gaussian has mean squared error 0.1188 (Max 1960, Table II)."""
     values = random(200_000)

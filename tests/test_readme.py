@@ -23,10 +23,11 @@ def test_flow_takes_at_most_ten_lines() -> None:
 
 def test_readme_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def small_resnet(weights: str) -> torch.nn.Module:
-        # Stands for the download of trained weights; a real torchvision network of the same kind.
+        # Stands for the download of trained weights; a real torchvision network with fewer weights.
         assert weights == "DEFAULT"
         torch.manual_seed(0)
-        return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=5)
+        model: torch.nn.Module = torchvision.models.squeezenet1_1(num_classes=5)
+        return model
 
     calls = []
 
@@ -36,7 +37,7 @@ def test_readme_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(torchvision.models, "resnet18", small_resnet)
     monkeypatch.chdir(tmp_path)
-    batches = [(torch.randn(4, 3, 32, 32), torch.randint(0, 5, (4,))) for _ in range(2)]
+    batches = [(torch.randn(4, 3, 64, 64), torch.randint(0, 5, (4,))) for _ in range(2)]
     names = {"my_loss": my_loss, "calibration": batches, "train_loader": batches}
     code = code_block().replace("steps=1000", "steps=3")
     assert code != code_block()

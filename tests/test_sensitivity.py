@@ -238,6 +238,31 @@ def test_a_batch_may_leave_a_tensor_empty():
     assert both == pytest.approx(full * 3 / 5)
 
 
+def test_the_automatic_criterion_follows_the_rounding_and_the_estimator():
+    """Samples that interact have no expansion: who had to ask for Hutchinson's estimator gets a table all the same."""
+
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, CLASSES), nn.Linear(CLASSES, CLASSES)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            x = torch.tanh(self.first(inputs))
+            return x + self.second(x.mean(0, keepdim=True) + x.sum(0))
+
+    model, batches = build(Mixing), labelled(6)
+    curvature = estimate_curvature(model, batches, TASK, estimator="hutchinson", num_probes=2)
+
+    def criterion(curvature: Curvature, weight_grid: WeightGrid, model: nn.Module = model) -> str:
+        return measure_sensitivity(model, batches, TASK, curvature, weight_grid=weight_grid).criterion
+
+    assert criterion(curvature, WeightGrid()) == criterion(curvature, NEAREST) == "trace"
+    model = gelu_mlp()
+    curvature = estimate_curvature(model, batches, TASK, num_probes=2)
+    assert criterion(curvature, WeightGrid(), model) == "quadratic"
+    assert criterion(curvature, NEAREST, model) == "trace"
+
+
 def test_negative_traces_are_replaced():
     """Where no trace is positive all layers count alike, and ‖ΔW‖² decides; the measured traces stay in the table."""
     model = conv_net()

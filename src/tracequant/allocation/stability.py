@@ -24,6 +24,8 @@ from tracequant.core.weight_grid import WeightGrid
 
 # The rule is applied after every batch, which leaves less time than a report has.
 STOP_RESAMPLES = 40
+# Criteria whose Ω follows from the traces.
+_RESAMPLED = ("trace", "l2", "quadratic")
 
 
 def is_stable(
@@ -84,10 +86,11 @@ def plan_stability(
 
     `plan` was solved from `sensitivity` for `settings`, and `curvature` is what the sensitivity was measured with: it
     holds the traces by sample. Traces of weights are drawn anew, samples together for all layers; perturbations and
-    activations stay as they are. None too for criteria that do not rest on the traces, and for a plan that was found by
-    evaluations.
+    activations stay as they are. By "quadratic", which is the trace's Ω with the direction of each rounding, a layer's
+    Ω is drawn in proportion to its trace. None too for criteria that do not rest on either, and for a plan that was
+    found by evaluations.
     """
-    if curvature.weight_values is None or sensitivity.criterion not in ("trace", "l2") or settings.by_accuracy:
+    if curvature.weight_values is None or sensitivity.criterion not in _RESAMPLED or settings.by_accuracy:
         return None
     names = list(plan.weight_bits)
     values = np.array([curvature.weight_values[name] for name in names])
@@ -97,19 +100,7 @@ def plan_stability(
     kept = dict.fromkeys(names, 0)
     for _ in range(resamples):
         drawn = values[:, generator.integers(0, values.shape[1], values.shape[1])].mean(axis=1)
-        weights = {
-            name: replace(
-                curvature.weights[name], trace=float(trace), average_trace=float(trace) / curvature.weights[name].numel
-            )
-            for name, trace in zip(names, drawn, strict=True)
-        }
-        resampled = combine(
-            replace(curvature, weights=weights),
-            sensitivity.weight_errors,
-            sensitivity.activation_errors,
-            sensitivity.weight_grid,
-            criterion=sensitivity.criterion,
-        )
+        resampled = _resampled(sensitivity, curvature, dict(zip(names, map(float, drawn), strict=True)))
         try:
             again = _solve_silently(replace(resampled, trace_covariance=()), settings)
         except BudgetError:  # the drawn traces have an order that the rules forbid: no layer keeps its bits
@@ -117,6 +108,31 @@ def plan_stability(
         for name in names:
             kept[name] += again.weight_bits[name] == plan.weight_bits[name]
     return {name: count / resamples for name, count in kept.items()}
+
+
+def _resampled(sensitivity: Sensitivity, curvature: Curvature, traces: dict[str, float]) -> Sensitivity:
+    """The sensitivity as it would be with these traces of weights."""
+    if sensitivity.criterion == "quadratic":
+        shares = {
+            name: max(trace, 0.0) / curvature.weights[name].trace if curvature.weights[name].trace > 0 else 1.0
+            for name, trace in traces.items()
+        }
+        omega = {
+            name: {num_bits: shares[name] * value for num_bits, value in options.items()}
+            for name, options in sensitivity.weight_omega.items()
+        }
+        return replace(sensitivity, weight_omega=omega)
+    weights = {
+        name: replace(curvature.weights[name], trace=trace, average_trace=trace / curvature.weights[name].numel)
+        for name, trace in traces.items()
+    }
+    return combine(
+        replace(curvature, weights=weights),
+        sensitivity.weight_errors,
+        sensitivity.activation_errors,
+        sensitivity.weight_grid,
+        criterion=sensitivity.criterion,
+    )
 
 
 def _solve_silently(sensitivity: Sensitivity, settings: PlanSettings) -> BitPlan:

@@ -39,7 +39,7 @@ def check(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure which criterion ranks your model's layers and plans best.
+    """Measure which criterion ranks layers and plans best.
 
     Single layers, and whole plans near the optimal ones of all criteria, are quantized. Their loss is measured on the
     first samples of the evaluation data, which served neither the criteria nor the rounding. The result is in

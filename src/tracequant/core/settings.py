@@ -164,7 +164,7 @@ class SensitivitySettings:
     criterion: Literal["auto", Criterion] = option(
         "auto",
         "what stands for the loss that rounding a layer costs; auto is quadratic where rounding is compensated, and"
-        " trace (HAWQ-V2's Eq. 10) with --rounding nearest",
+        " trace (HAWQ-V2's Eq. 10) with --rounding nearest or --estimator hutchinson",
         panel=ANALYSIS,
     )
     weight_grid: WeightGrid = WeightGrid()
@@ -173,12 +173,14 @@ class SensitivitySettings:
         validate(self)
         ascending(self, "weight_bits", "activation_bits", required=("weight_bits",))
 
-    @property
-    def chosen_criterion(self) -> Criterion:
-        """The criterion, chosen by the rounding where it is "auto"."""
+    def chosen_criterion(self, estimator: str) -> Criterion:
+        """The criterion, chosen by the rounding and the estimator of the curvature where it is "auto".
+
+        The expansions are of Gauss-Newton's kind: networks that need Hutchinson's estimator have none.
+        """
         if self.criterion != "auto":
             return self.criterion
-        return "trace" if self.weight_grid.rounding == "nearest" else "quadratic"
+        return "trace" if self.weight_grid.rounding == "nearest" or estimator == "hutchinson" else "quadratic"
 
 
 @dataclass(frozen=True)

@@ -67,14 +67,15 @@ class Passes:
 
     def open(self, microbatch: Microbatch, weights: bool = True) -> Opened:
         """A microbatch's graph, with the places of its samples inside the model."""
+        if not self._axes and microbatch.samples > 1:
+            # Before the graph of the batch, which takes the most memory, is there.
+            self._of_few_samples(microbatch, weights)
         opened = self._forward(microbatch, weights)
         sweep = opened.sweep
         if microbatch.samples > 1:
             key = sweep.signature
             if sweep.axes.certain and key not in self._axes:
-                axes = self._of_few_samples(microbatch, key, weights)
-                if axes is not None:
-                    self._axes[key] = axes
+                self._of_few_samples(microbatch, weights)
             if sweep.axes.certain and key in self._axes:
                 sweep.set_axes(self._axes[key])
             else:
@@ -150,16 +151,15 @@ class Passes:
         sweep = Sweep(hessian.tensors, rows, self._parameters if weights else {}, variables)
         return Opened(sweep, hessian, loss, tuple(numbers[id(tensor)] for tensor in hessian.tensors))
 
-    def _of_few_samples(self, microbatch: Microbatch, key: Any, weights: bool) -> SampleAxes | None:
-        """Where samples lie inside the model, found with a few of them; None if these do not tell it for all."""
+    def _of_few_samples(self, microbatch: Microbatch, weights: bool) -> None:
+        """Find where samples lie inside the model with a few of them, if these tell it for all batches alike."""
         if not microbatch.whole or microbatch.size <= 2 * CHECK_SAMPLES:
-            return None
+            return
         with suppress(Exception):  # a batch, a loss or a model that knows one size only
             few = self._task.select(microbatch.batch, 0, CHECK_SAMPLES)
             sweep = self._forward(Microbatch(few, microbatch.index, 0, CHECK_SAMPLES, CHECK_SAMPLES), weights).sweep
-            if sweep.signature == key and sweep.locate_samples().certain:
-                return sweep.axes
-        return None
+            if sweep.axes.certain and sweep.locate_samples().certain:
+                self._axes.setdefault(sweep.signature, sweep.axes)
 
     def _announce(self, sweep: Sweep) -> None:
         """Say once, before it begins, what layers cost whose gradient cannot be had for all samples together."""

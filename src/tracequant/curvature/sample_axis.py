@@ -16,6 +16,8 @@ from torch import Tensor
 TOLERANCE = 1e-6
 # The factors of two samples next to one another differ by this share, or less where there are very many.
 STEP = 0.02
+# So many of a gradient's rows are looked at first.
+STRONGEST = 64
 
 # Number of rows outside the axis of the samples, or "all" that are not samples.
 Outer = int | Literal["all"]
@@ -37,32 +39,52 @@ def find_outer(rows: Tensor, scaled: Tensor, samples: int) -> tuple[Outer | None
     `scaled` is the same gradient with every sample's outputs times its factor (`factors`): the ratio of the two says
     which sample a row belongs to. None where a row belongs to several samples, or where rows lie in no order.
     """
-    strength = rows.double().square().sum(1)
-    total = float(strength.sum())
-    if not total:
+    # As multiples of the largest entry, so that no square leaves float32's range. That has digits enough for both
+    # tolerances.
+    largest = rows.abs().amax() if rows.numel() else torch.zeros(())
+    if not largest:
         return (1 if len(rows) % samples == 0 else None), False
-    ratio = (rows.double() * scaled.double()).sum(1) / strength.clamp_min(torch.finfo(torch.float64).tiny)
-    rest = (scaled.double() - ratio.unsqueeze(1) * rows.double()).square().sum(1)
-    number = ratio.clamp_min(torch.finfo(torch.float64).tiny).log() / _step(samples)
+    rows, scaled = _as_multiples(rows, largest), _as_multiples(scaled, largest)
+    strength = torch.linalg.vecdot(rows, rows)
+    total = float(strength.sum())
+    ratio = torch.linalg.vecdot(rows, scaled) / strength.clamp_min(torch.finfo(strength.dtype).tiny)
+    size = float(torch.linalg.vector_norm(scaled)) ** 2
+    rest = float(torch.linalg.vector_norm(scaled.sub_(ratio.unsqueeze(1) * rows))) ** 2
+    number = ratio.clamp_min(torch.finfo(ratio.dtype).tiny).log() / _step(samples)
     mixed = (number - number.round()).abs() > 0.25
-    if len(rows) % samples or float(rest.sum()) > TOLERANCE * float(scaled.double().square().sum()):
+    if len(rows) % samples or rest > TOLERANCE * size:
         return None, True
     if float(strength[mixed].sum()) > TOLERANCE * total:
         return None, True
     # Rows of rounding alone say nothing.
     counts = strength > TOLERANCE**2 * float(strength.max())
-    each = len(rows) // samples
-    index = torch.arange(len(rows), device=rows.device)
-    fitting = [
-        outer
-        for outer in range(1, each + 1)
-        if each % outer == 0
-        and float(strength[counts & (index // (each // outer) % samples != number.round())].sum()) <= TOLERANCE * total
-    ]
+    fitting = _fitting(strength * counts, number.round(), samples, TOLERANCE * total)
     if not fitting:
         return None, True
+    each = len(rows) // samples
     first = fitting[0]
     return ("all" if first == each and first > 1 else first), len(fitting) == 1
+
+
+def _as_multiples(rows: Tensor, unit: Tensor) -> Tensor:
+    return (rows if rows.dtype == torch.float64 else rows.float()) / unit
+
+
+def _fitting(strength: Tensor, number: Tensor, samples: int, most: float) -> list[int]:
+    """The numbers of outer rows, increasing, with which rows of no more strength than `most` belong to another sample.
+
+    `number` is the sample that each row belongs to.
+    """
+    each = len(strength) // samples
+    index = torch.arange(len(strength), device=strength.device)
+    outers = torch.tensor([outer for outer in range(1, each + 1) if each % outer == 0], device=strength.device)
+
+    def misplaced(outer: Tensor, some: Tensor) -> Tensor:
+        return (strength[some] * (some // (each // outer[:, None]) % samples != number[some])).sum(1)
+
+    # The strongest rows suffice to reject most.
+    outers = outers[misplaced(outers, strength.topk(min(STRONGEST, len(strength))).indices) <= most]
+    return [int(outer) for outer in outers if float(misplaced(outer[None], index)) <= most]
 
 
 def by_sample(tensor: Tensor, samples: int, outer: Outer) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -84,19 +85,32 @@ class Sweep:
                 f"outputs of shape {[list(v.shape) for v in vectors]} do not have the batch's {self.rows.size} samples"
                 " along their first axis, so that samples cannot be told apart; use batches of one sample"
             )
-        scaled = self._gradients(self._scaled(vectors))
-        for key, gradient in everything.items():
-            family, name, number = key
-            rows = self._rows(key, gradient)
-            others = self._rows(key, scaled.get(key, torch.zeros_like(gradient)))
+
+        def on_gradient(family: str, name: str, number: int, gradient: Tensor | None) -> None:
+            key = (family, name, number)
+            if key not in everything:
+                return
+            first = everything.pop(key)
+            rows = self._rows(key, first)
+            others = torch.zeros_like(rows) if gradient is None else self._rows(key, gradient)
             outer, certain = find_outer(rows, others, self.rows.samples)
             self.axes.certain &= certain
             if outer is not None:
                 (self.axes.operations if family == "weights" else self.axes.activations)[name, number] = outer
             elif family == "weights":
-                self.axes.slow.append(name)
+                undivided.append(name)
             else:
-                raise _unlocated(name)
+                mixed.append(name)
+
+        # Compared as they come, so that no second set of gradients is kept.
+        undivided: list[str] = []
+        mixed: list[str] = []
+        self._pass(self._scaled(vectors), on_gradient)
+        for key in list(everything):
+            on_gradient(*key, None)
+        if mixed:
+            raise _unlocated(mixed[0])
+        self.axes.slow.extend(undivided)
         return self.axes
 
     def set_axes(self, axes: SampleAxes) -> None:
@@ -201,13 +215,14 @@ class Sweep:
     def _gradients(self, vectors: Sequence[Tensor]) -> dict[tuple[str, str, int], Tensor]:
         """All gradients of one pass: ("weights", layer, operation) and ("activations", point, tensor)."""
         found: dict[tuple[str, str, int], Tensor] = {}
-
-        def keep(family: str) -> Callable[[str, int, Tensor], None]:
-            return lambda name, number, gradient: found.__setitem__((family, name, number), gradient)
-
-        slow = [weight for name, weight in self.weights.items() if name in self.axes.slow]
-        self._backward(vectors, True, keep("weights"), keep("activations"), slow)
+        self._pass(vectors, lambda family, name, number, gradient: found.__setitem__((family, name, number), gradient))
         return found
+
+    def _pass(self, vectors: Sequence[Tensor], receive: Callable[[str, str, int, Tensor], None]) -> None:
+        """One pass that keeps the graph and hands every gradient on, with its family, name and number."""
+        slow = [weight for name, weight in self.weights.items() if name in self.axes.slow]
+        on_operation, on_variable = partial(receive, "weights"), partial(receive, "activations")
+        self._backward(vectors, True, on_operation, on_variable, slow)
 
     def _calls(self, name: str, arrived: Sequence[tuple[Operation, int, Tensor]]) -> list[list[Call]]:
         """A layer's calls with samples along the first axis, by the part of the weight that they read."""

@@ -172,7 +172,7 @@ class _Perturbations(Passes):
         slopes, activation_slopes = found[: len(names)], found[len(names) :]
         first = [
             # A layer that this batch never reached counts as zero.
-            move.new_zeros((), dtype=torch.float64) if slope is None else dense(slope).double().mul(move).sum()
+            move.new_zeros((), dtype=torch.float64) if slope is None else (dense(slope) * move).sum(dtype=torch.float64)
             for name, slope in zip(names, slopes, strict=True)
             for move in self._moves[name]
         ]

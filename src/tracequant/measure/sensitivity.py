@@ -49,8 +49,9 @@ def measure_sensitivity(
     element weighted by what it is multiplied with (`RoundedWeight.output_error`). Activations: the mean over samples of
     ‖Q(a) − a‖², with ranges chosen on `batches`. `criterion` "trace" weights them by the average trace; the other
     criteria are explained at `tracequant.core.sensitivity.combine`. "auto" is "quadratic" where rounding is
-    compensated, and "trace" for rounding to the nearest. What a criterion needs is measured on `batches`
-    where it is not given: the largest eigenvalues (on the first batch, where `curvature` has none) and the
+    compensated, and "trace" for rounding to the nearest and for Hutchinson's traces, whose networks may have no
+    expansion. What a criterion needs is measured on `batches` where it is not given: the largest eigenvalues (on the
+    first batch, where `curvature` has none) and the
     `perturbation` of `measure_perturbation`, both by `seed`. With `activation_bits=()` activations stay in float. The
     tensor that the caller hands to the model is offered 8 bits only: images arrive that way. `rounded` are the weights
     of `round_weights` for these bits and this grid, where they are known already.
@@ -61,7 +62,11 @@ def measure_sensitivity(
     request = resolve(SensitivitySettings, settings, fields)
     check_arguments(model, batches, task)
     batches = reusable(batches)
-    points, criterion, weight_grid = curvature.points, request.chosen_criterion, request.weight_grid
+    points, criterion, weight_grid = (
+        curvature.points,
+        request.chosen_criterion(curvature.estimator),
+        request.weight_grid,
+    )
     weight_bits, activation_bits = request.weight_bits, request.activation_bits
     if activation_bits and points.activations and not curvature.activations:
         raise ModelError(
@@ -203,4 +208,4 @@ def _warn_of_falling_losses(sensitivity: Sensitivity) -> None:
 
 
 def _squared_error(values: Tensor, grid: Grid) -> float:
-    return float((grid.round(values) - values).double().square().sum())
+    return float(grid.round(values).sub_(values).square_().sum(dtype=torch.float64))

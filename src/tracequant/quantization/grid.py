@@ -127,24 +127,38 @@ def _best_shrink(
 ) -> Tensor:
     """The share of each row's range `[rows, 1]` that gives the least squared error, weighted where there are weights.
 
-    Every `STRIDE`-th share is tried first, then those around the best one of each row.
+    Every `STRIDE`-th share is tried first, then those around the best one of each row. Shares that cut off more than
+    the least error so far are left out, as all smaller ones are: most of them at many bits.
     """
     group = max(1, TOGETHER // rows.numel())
+    reach = torch.maximum(-low, high) if symmetric else high.clamp(min=0) - low.clamp(max=0)
 
     def best_of(steps: Tensor) -> Tensor:
-        """Of steps `[k, rows, 1]` the best one for each row, several at a time where there are few values."""
-        errors = []
-        for some in steps.split(group):  # type: ignore[no-untyped-call]
-            shrink = 1 - some / SHARES
-            grid = grid_for_range(low * shrink, high * shrink, num_bits, symmetric)
+        """Of increasing steps `[k, rows, 1]` the best one for each row, several at a time where there are few values.
+
+        A share cuts this length off one extreme of a row, or off both together: half of its square is the least error,
+        which leaves room for the step by which two's complement reaches further down than up. With weights the extremes
+        may count for nothing, and all shares are tried.
+        """
+        grids = grid_for_range(low * (1 - steps / SHARES), high * (1 - steps / SHARES), num_bits, symmetric)
+        cut = (steps / SHARES * reach).square() / 2
+        least, best = torch.full_like(low, torch.inf), steps[0]
+        for start in range(0, len(steps), group):
+            some = slice(start, start + group)
+            if weights is None and start and bool((cut[start] > least).all()):
+                break
+            grid = Grid(grids.scale[some], grids.zero_point[some], num_bits)
             squares = grid.round(rows).sub_(rows).square_()
-            errors.append((squares if weights is None else squares.mul_(weights)).sum(-1, keepdim=True))
-        return steps.gather(0, torch.cat(errors).argmin(0, keepdim=True))
+            squares = squares if weights is None else squares.mul_(weights)
+            errors, position = squares.sum(-1, keepdim=True).min(0, keepdim=True)
+            best = torch.where(errors[0] < least, steps[some].gather(0, position)[0], best)
+            least = torch.minimum(errors[0], least)
+        return best
 
     coarse = torch.arange(0, SHARES, STRIDE, dtype=low.dtype, device=low.device).view(-1, 1, 1)
     centre = best_of(coarse.expand(-1, *low.shape))
     around = torch.arange(1 - STRIDE, STRIDE, dtype=low.dtype, device=low.device).view(-1, 1, 1)
-    return 1 - best_of((centre + around).clamp(0, SHARES - 1))[0] / SHARES
+    return 1 - best_of((centre + around).clamp(0, SHARES - 1)) / SHARES
 
 
 def choose_weight_grid(

@@ -93,7 +93,7 @@ def correct_statistics(
     `task.distillation_loss`. Only what gains there is applied, fitted anew to all of them. A single batch is cut in
     two. With fewer than `MINIMUM_SAMPLES` in a part nothing is changed. BatchNorms without running statistics,
     torchvision's frozen ones, other norms, and layers that the forward pass does not call stay as they are. Layers are
-    fitted in the order of the forward pass, each with those before it corrected. It costs about seven forward passes
+    fitted in the order of the forward pass, each with those before it corrected. It costs about five forward passes
     over `batches`, and gives the same values each time it is called on the same model and batches. Modes and random
     states stay as they were; `model` is untouched.
 
@@ -104,28 +104,25 @@ def correct_statistics(
     places = _places(quantized, model)
     if not places:
         return StatisticsCorrection(reason="the model has neither BatchNorms with running statistics nor biases")
-    halves = _Halves(reusable(batches), task, model)
+    batches = reusable(batches)
     with measuring(model), measuring(quantized):
         fit = _Fit(quantized, model, task, places)
-        fitted = fit.run(track(halves(0), "Statistics, fitting", progress))
+        fitted = fit.run(track(_half(batches, task, model, 0), "Statistics, fitting", progress))
         candidates = [fit.changes(share) for share in SHARES]
         try:
-            judging = track(halves(1), "Statistics, judging", progress)
+            judging = track(_half(batches, task, model, 1), "Statistics, judging", progress)
             (before, *after), judged = _distances(quantized, model, task, judging, [{}, *candidates])
         except TaskError as error:
             return StatisticsCorrection(fitted=fitted, reason=f"its outputs cannot be compared ({error})")
         if min(fitted, judged) < MINIMUM_SAMPLES:
-            reason = (
-                f"of {fitted + judged} calibration samples fewer than {MINIMUM_SAMPLES} are left to fit a correction"
-                " to, or to judge it by"
-            )
+            reason = f"fewer than {MINIMUM_SAMPLES} calibration samples could be had to fit a correction to, or to judge it by"
             return StatisticsCorrection(fitted=fitted, judged=judged, reason=reason)
         best = min(range(len(after)), key=lambda number: after[number])
         result = StatisticsCorrection(fitted=fitted, judged=judged, distance_before=before, distance_after=after[best])
         if not after[best] < (1 - MINIMUM_GAIN) * before:
             return result
         fit = _Fit(quantized, model, task, places)
-        fit.run(track(halves(None), "Statistics, all inputs", progress))
+        fit.run(track(_half(batches, task, model, None), "Statistics, all inputs", progress))
         changes = fit.changes(SHARES[best])
     with torch.no_grad():
         for tensor, values in _targets(quantized, changes):
@@ -180,7 +177,8 @@ def _places(quantized: nn.Module, model: nn.Module) -> dict[str, int]:
     places = {}
     for name, module in quantized.named_modules():
         axis = _channel_axis(module)
-        if axis is None or ((bias := _bias(module)) is not None and holders[id(bias)] > 1):
+        bias = _bias(module)
+        if axis is None or (bias is not None and holders[id(bias)] > 1):
             continue
         original = modules.get(name)
         if original is None or [t.shape for t in _statistics(original)] != [t.shape for t in _statistics(module)]:
@@ -370,25 +368,25 @@ def _distances(
     return [math.inf if math.isnan(value) else value / max(total, 1) for value in sums], samples
 
 
-class _Halves:
+def _half(batches: Batches, task: Task, model: nn.Module, half: int | None) -> Iterator[Batch]:
     """Every second batch, 0 to fit and 1 to judge, or the two halves of a single batch; None for all."""
-
-    def __init__(self, batches: Batches, task: Task, model: nn.Module) -> None:
-        self._batches, self._task, self._model = batches, task, model
-
-    def __call__(self, half: int | None) -> Iterator[Batch]:
-        # A loader that shuffles or augments by torch's generator gives the same batches each time.
-        torch.manual_seed(0)
-        stream = iter(checked(self._batches, self._task, self._model))
-        first, second = next(stream), next(stream, None)
-        if second is None and half is not None:
-            size = self._task.batch_size(first)
-            if size > 1:
-                cut = (size + 1) // 2
-                yield self._task.select(first, *((0, cut) if half == 0 else (cut, size)))
+    # A loader that shuffles or augments by torch's generator gives the same batches each time.
+    torch.manual_seed(0)
+    stream = iter(checked(batches, task, model))
+    first, second = next(stream), next(stream, None)
+    if second is None and half is not None:
+        size = task.batch_size(first)
+        cut = (size + 1) // 2
+        if size - cut < MINIMUM_SAMPLES:
             return
-        others = () if second is None else (second,)
-        for number, batch in enumerate(itertools.chain((first,), others, stream)):
-            # 0, 1, 1, 0, ...: both halves see both parts of batches that are cut in two (`Task.parts`).
-            if half is None or (number + 1) // 2 % 2 == half:
-                yield batch
+        # A batch that cannot be divided, or a model that knows one size of batch only.
+        with suppress(Exception), torch.no_grad():
+            samples = task.select(first, 0, cut) if half == 0 else task.select(first, cut, size)
+            task.outputs(model, samples)
+            yield samples
+        return
+    others = () if second is None else (second,)
+    for number, batch in enumerate(itertools.chain((first,), others, stream)):
+        # 0, 1, 1, 0, ...: both halves see both parts of batches that are cut in two (`Task.parts`).
+        if half is None or (number + 1) // 2 % 2 == half:
+            yield batch

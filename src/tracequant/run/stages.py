@@ -95,7 +95,7 @@ def analyze(run: RunDirectory) -> None:
         checkpoint=run.path / "batches",
         progress=run.progress,
     )
-    criterion = settings.sensitivity.chosen_criterion
+    criterion = settings.sensitivity.chosen_criterion(curvature.estimator)
     # All processes measure it together.
     perturbation = measure_run_perturbation(run, points, rounded) if criterion in EXPANSIONS else None
     if not first:
