@@ -36,6 +36,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/curvature.py
 	$(BIN)/python benchmarks/convergence.py
 	$(BIN)/python benchmarks/metrics.py
+	$(BIN)/python benchmarks/without_training.py --networks ResNet20 --images 1024
 	$(BIN)/python benchmarks/imagenet_small.py --mobilenet
 	$(BIN)/python benchmarks/bccd_retinanet.py --check
 	$(BIN)/python examples/fastestdet.py --out benchmarks/results/fastestdet.json
