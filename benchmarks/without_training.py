@@ -13,8 +13,8 @@ rounding to the nearest and one for compensated rounding, with uniform bits and 
 default criterion. `--criteria` adds a plan by every other criterion. Weights are rounded and activations stay in float,
 except in the rows W8A8.
 
-Prints a Markdown table with seconds, and writes benchmarks/results/without_training.json. Everything measured is kept
-in the cache; a run that was interrupted resumes.
+Prints a Markdown table, and writes benchmarks/results/without_training.json. Everything measured is kept in the
+cache; a run that was interrupted resumes, and its seconds are then those of what was left to do.
 """
 
 from __future__ import annotations
@@ -189,10 +189,9 @@ def measured(name: str, data: Path, images: int, cache: Path, criteria: bool) ->
         rounded[rounding] = timed(f"rounding, {rounding}", lambda grid=grid: tq.round_weights(
             model, calibration, task, points, bits, weight_grid=grid, cache=cache / "rounded", progress=True
         ))  # fmt: skip
-        default = SensitivitySettings(weight_grid=grid).criterion
         wanted = [c for c in CRITERIA if not c.startswith("eigenvalue")] if criteria else ["auto"]
         expansion = None
-        if any(criterion.endswith("quadratic") for criterion in (*wanted, default)) or rounding == "gptq":
+        if criteria or rounding == "gptq":
             expansion = timed(f"expansion, {rounding}", lambda grid=grid, rounding=rounding: kept(
                 cache, f"perturbation-{rounding}", tq.Perturbation,
                 lambda: tq.measure_perturbation(

@@ -1,5 +1,7 @@
 """Bootstrapped plans: layers that the data decide clearly keep their bits, those on the edge do not."""
 
+from dataclasses import replace
+
 import pytest
 
 from tracequant.allocation.solve import solve
@@ -69,6 +71,24 @@ def test_without_several_values_there_is_no_answer() -> None:
     sensitivity = combine(curvature, {"a": {2: 1.0}}, {}, WeightGrid(), criterion="trace")
     plan = solve(sensitivity, average_bits=2)
     assert plan_stability(sensitivity, plan, curvature, SETTINGS) is None
+
+
+def test_by_the_quadratic_criterion_a_layers_share_of_the_trace_is_drawn() -> None:
+    """Where its Ω is the trace's times a factor of the layer's own, a resample changes both alike."""
+    clear, toss_up = (
+        {"a": (9.0, 10.0, 11.0), "b": (1.0, 1.1, 0.9)},
+        {"a": (1.0, 3.0, 1.1, 2.8), "b": (3.0, 1.0, 2.7, 1.0)},
+    )
+    for values in (clear, toss_up):
+        curvature = made_of(values)
+        trace = combine(curvature, {name: {2: 1.0, 4: 0.1} for name in values}, {}, WeightGrid(), criterion="trace")
+        quadratic = replace(trace, criterion="quadratic")
+        plan = solve(trace, average_bits=3)
+        assert plan_stability(quadratic, plan, curvature, SETTINGS) == plan_stability(trace, plan, curvature, SETTINGS)
+        swapped = replace(quadratic, weight_omega={"a": trace.weight_omega["b"], "b": trace.weight_omega["a"]})
+        other = plan_stability(swapped, solve(swapped, average_bits=3), curvature, SETTINGS)
+        assert other is not None
+        assert all(0 <= share <= 1 for share in other.values())
 
 
 ERRORS = {2: 1.0, 4: 0.1}

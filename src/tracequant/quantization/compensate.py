@@ -74,7 +74,7 @@ class _Search:
     """
 
     def __init__(self, weight: Tensor, pieces: Sequence[Piece], start: Grid) -> None:
-        self._pieces, self._start, self._shape = pieces, start, weight.shape
+        self._pieces, self._start = pieces, start
         self._weights = [piece.arranged(weight) for piece in pieces]
         numbers = torch.arange(start.scale.numel(), device=weight.device).view(start.scale.shape)
         units = [piece.arranged(numbers.expand(weight.shape)) for piece in pieces]

@@ -63,19 +63,18 @@ class Store:
             return {}
         try:
             with safetensors.safe_open(self._path(layer), "pt") as file:
-                errors = json.loads(file.metadata()["errors"])
-                return {
-                    int(b): RoundedWeight(
-                        file.get_tensor(f"{b}.codes").to(device),
-                        Grid(
-                            file.get_tensor(f"{b}.scale").to(device),
-                            file.get_tensor(f"{b}.zero_point").to(device),
-                            int(b),
-                        ),
-                        *map(float, values),
-                    )
-                    for b, values in errors.items()
-                }
+                metadata = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+            if metadata["digest"] != digest((metadata["errors"], tensors)):
+                return {}
+            return {
+                int(b): RoundedWeight(
+                    tensors[f"{b}.codes"].to(device),
+                    Grid(tensors[f"{b}.scale"].to(device), tensors[f"{b}.zero_point"].to(device), int(b)),
+                    *map(float, values),
+                )
+                for b, values in json.loads(metadata["errors"]).items()
+            }
         except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError):
             return {}
 
@@ -88,9 +87,11 @@ class Store:
             tensors[f"{num_bits}.codes"] = weight.codes.contiguous()
             tensors[f"{num_bits}.scale"] = weight.grid.scale.contiguous()
             tensors[f"{num_bits}.zero_point"] = weight.grid.zero_point.contiguous()
-        errors = {num_bits: [weight.squared_error, weight.output_error] for num_bits, weight in widths.items()}
+        errors = json.dumps({b: [weight.squared_error, weight.output_error] for b, weight in widths.items()})
+        # safetensors has no checksum of its own.
+        metadata = {"errors": errors, "digest": digest((errors, dict(sorted(tensors.items()))))}
         with replace_file(self._path(layer)) as temporary:
-            safetensors.torch.save_file(tensors, temporary, {"errors": json.dumps(errors)})
+            safetensors.torch.save_file(tensors, temporary, metadata)
 
     def _path(self, layer: str) -> Path:
         assert self._folder is not None

@@ -81,11 +81,12 @@ def round_weights(
             check_bits(num_bits)
         if not torch.isfinite(weight_parameter(model, layer)).all():
             raise ModelError(f"layer {layer.name} holds weights that are NaN or infinite")
+    widths = {name: sorted(set(own)) for name, own in bits.items()}
     rounded: dict[str, dict[int, RoundedWeight]]
     if settings.rounding == "nearest":
         rounded = {
             layer.name: {
-                b: _nearest(weight_parameter(model, layer).detach(), b, layer, settings) for b in bits[layer.name]
+                b: _nearest(weight_parameter(model, layer).detach(), b, layer, settings) for b in widths[layer.name]
             }
             for layer in layers
         }
@@ -93,7 +94,7 @@ def round_weights(
     batches = reusable(batches)
     store = Store(cache, points, settings, batches)
     rounded = {layer.name: store.load(layer.name, model_device(model)) for layer in layers}
-    missing = {name: [b for b in widths if b not in rounded[name]] for name, widths in bits.items()}
+    missing = {name: [b for b in own if b not in rounded[name]] for name, own in widths.items()}
     for group in _groups([layer for layer in layers if missing[layer.name]]):
         grams = input_grams(model, batches, task, replace(points, layers=tuple(group)), progress=progress)
         for layer in track(group, "Rounding", progress):
@@ -101,8 +102,7 @@ def round_weights(
             new = _compensated(weight, grams.pop(layer.name, ()), missing[layer.name], layer, settings)
             rounded[layer.name] |= new
             store.save(layer.name, rounded[layer.name])
-    ordered = {name: {b: rounded[name][b] for b in sorted(set(widths))} for name, widths in bits.items()}
-    return RoundedWeights(points, settings, ordered)
+    return RoundedWeights(points, settings, {name: {b: rounded[name][b] for b in own} for name, own in widths.items()})
 
 
 def _nearest(weight: Tensor, num_bits: int, layer: Layer, settings: WeightGrid) -> RoundedWeight:
@@ -122,14 +122,13 @@ def _compensated(
     squares = [(gram.gram.diagonal(dim1=-2, dim2=-1).double().mean(), gram.positions.numel()) for gram in grams]
     covered = sum(count for _, count in squares)
     mean = float(sum(float(square) * count for square, count in squares) / covered)
+    inside = torch.cat([piece.positions.flatten() for piece in pieces])
     result = {}
     for num_bits in bits:
         codes, grid = compensate(weight, pieces, num_bits, layer.channel_axis, settings)
         change = grid.dequantize(codes) - weight
         error = _squared(change)
-        left = change.flatten()
-        inside = torch.cat([piece.positions.flatten() for piece in pieces])
-        outside = error - _squared(left[inside])
+        outside = error - _squared(change.flatten()[inside])
         output_error = outside + sum(piece.output_error(change) for piece in pieces) / mean if mean > 0 else error
         result[num_bits] = RoundedWeight(codes.to(torch.uint8), grid, error, output_error)
     return result

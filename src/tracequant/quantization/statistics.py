@@ -29,6 +29,7 @@ from tracequant.core.progress import track
 from tracequant.model.batches import Batch, Batches, reusable
 from tracequant.model.device import measuring, model_device
 from tracequant.model.hooks import replace_inputs
+from tracequant.model.kinds import CONVOLUTIONS, TRANSPOSED
 from tracequant.model.memory import Microbatches
 from tracequant.model.task import Task, check_arguments, checked
 
@@ -38,10 +39,9 @@ MINIMUM_SAMPLES = 8
 SHARES = (1.0, 0.5)
 # A correction must lower the distance to the float model's outputs by this share of it.
 MINIMUM_GAIN = 0.02
-_CONVOLUTIONS = (
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-)
+# Differences between distances that may be float32's rounding.
+NOISE = 1e-8
+_BIASED = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def correct_statistics(
             return StatisticsCorrection(fitted=fitted, judged=judged, reason=reason)
         best = min(range(len(after)), key=lambda number: after[number])
         result = StatisticsCorrection(fitted=fitted, judged=judged, distance_before=before, distance_after=after[best])
-        if not after[best] < (1 - MINIMUM_GAIN) * before:
+        if not after[best] < (1 - MINIMUM_GAIN) * before - NOISE:
             return result
         fit = _Fit(quantized, model, task, places)
         fit.run(track(_half(batches, task, model, None), "Statistics, all inputs", progress))
@@ -201,7 +201,7 @@ def _channel_axis(module: nn.Module) -> int | None:
 
 def _bias(module: nn.Module) -> Tensor | None:
     """The bias of a convolution or a linear layer, where it is a plain parameter."""
-    return module._parameters.get("bias") if isinstance(module, (*_CONVOLUTIONS, nn.Linear)) else None
+    return module._parameters.get("bias") if isinstance(module, _BIASED) else None
 
 
 def _statistics(module: nn.Module) -> tuple[Tensor, ...]:
